@@ -1,0 +1,1 @@
+"""cupaged: a research toolkit for PagedAttention."""

@@ -1,0 +1,1 @@
+"""What experiments share: timing, ceilings, traffic, and how a result is written and shown."""

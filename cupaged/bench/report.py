@@ -1,0 +1,179 @@
+"""How an experiment reports: a command line, a machine stamp, CSV and JSON files, a table, a picture."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["argument_parser", "device_folder", "machine_stamp", "new_figure", "print_table", "write_results"]
+
+Row = Mapping[str, Any]
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+console = Console(highlight=False)
+
+
+def argument_parser(question: str, *, backends: bool = True) -> argparse.ArgumentParser:
+    """Return the command line that every experiment shares; `question` is what ``--help`` opens with."""
+    parser = argparse.ArgumentParser(description=question, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="the smallest run that exercises every step (for CI)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for CSV, JSON and PNG (default: out/<device>)")
+    if backends:
+        parser.add_argument(
+            "--backend", choices=("cuda", "host"), default=None, help="where kernels run (default: the best here)"
+        )
+    return parser
+
+
+def machine_stamp(backend: str) -> dict[str, str]:
+    """Return what a reader must know to trust a number: device, versions, commit, date.
+
+    Parameters
+    ----------
+    backend : {"cuda", "host", "cpu"}
+        What did the measured work; "cpu" is plain Python and NumPy, "host" the host build of the kernels.
+    """
+    stamp = {
+        "backend": backend,
+        "device": _cpu_name(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": metadata.version("numpy"),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+    if backend == "cuda":
+        stamp |= _gpu_stamp()
+    return stamp
+
+
+def device_folder(stamp: Mapping[str, str]) -> str:
+    """Return the folder name under results/ for a stamp's device: short, lower case, safe in a path."""
+    if stamp["backend"] != "cuda":
+        return "cpu"
+    name = stamp["device"].lower().replace("nvidia", "").strip()
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def write_results(rows: Sequence[Row], stamp: Mapping[str, str], name: str, out: Path | None, **notes: Any) -> Path:
+    """Write ``<name>.csv`` and ``<name>.json`` (rows, stamp and `notes`) and return their folder."""
+    folder = out if out is not None else Path("out") / device_folder(stamp)
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    document = {"experiment": name, "stamp": dict(stamp), **notes, "rows": [dict(row) for row in rows]}
+    text = json.dumps(document, indent=1, default=_plain, ensure_ascii=False, allow_nan=False)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def print_table(rows: Iterable[Row], columns: Mapping[str, str], title: str) -> None:
+    """Print `rows` as a terminal table; `columns` maps a row's key to ``"heading"`` or ``"heading|format"``."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    heads = {key: ([*spec.split("|"), ""])[:2] for key, spec in columns.items()}
+    rows = list(rows)
+    for key, (heading, _) in heads.items():
+        numeric = all(isinstance(row.get(key), int | float) for row in rows if row.get(key) is not None)
+        table.add_column(heading, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(key), spec) for key, (_, spec) in heads.items()))
+    console.print(table)
+
+
+def new_figure(columns: int = 1, rows: int = 1, *, width: float = 10.0, height: float = 4.5) -> tuple[Any, Any]:
+    """Return a matplotlib figure and its axes, drawn without a display and sized for a README."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.3, "axes.axisbelow": True})  # fmt: skip
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", dpi=130)
+
+
+def _cell(value: Any, spec: str) -> str:
+    if value is None:
+        return "–"
+    return format(value, spec) if spec and isinstance(value, int | float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a result holds {type(value).__name__}, which JSON has no form for")
+
+
+def _commit() -> str:
+    """Return the commit of this tree; CUPAGED_COMMIT names it for a copy that carries no .git folder."""
+    named = os.environ.get("CUPAGED_COMMIT")
+    if named:
+        return named
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=SOURCE_TREE, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return f"cupaged {metadata.version('cupaged')}" if _installed() else "unknown"
+    return answer.stdout.strip()
+
+
+def _installed() -> bool:
+    try:
+        metadata.version("cupaged")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def _gpu_stamp() -> dict[str, str]:
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    driver, runtime = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+    return {
+        "device": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "driver": _driver_release() or f"CUDA {driver // 1000}.{driver % 1000 // 10}",
+        "cuda": f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "cupy": cupy.__version__,
+    }
+
+
+def _driver_release() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.split("\n", 1)[0].strip() or None

@@ -1,0 +1,44 @@
+"""Errors that a caller may want to catch; every other mistake is a plain ValueError or TypeError."""
+
+from __future__ import annotations
+
+__all__ = ["BackendUnavailableError", "KernelBuildError", "KernelLaunchError", "OutOfBlocksError", "UnsupportedError"]
+
+
+class UnsupportedError(ValueError):
+    """A valid request that the chosen kernel or device cannot serve; the message names the limit."""
+
+
+class BackendUnavailableError(RuntimeError):
+    """The chosen backend cannot run on this machine; the message says what to install."""
+
+
+class KernelBuildError(RuntimeError):
+    """A .cu file did not compile; the message carries the compiler's, at the line of the .cu file."""
+
+
+class KernelLaunchError(RuntimeError):
+    """A kernel broke a rule of the CUDA model while it ran, a divergent barrier for example."""
+
+
+class OutOfBlocksError(RuntimeError):
+    """A pool cannot serve a request; nothing was changed.
+
+    Attributes
+    ----------
+    needed : int
+        Blocks that the request asked for.
+    free : int
+        Blocks that were free.
+    evictable : int
+        Blocks that held only cached content and could have been evicted.
+    """
+
+    def __init__(self, needed: int, free: int, evictable: int = 0) -> None:
+        self.needed = int(needed)
+        self.free = int(free)
+        self.evictable = int(evictable)
+        super().__init__(f"out of blocks: needed {self.needed}, free {self.free}, evictable {self.evictable}")
+
+    def __reduce__(self) -> tuple[type[OutOfBlocksError], tuple[int, int, int]]:
+        return type(self), (self.needed, self.free, self.evictable)
