@@ -1,1 +1,39 @@
-"""cupaged: a research toolkit for PagedAttention."""
+"""cupaged: a research toolkit for PagedAttention.
+
+Hand-written CUDA kernels loaded through CuPy, the same files run on the CPU where there is no GPU, and the memory
+manager that feeds them.
+"""
+
+from cupaged import reference
+from cupaged.config import CacheConfig
+from cupaged.errors import (
+    BackendUnavailableError,
+    KernelBuildError,
+    KernelLaunchError,
+    OutOfBlocksError,
+    UnsupportedError,
+)
+from cupaged.kv_cache import KVCache
+from cupaged.ops.attention import explain, paged_attention
+from cupaged.ops.cache import append_kv
+from cupaged.ops.registry import kernels
+from cupaged.runtime import available_backends, kernels_from
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "CacheConfig",
+    "KVCache",
+    "KernelBuildError",
+    "KernelLaunchError",
+    "OutOfBlocksError",
+    "UnsupportedError",
+    "append_kv",
+    "available_backends",
+    "explain",
+    "kernels",
+    "kernels_from",
+    "paged_attention",
+    "reference",
+]

@@ -1,0 +1,1 @@
+"""The thin door to each kernel: check, choose, launch, return."""

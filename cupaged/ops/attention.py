@@ -1,0 +1,234 @@
+"""Decode attention over a paged cache: one query token a sequence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupaged import layouts
+from cupaged.errors import UnsupportedError
+from cupaged.kv_cache import KVCache
+from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.checks import check_block_tables, check_cache, check_dtype, check_shape, must_validate
+from cupaged.ops.registry import ATTENTION_KERNELS, kernels
+from cupaged.runtime.arguments import Strided
+from cupaged.runtime.select import load_kernel
+from cupaged.runtime.source import C_TYPE_OF_DTYPE
+
+__all__ = ["Choice", "explain", "paged_attention"]
+
+INT32 = np.dtype(np.int32)
+V1_THREADS = 128
+V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, and few contexts need a second stretch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernel runs, and why."""
+
+    kernel: str
+    reason: str
+
+
+def paged_attention(
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float | None = None,
+    kernel: str = "auto",
+    *,
+    out: Any = None,
+    return_lse: bool = False,
+    validate: bool | None = None,
+) -> Any:
+    """Attend with one query token per sequence over keys and values in a paged cache.
+
+    Parameters
+    ----------
+    query : array, [num_seqs, H, D]
+        In the cache's dtype; H a multiple of the cache's KV heads: query head h reads KV head ``h // (H // Hkv)``.
+    cache : KVCache
+        Keys and values.
+    block_tables : array, int32 [num_seqs, max_blocks]
+        Block ids of each sequence in order. -1 marks an unmapped block, whose tokens take no part. Entries past a
+        sequence's last block are never read.
+    seq_lens : array, int32 [num_seqs]
+        Tokens with keys and values in the cache, the query's own included. 0 gives output 0 and log-sum-exp -inf.
+    scale : float, optional
+        Factor of the logits; ``1 / sqrt(D)`` if not given.
+    kernel : str
+        A name of `cupaged.kernels`, or "auto"; `explain` says what "auto" takes.
+    out : array, [num_seqs, H, D], optional
+        Where to write the result.
+    return_lse : bool
+        Also return the log-sum-exp of each head's logits, by which parts of a context can be merged.
+    validate : bool, optional
+        Read `block_tables` and `seq_lens` and check them, which on a GPU waits for it. The default reads them on the
+        host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
+
+    Returns
+    -------
+    out : array, [num_seqs, H, D]
+        Of the kind and dtype of `query`.
+    lse : array, float32 [num_seqs, H]
+        Natural logarithm; only with `return_lse`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing was launched.
+    UnsupportedError
+        If the named kernel does not serve this shape.
+
+    References
+    ----------
+    .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
+    """
+    check_cache(cache)
+    caller = query
+    query, block_tables, seq_lens = (
+        as_backend_array(array, name, cache.backend)
+        for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens"))
+    )
+    _check_decode(query, cache, block_tables, seq_lens)
+    scale = _checked_scale(scale, query.shape[2])
+    result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
+    if must_validate(validate, cache.backend):
+        check_block_tables(cache, block_tables, seq_lens)
+    lse = cache.xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
+    choice = _choose(kernel)
+    if query.size:
+        _LAUNCHERS[choice.kernel](result, lse, query, cache, block_tables, seq_lens, scale)
+    result = like_caller(result, caller) if out is None else out
+    return (result, like_caller(lse, caller)) if return_lse else result
+
+
+def explain(
+    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, kernel: str = "auto"
+) -> Choice:
+    """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing."""
+    check_cache(cache)
+    arrays = (
+        as_backend_array(array, name, cache.backend)
+        for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens"))
+    )
+    query, block_tables, seq_lens = arrays
+    _check_decode(query, cache, block_tables, seq_lens)
+    _checked_scale(scale, query.shape[2])
+    return _choose(kernel)
+
+
+def _choose(kernel: str) -> Choice:
+    if kernel == "auto":
+        return Choice("paged_attention_v1", "it serves every shape, and is the only decode kernel so far")
+    if kernel not in ATTENTION_KERNELS:
+        raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
+    return Choice(kernel, "it was named")
+
+
+def _check_decode(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> None:
+    config = cache.config
+    check_dtype(query, "query", config.numpy_dtype)
+    check_shape(query, "query", ("num_seqs", "H", config.head_dim))
+    num_seqs, num_heads, _ = query.shape
+    if num_heads == 0 or num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"query must have a number of heads that is a multiple of the cache's {config.num_kv_heads} KV heads; "
+            f"got {num_heads}"
+        )
+    check_dtype(block_tables, "block_tables", INT32)
+    check_shape(block_tables, "block_tables", (num_seqs, "max_blocks"))
+    check_dtype(seq_lens, "seq_lens", INT32)
+    check_shape(seq_lens, "seq_lens", (num_seqs,))
+    for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens")):
+        check_contiguous(array, name)
+    if query.size:
+        check_alignment(query, "query")
+    if num_seqs * num_heads > 2**31 - 1:
+        raise UnsupportedError(f"query must have at most 2**31 - 1 (sequence, head) pairs; got {num_seqs * num_heads}")
+    if block_tables.shape[1] * config.block_size > 2**31 - 1:
+        raise UnsupportedError(
+            f"block_tables must map at most 2**31 - 1 tokens a sequence; got {block_tables.shape[1]} blocks "
+            f"of {config.block_size}"
+        )
+
+
+def check_contiguous(array: Any, name: str) -> None:
+    """Raise ValueError unless `array` is C-contiguous."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous; got shape {array.shape} with strides {array.strides} (bytes)")
+
+
+def _checked_scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, int | float | np.floating | np.integer) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a real number; got {type(scale).__name__} {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite; got {scale!r}")
+    return float(scale)
+
+
+def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
+    array = as_backend_array(out, "out", cache.backend)
+    check_dtype(array, "out", query.dtype)
+    check_shape(array, "out", query.shape)
+    check_contiguous(array, "out")
+    if cache.xp.may_share_memory(array, query):
+        raise ValueError("out must not share memory with query: other thread blocks still read it")
+    return array
+
+
+def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float) -> None:
+    config = cache.config
+    num_seqs, num_heads, head_dim = query.shape
+    key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
+    kernel = load_kernel(
+        kernels()["paged_attention_v1"].file,
+        "paged_attention_v1",
+        {
+            "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
+            "HEAD_DIM": head_dim,
+            "BLOCK_SIZE": config.block_size,
+            "KEY_PACK": key.pack_size,
+            "VALUE_COLUMNS": int(value.pack_size == 1),
+        },
+        cache.backend,
+    )
+    max_blocks = block_tables.shape[1]
+    stretch_blocks = max(1, min(max_blocks, V1_STRETCH_TOKENS // config.block_size))
+    stretch_tokens = stretch_blocks * config.block_size
+    kernel(
+        (num_seqs * num_heads,),
+        (V1_THREADS,),
+        shared_bytes=4 * max(stretch_tokens, V1_THREADS // 32 * head_dim),
+        out=out,
+        lse=lse,
+        query=query,
+        key_cache=Strided(cache.key),
+        value_cache=Strided(cache.value),
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        scale=scale,
+        num_heads=num_heads,
+        group=num_heads // config.num_kv_heads,
+        max_blocks=max_blocks,
+        stretch_tokens=stretch_tokens,
+        **stride_arguments(key, value),
+    )
+
+
+def stride_arguments(key: layouts.KvStrides, value: layouts.KvStrides) -> dict[str, int]:
+    """Return the stride parameters that every kernel over a cache takes."""
+    return {
+        f"{kind}_{axis}_stride": getattr(strides, axis)
+        for kind, strides in (("key", key), ("value", value))
+        for axis in ("block", "head", "slot", "pack")
+    }
+
+
+_LAUNCHERS = {"paged_attention_v1": _launch_v1}

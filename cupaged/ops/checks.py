@@ -1,0 +1,81 @@
+"""What the wrappers check before a launch: an argument's name, what was expected, what came."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from cupaged.kv_cache import KVCache
+
+__all__ = ["check_block_tables", "check_cache", "check_dtype", "check_shape", "check_slots", "must_validate"]
+
+
+def check_cache(cache: Any) -> None:
+    """Raise TypeError unless `cache` is a KVCache."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache must be a KVCache; got {type(cache).__module__}.{type(cache).__name__}")
+
+
+def check_shape(array: Any, name: str, shape: tuple[int | str, ...]) -> None:
+    """Raise ValueError unless `array` has `shape`; a string in it stands for any size and says what it is."""
+    fits = array.ndim == len(shape) and all(
+        isinstance(expected, str) or size == expected for size, expected in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape [{', '.join(map(str, shape))}]; got {list(array.shape)}")
+
+
+def check_dtype(array: Any, name: str, *dtypes: np.dtype) -> None:
+    """Raise TypeError unless `array` has one of the dtypes."""
+    if array.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must have dtype {expected}; got {array.dtype}")
+
+
+def must_validate(validate: bool | None, backend: str) -> bool:
+    """Whether to read arrays before the launch: as asked, else CUPAGED_VALIDATE, else only where reading is free."""
+    if validate is not None:
+        return bool(validate)
+    return os.environ.get("CUPAGED_VALIDATE", "") not in ("", "0") or backend == "host"
+
+
+def check_block_tables(cache: KVCache, block_tables: Any, seq_lens: Any) -> None:
+    """Raise ValueError if a length is negative or beyond the table, or a used table entry is no block of the cache."""
+    tables, lens = _to_numpy(block_tables), _to_numpy(seq_lens).astype(np.int64)
+    block_size, num_blocks = cache.config.block_size, cache.config.num_blocks
+    capacity = tables.shape[1] * block_size
+    for wrong, expected in ((lens < 0, "at least 0"), (lens > capacity, f"at most {capacity}, what the table maps")):
+        if wrong.any():
+            seq = int(np.argmax(wrong))
+            raise ValueError(f"seq_lens must be {expected}; seq_lens[{seq}] is {lens[seq]}")
+    used = np.arange(tables.shape[1]) < -(-lens // block_size)[:, None]
+    wrong = used & ((tables < -1) | (tables >= num_blocks))
+    if wrong.any():
+        seq, entry = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"block_tables must hold block ids below {num_blocks}, or -1 where unmapped; "
+            f"block_tables[{seq}, {entry}] is {tables[seq, entry]}"
+        )
+
+
+def check_slots(cache: KVCache, slot_mapping: Any) -> None:
+    """Raise ValueError if a slot is no slot of the cache, or two tokens go to the same one."""
+    slots = _to_numpy(slot_mapping)
+    wrong = (slots < -1) | (slots >= cache.config.num_slots)
+    if wrong.any():
+        token = int(np.argmax(wrong))
+        raise ValueError(
+            f"slot_mapping must hold slots below {cache.config.num_slots}, or -1 to skip a token; "
+            f"slot_mapping[{token}] is {slots[token]}"
+        )
+    written, counts = np.unique(slots[slots >= 0], return_counts=True)
+    if (counts > 1).any():
+        twice = int(written[np.argmax(counts > 1)])
+        tokens = np.flatnonzero(slots == twice)[:2].tolist()
+        raise ValueError(f"slot_mapping must name a slot once; slot {twice} is given to tokens {tokens}")
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.get()

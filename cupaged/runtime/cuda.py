@@ -1,0 +1,212 @@
+"""The CUDA backend: a .cu file compiled by NVRTC to a cubin, kept on disk, loaded as a CuPy RawModule.
+
+The cubin's name holds a digest of the file, of every header that it includes, of the defines and of NVRTC's version,
+so that an edited header is noticed. Compiling needs no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
+from cupaged.runtime.arguments import Strided, check_array, check_extent, check_names, typed_scalar
+from cupaged.runtime.cache import cache_folder, store
+from cupaged.runtime.source import KernelSource
+
+__all__ = ["CudaKernel", "compile_cubin", "cuda_headers", "nvrtc_version"]
+
+SHARED_BYTES_WITHOUT_OPT_IN = 48 * 1024
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Return NVRTC's version; raises BackendUnavailableError where CuPy or NVRTC is not installed."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        major, minor = nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendUnavailableError(
+            f"compiling for CUDA needs CuPy and NVRTC: pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 ({error})"
+        ) from error
+    return major, minor
+
+
+@cache
+def cuda_headers() -> Path:
+    """Return the folder that holds cuda_fp16.h, of the CUDA release that NVRTC comes from where there is a choice.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If no such folder is found; the message says what to install.
+    """
+    major, _ = nvrtc_version()
+    places: list[Path] = []
+    for package in ("nvidia.cuda_runtime",) if major == 12 else (f"nvidia.cu{major}",):
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            found = None
+        if found is not None:
+            places += [Path(folder) / "include" for folder in found.submodule_search_locations or ()]
+    places += [Path(os.environ[name]) / "include" for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    places += [Path(f"/usr/local/cuda-{major}/include"), Path("/usr/local/cuda/include")]
+    for place in places:
+        if (place / "cuda_fp16.h").is_file():
+            return place
+    package = "nvidia-cuda-runtime-cu12" if major == 12 else "nvidia-cuda-runtime"
+    raise BackendUnavailableError(
+        f"found NVRTC {major} but not its headers (cuda_fp16.h): pip install {package}, "
+        f"or let CUDA_PATH name the toolkit"
+    )
+
+
+def compile_cubin(source: KernelSource, architecture: str) -> bytes:
+    """Compile for one GPU architecture; no GPU is needed.
+
+    Parameters
+    ----------
+    source : KernelSource
+        The kernel.
+    architecture : str
+        ``"sm_90"`` for machine code, ``"compute_90"`` for PTX that the driver compiles.
+
+    Raises
+    ------
+    KernelBuildError
+        With NVRTC's log, which names lines of the .cu file.
+    """
+    nvrtc_version()
+    from cupy_backends.cuda.libs import nvrtc
+
+    program = nvrtc.createProgram(source.text, str(source.path), (), ())
+    options = [f"--gpu-architecture={architecture}", "-std=c++17", "--generate-line-info"]
+    options += [f"-I{source.include_folder}", f"-I{cuda_headers()}"]
+    options += [f"-D{name}={value}" for name, value in source.defines]
+    try:
+        nvrtc.compileProgram(program, tuple(options))
+        return nvrtc.getPTX(program) if architecture.startswith("compute") else nvrtc.getCUBIN(program)
+    except nvrtc.NVRTCError as error:
+        log = nvrtc.getProgramLog(program).strip()
+        raise KernelBuildError(f"NVRTC could not build {source.entry} for {architecture}:\n{log or error}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def cached_cubin(source: KernelSource, architecture: str) -> Path:
+    """Return the file of the compiled kernel, compiling it only if the cache does not hold it."""
+    major, minor = nvrtc_version()
+    suffix = "ptx" if architecture.startswith("compute") else "cubin"
+    folder = cache_folder("cuda")
+    name = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{source.digest[:32]}.{suffix}"
+    path = folder / name
+    return path if path.exists() else store(folder, name, compile_cubin(source, architecture))
+
+
+def architecture_of(device_id: int) -> str:
+    """Return what to compile for: the device's own machine code, or PTX where it is newer than NVRTC."""
+    import cupy
+    from cupy_backends.cuda.libs import nvrtc
+
+    capability = int(cupy.cuda.Device(device_id).compute_capability)
+    known = [int(arch) for arch in nvrtc.getSupportedArchs()]
+    if capability in known:
+        return f"sm_{capability}"
+    return f"compute_{max(arch for arch in known if arch <= capability)}"
+
+
+@dataclass
+class CudaKernel:
+    """A kernel that runs on CuPy arrays, on CuPy's current device and stream.
+
+    Parameters
+    ----------
+    source : KernelSource
+        What to build. It is built for each device when first launched there, or by `build`.
+    """
+
+    source: KernelSource
+    _built: dict[int, Any] = field(default_factory=dict, repr=False)
+    _shared_bytes: dict[int, int] = field(default_factory=dict, repr=False)
+
+    backend = "cuda"
+
+    def build(self) -> CudaKernel:
+        """Compile for the current device now, or load what the cache holds."""
+        self.raw_kernel()
+        return self
+
+    def raw_kernel(self) -> Any:
+        """Return the ``cupy.RawKernel`` for the current device."""
+        import cupy
+
+        device = cupy.cuda.Device().id
+        if device not in self._built:
+            module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
+            self._built[device] = module.get_function(self.source.entry)
+        return self._built[device]
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
+        """Launch the kernel on CuPy's current stream; returns without waiting for it.
+
+        Parameters
+        ----------
+        grid, block : tuple of int
+            Blocks in the grid and threads in a block, 1 to 3 axes.
+        shared_bytes : int
+            Dynamic shared memory of a block; the opt-in above 48 KiB is made here.
+        **arguments
+            By the names in the kernel's signature: CuPy arrays (None for a null pointer), and numbers.
+        """
+        import cupy
+
+        grid, block = check_extent(self.source.entry, grid, block)
+        values = self._values(arguments)
+        kernel = self.raw_kernel()
+        device = cupy.cuda.Device()
+        if shared_bytes > self._shared_bytes.get(device.id, SHARED_BYTES_WITHOUT_OPT_IN):
+            limit = device.attributes["MaxSharedMemoryPerBlockOptin"]
+            if shared_bytes > limit:
+                raise UnsupportedError(
+                    f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
+                )
+            kernel.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_bytes[device.id] = shared_bytes
+        kernel(grid, block, values, shared_mem=shared_bytes)
+
+    def _values(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        import cupy
+
+        check_names(self.source.entry, self.source.parameters, arguments)
+        device = cupy.cuda.Device().id
+        values = []
+        for parameter in self.source.parameters:
+            value = arguments[parameter.name]
+            if not parameter.is_pointer:
+                values.append(typed_scalar(self.source.entry, parameter, value))
+                continue
+            contiguous = not isinstance(value, Strided)
+            array = value.array if isinstance(value, Strided) else value
+            if array is None:
+                values.append(np.uintp(0))
+                continue
+            if not isinstance(array, cupy.ndarray):
+                raise TypeError(
+                    f"{self.source.entry}: argument {parameter.name} must be a CuPy array on the cuda backend; "
+                    f"got {type(array).__module__}.{type(array).__name__}"
+                )
+            if array.device.id != device:
+                raise ValueError(
+                    f"{self.source.entry}: argument {parameter.name} lies on device {array.device.id}; "
+                    f"the current device is {device}"
+                )
+            check_array(self.source.entry, parameter, array, contiguous=contiguous)
+            values.append(array)
+        return tuple(values)

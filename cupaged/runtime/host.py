@@ -1,0 +1,397 @@
+"""The host backend: a .cu file built by the C++ compiler, run on NumPy arrays by the scheduler in ``host/``.
+
+Every CUDA thread is a fiber with real barriers; `schedule` shuffles their order, `record_traffic` counts the memory
+sectors that each warp-wide load touches. Times say nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError
+from cupaged.runtime.arguments import Strided, check_array, check_extent, check_names, typed_scalar
+from cupaged.runtime.cache import cache_folder
+from cupaged.runtime.source import KernelSource
+
+__all__ = ["HostKernel", "LaunchTraffic", "LineTraffic", "find_compiler", "record_traffic", "schedule"]
+
+HEADERS = Path(__file__).resolve().parent / "host"
+SCHEDULER = HEADERS / "scheduler.cpp"
+MAX_SHARED_BYTES = 227 * 1024  # what a block can have on an H100; 163 KiB on an A100, 99 KiB on consumer cards
+FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes")
+SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+
+_seed: ContextVar[int] = ContextVar("cupaged_host_seed", default=0)
+_traffic_log: ContextVar[list[LaunchTraffic] | None] = ContextVar("cupaged_host_traffic", default=None)
+
+
+# --- what a run can be asked for ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def schedule(seed: int) -> Iterator[None]:
+    """Within the block, run threads, warps and blocks in an order shuffled by `seed`; 0 is index order.
+
+    A kernel without races gives the same result in every order. Reading shared memory that another thread writes,
+    with no barrier between, gives a different one.
+    """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must lie in [0, 2**63); got {seed}")
+    token = _seed.set(seed)
+    try:
+        yield
+    finally:
+        _seed.reset(token)
+
+
+@dataclass(frozen=True)
+class LineTraffic:
+    """Global loads that one source line makes from one array over a launch.
+
+    Attributes
+    ----------
+    file, line : str, int
+        Where the load stands.
+    array : str
+        The kernel's parameter whose memory is read; "" if it is none of them.
+    requests : int
+        Warp-wide load instructions.
+    sectors : int
+        32-byte sectors that the requests touch, counted per request.
+    bytes : int
+        Distinct bytes that the requests ask for, counted per request.
+    """
+
+    file: str
+    line: int
+    array: str
+    requests: int
+    sectors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LaunchTraffic:
+    """Global loads of one launch, by source line."""
+
+    kernel: str
+    lines: tuple[LineTraffic, ...]
+
+    @property
+    def requests(self) -> int:
+        """Warp-wide load instructions."""
+        return sum(line.requests for line in self.lines)
+
+    @property
+    def sectors(self) -> int:
+        """32-byte sectors touched, counted per request."""
+        return sum(line.sectors for line in self.lines)
+
+    @property
+    def bytes(self) -> int:
+        """Distinct bytes asked for, counted per request."""
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def sectors_per_request(self) -> float:
+        """What Nsight Compute shows as l1tex sectors over requests; NaN for a launch without loads."""
+        return self.sectors / self.requests if self.requests else float("nan")
+
+    @property
+    def used_fraction(self) -> float:
+        """Bytes asked for over bytes of the sectors that carry them; NaN for a launch without loads."""
+        return self.bytes / (32 * self.sectors) if self.sectors else float("nan")
+
+    def of(self, *arrays: str) -> LaunchTraffic:
+        """Return the part that reads these parameters' arrays."""
+        return LaunchTraffic(self.kernel, tuple(line for line in self.lines if line.array in arrays))
+
+
+@contextmanager
+def record_traffic() -> Iterator[list[LaunchTraffic]]:
+    """Within the block, record the global loads of every launch; yields the list that they are appended to.
+
+    Lanes of a warp are put together by the n-th execution of a source line since they last met at a barrier or a
+    warp operation; loads count if they go through ``load_global`` or ``__ldg``.
+    """
+    log: list[LaunchTraffic] = []
+    token = _traffic_log.set(log)
+    try:
+        yield log
+    finally:
+        _traffic_log.reset(token)
+
+
+# --- the compiler -------------------------------------------------------------------------------------------------
+
+
+@cache
+def _compiler(named: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
+    """Return the compiler's command and its version line."""
+    del path  # part of the key only: another PATH may hold another compiler
+    for candidate in [named] if named else ["g++", "clang++"]:
+        command = tuple(shlex.split(candidate or ""))
+        if command and shutil.which(command[0]):
+            version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
+            return command, version.split("\n", 1)[0]
+    sought = f"{named} (from CXX)" if named else "neither g++ nor clang++"
+    raise BackendUnavailableError(
+        f"the host backend needs a C++20 compiler and found {sought}{' not' if named else ''} on PATH: install one "
+        f"(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) "
+        f"or let CXX name it"
+    )
+
+
+def find_compiler() -> tuple[tuple[str, ...], str]:
+    """Return the C++ compiler's command line and version: ``$CXX``, else g++, else clang++.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If there is none; the message says what to install.
+    """
+    if sys.platform == "win32":
+        raise BackendUnavailableError("the host backend runs on Linux and macOS; on Windows, use WSL or a GPU")
+    return _compiler(os.environ.get("CXX") or None, os.environ.get("PATH"))
+
+
+def sanitizing() -> bool:
+    """Whether builds carry the address and undefined-behaviour sanitizers (``CUPAGED_HOST_SANITIZE=1``)."""
+    return os.environ.get("CUPAGED_HOST_SANITIZE", "") not in ("", "0")
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """Return the environment variables under which a Python process can load sanitized kernels."""
+    command, _ = find_compiler()
+    library = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    return {
+        "CUPAGED_HOST_SANITIZE": "1",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _build(name: str, text: str, key: str, extra: tuple[str, ...] = ()) -> Path:
+    """Compile `text` to a shared object in the cache, under a name that holds a digest of everything it depends on."""
+    command, version = find_compiler()
+    flags = FLAGS + (SANITIZER_FLAGS if sanitizing() else ())
+    digest = hashlib.sha256(repr((key, text, command, version, flags, extra, _headers_digest())).encode()).hexdigest()
+    folder = cache_folder("host")
+    target = folder / f"{name}-{digest[:32]}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        unit, built = Path(work) / f"{name}.cpp", Path(work) / f"{name}.so"
+        unit.write_text(text, encoding="utf-8")
+        answer = subprocess.run(
+            [*command, *flags, str(unit), *extra, "-o", str(built)], capture_output=True, text=True, cwd=work
+        )
+        if answer.returncode != 0:
+            raise KernelBuildError(f"{' '.join(command)} could not build {name}:\n{answer.stderr.strip()}")
+        os.replace(built, target)
+    return target
+
+
+@lru_cache(maxsize=1)
+def _headers_digest() -> str:
+    state = hashlib.sha256()
+    for path in sorted(HEADERS.iterdir()):
+        if path.is_file():
+            state.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+class _Launch(ctypes.Structure):
+    """The mirror of ``cupaged::Launch`` in host/scheduler.h."""
+
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("touch_shared", ctypes.c_void_p),
+        ("arguments", ctypes.c_void_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("dynamic_shared_bytes", ctypes.c_uint64),
+        ("seed", ctypes.c_uint64),
+        ("workers", ctypes.c_int32),
+        ("record_traffic", ctypes.c_int32),
+        ("num_arrays", ctypes.c_int32),
+        ("arrays", ctypes.c_void_p),
+    )
+
+
+class _LineTraffic(ctypes.Structure):
+    """The mirror of ``cupaged::LineTraffic`` in host/scheduler.h."""
+
+    _fields_ = (
+        ("file", ctypes.c_char * 256),
+        ("line", ctypes.c_int32),
+        ("array", ctypes.c_int32),
+        ("requests", ctypes.c_uint64),
+        ("sectors", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+    )
+
+
+@lru_cache(maxsize=2)
+def _scheduler(sanitized: bool) -> tuple[ctypes.CDLL, Path]:
+    """Return the scheduler, built with or without sanitizers, loaded so that kernels find its symbols."""
+    del sanitized  # part of the key only
+    path = _build("scheduler", f'#include "{SCHEDULER}"\n', "scheduler", (f"-I{HEADERS}",))
+    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL), path
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------
+
+WRAPPER = """\
+#include "cuda_host.h"
+#include "{path}"
+#include <utility>
+
+template <typename... Parameters, std::size_t... I>
+void call_with(void (*kernel)(Parameters...), void** arguments, std::index_sequence<I...>) {{
+  kernel(*static_cast<std::remove_reference_t<Parameters>*>(arguments[I])...);
+}}
+template <typename... Parameters>
+void call(void (*kernel)(Parameters...), void** arguments) {{
+  call_with(kernel, arguments, std::index_sequence_for<Parameters...>{{}});
+}}
+static thread_local volatile char first_shared_byte;
+extern "C" void cupaged_touch_shared() {{ first_shared_byte = 0; }}
+extern "C" void cupaged_entry(void** arguments) {{ call(&{entry}, arguments); }}
+"""
+
+
+@dataclass
+class HostKernel:
+    """A kernel that runs on NumPy arrays on this machine's CPU.
+
+    Parameters
+    ----------
+    source : KernelSource
+        What to build. It is built when first launched, or by `build`.
+    """
+
+    source: KernelSource
+    _built: tuple[Any, Any, Any, tuple[ctypes.CDLL, ...]] | None = field(default=None, repr=False)
+
+    backend = "host"
+
+    def build(self) -> HostKernel:
+        """Compile now, or load what the cache holds; raises KernelBuildError with the compiler's message."""
+        if self._built is None:
+            scheduler, scheduler_path = _scheduler(sanitizing())
+            source = self.source
+            flags = [f"-D{name}={value}" for name, value in source.defines]
+            flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
+            flags += [str(scheduler_path)]  # linked by its path: the loader finds what the kernel calls
+            text = WRAPPER.format(path=source.path, entry=source.entry)
+            built = ctypes.CDLL(str(_build(source.entry, text, source.digest, tuple(flags))))
+            entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
+            touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
+            self._built = scheduler.cupaged_launch, entry, touch, (built, scheduler)
+        return self
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
+        """Run the kernel to its end.
+
+        Parameters
+        ----------
+        grid, block : tuple of int
+            Blocks in the grid and threads in a block, 1 to 3 axes.
+        shared_bytes : int
+            Dynamic shared memory of a block.
+        **arguments
+            By the names in the kernel's signature: NumPy arrays (None for a null pointer), and numbers.
+
+        Raises
+        ------
+        KernelLaunchError
+            If the kernel diverged at a barrier, wrote past its shared memory, or trapped.
+        """
+        grid, block = check_extent(self.source.entry, grid, block)
+        if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
+            raise UnsupportedError(
+                f"{self.source.entry}: shared_bytes must be at most {MAX_SHARED_BYTES} (an H100's); got {shared_bytes}"
+            )
+        values = self._values(arguments)
+        self.build()
+        assert self._built is not None
+        run, entry, touch, libraries = self._built
+        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        log = _traffic_log.get()
+        names, ranges = _array_ranges(arguments)
+        launch = _Launch(
+            entry, touch, ctypes.addressof(pointers), grid, block, shared_bytes, _seed.get(), workers(),
+            log is not None, len(names), ranges.ctypes.data,
+        )  # fmt: skip
+        error = ctypes.create_string_buffer(1024)
+        if run(ctypes.byref(launch), error, len(error)) != 0:
+            raise KernelLaunchError(f"{self.source.entry}: {error.value.decode()}")
+        if log is not None:
+            log.append(LaunchTraffic(self.source.entry, _read_traffic(libraries[1], names)))
+
+    def _values(self, arguments: dict[str, Any]) -> list[np.ndarray]:
+        """Return one 0-d array per parameter that holds its value, an address for a pointer."""
+        check_names(self.source.entry, self.source.parameters, arguments)
+        values = []
+        for parameter in self.source.parameters:
+            value = arguments[parameter.name]
+            if not parameter.is_pointer:
+                values.append(np.asarray(typed_scalar(self.source.entry, parameter, value)))
+                continue
+            contiguous = not isinstance(value, Strided)
+            array = value.array if isinstance(value, Strided) else value
+            if array is not None:
+                if not isinstance(array, np.ndarray):
+                    raise TypeError(
+                        f"{self.source.entry}: argument {parameter.name} must be a NumPy array on the host backend; "
+                        f"got {type(array).__module__}.{type(array).__name__}"
+                    )
+                check_array(self.source.entry, parameter, array, contiguous=contiguous)
+                if not parameter.is_const and not array.flags.writeable:
+                    raise ValueError(f"{self.source.entry}: argument {parameter.name} is written, but it is read-only")
+            values.append(np.asarray(0 if array is None else array.ctypes.data, dtype=np.uint64))
+        return values
+
+
+def workers() -> int:
+    """Return how many OS threads share the blocks of a launch: CUPAGED_HOST_THREADS, else the processor's."""
+    named = os.environ.get("CUPAGED_HOST_THREADS")
+    if not named:
+        return os.cpu_count() or 1
+    if not named.isdigit() or int(named) < 1:
+        raise ValueError(f"CUPAGED_HOST_THREADS must be a positive integer; got {named!r}")
+    return int(named)
+
+
+def _array_ranges(arguments: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Return the names of the arrays among the arguments, and the addresses between which each lies, [arrays, 2]."""
+    arrays = {name: value.array if isinstance(value, Strided) else value for name, value in arguments.items()}
+    named = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim > 0}
+    bounds = [np.lib.array_utils.byte_bounds(array) for array in named.values()]
+    return list(named), np.array(bounds, dtype=np.uint64).reshape(-1, 2)
+
+
+def _read_traffic(scheduler: ctypes.CDLL, arrays: list[str]) -> tuple[LineTraffic, ...]:
+    count = scheduler.cupaged_traffic(None, 0)
+    lines = (_LineTraffic * count)()
+    scheduler.cupaged_traffic(lines, count)
+    names = [*arrays, ""]  # index -1: none of them
+    return tuple(LineTraffic(x.file.decode(), x.line, names[x.array], x.requests, x.sectors, x.bytes) for x in lines)

@@ -1,0 +1,10 @@
+// The host's twin of kernels_cu/include/global_memory.cuh: the same loads, noted by the traffic recorder.
+#pragma once
+
+#include "cuda_host.h"
+
+template <typename T>
+__device__ __forceinline__ T load_global(const T* address, CUPAGED_CALLER) {
+  if (cupaged::this_thread->record_traffic) cupaged::record_load(address, sizeof(T), {file, line});
+  return *address;
+}

@@ -1,0 +1,285 @@
+// Decode attention, one thread block per (sequence, query head): the logits of a stretch of the context go to shared
+// memory, the block agrees on their maximum and sum, then the same threads weigh the values.
+//
+// Adds over a naive kernel: each token's row is read by neighbouring lanes in 16-byte loads, several rows in flight;
+// the softmax is block-wide. The logits of a context may outgrow shared memory, so the context is taken in stretches
+// of `stretch_tokens` that share one running softmax: there is no longest context.
+//
+// The query heads that share a KV head (GQA) each read it for themselves, mostly from L2: the rungs above share it.
+//
+// Grid:  (num_seqs * num_heads), head fastest.    Block: (THREADS).
+// Dynamic shared memory: max(stretch_tokens, WARPS * HEAD_DIM) floats.
+//
+// Defines
+//   STORAGE        __half, __nv_bfloat16 or float
+//   HEAD_DIM       32 to 256, a multiple of 8
+//   BLOCK_SIZE     tokens per KV block, 1 to 256
+//   KEY_PACK       neighbouring dimensions of a key: HEAD_DIM, or 16 / sizeof(STORAGE) in BHDSX
+//   VALUE_COLUMNS  1 where a value's neighbours in memory are the next tokens (BHDSX), else 0
+#include "global_memory.cuh"
+#include "paged_kv.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
+#include "types.cuh"
+
+constexpr int THREADS = 128;
+constexpr int WARPS = THREADS / kWarpSize;
+constexpr int VEC = kValuesPer16Bytes<STORAGE>;
+constexpr int VECTORS = HEAD_DIM / VEC;   // 16-byte vectors in a token's row
+
+__device__ constexpr int at_most(int n, int limit) { return n < limit ? n : limit; }
+__device__ constexpr int power_of_two_from(int n, int power = 1) {
+  return power >= n ? power : power_of_two_from(n, 2 * power);
+}
+// The largest power of two, `width` at most, that divides n.
+__device__ constexpr int widest_divisor(int n, int width) { return n % width == 0 ? width : widest_divisor(n, width / 2); }
+
+// A row is read by LANES neighbouring lanes, each taking every LANES-th vector. Where packs of a row lie apart, fewer
+// lanes share a row, so that neighbouring lanes still read neighbouring bytes: those of the next tokens.
+constexpr int ROW_LANES = at_most(power_of_two_from(VECTORS), kWarpSize);
+constexpr int KEY_LANES = KEY_PACK == HEAD_DIM ? ROW_LANES : 4;
+
+using KeyStrides = KvStrides<KEY_PACK>;
+using ValueStrides = KvStrides<VALUE_COLUMNS ? 1 : HEAD_DIM>;
+
+// One lane's share of a row of HEAD_DIM values that LANES lanes read together.
+template <int LANES>
+struct RowShare {
+  static constexpr int COUNT = (VECTORS + LANES - 1) / LANES;
+  static constexpr int IN_FLIGHT = at_most(4, COUNT < 8 ? 8 / COUNT : 1);   // rows to read before the first is used
+  Vector<STORAGE, VEC> vector[COUNT];
+
+  static __device__ __forceinline__ int vector_index(int i) { return i * LANES + threadIdx.x % LANES; }
+  static __device__ __forceinline__ bool owns(int i) { return VECTORS % LANES == 0 || vector_index(i) < VECTORS; }
+
+  template <typename Strides>
+  __device__ __forceinline__ void load(const STORAGE* cache, const Strides& strides, int block_id, int kv_head, int slot) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+      if (owns(i)) {
+        const long long offset = strides.offset(block_id, kv_head, slot, vector_index(i) * VEC);
+        vector[i] = load_global(reinterpret_cast<const Vector<STORAGE, VEC>*>(cache + offset));
+      }
+  }
+};
+
+// What the threads of a block know about the stretch of context at hand.
+struct Stretch {
+  const int* block_table;   // [max_blocks], this sequence's row
+  int begin, end;           // tokens
+  int kv_head;
+
+  __device__ __forceinline__ int block_id(int token) const { return load_global(block_table + token / BLOCK_SIZE); }
+};
+
+// Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
+__device__ __forceinline__ float compute_logits(float* logits,              // [stretch_tokens]
+                                                const float* query,         // this lane's share, scaled
+                                                const STORAGE* key_cache, const KeyStrides& strides,
+                                                const Stretch& stretch) {
+  using Share = RowShare<KEY_LANES>;
+  constexpr int GROUPS = THREADS / KEY_LANES;
+  constexpr int IN_FLIGHT = Share::IN_FLIGHT;
+  float largest = minus_infinity();
+  for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
+    Share key[IN_FLIGHT];
+    bool mapped[IN_FLIGHT];
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r) {
+      const int token = first + r * GROUPS + threadIdx.x / KEY_LANES;
+      const int block_id = token < stretch.end ? stretch.block_id(token) : kUnmapped;
+      mapped[r] = block_id != kUnmapped;
+      if (mapped[r]) key[r].load(key_cache, strides, block_id, stretch.kv_head, token % BLOCK_SIZE);
+    }
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r) {
+      const int token = first + r * GROUPS + threadIdx.x / KEY_LANES;
+      float logit = 0.0f;
+      if (mapped[r]) {
+#pragma unroll
+        for (int i = 0; i < Share::COUNT; ++i)
+          if (Share::owns(i))
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key[r].vector[i].value[v]);
+      }
+      logit = warp_reduce<Sum, 1, KEY_LANES>(logit);
+      if (!mapped[r]) logit = minus_infinity();
+      if (token < stretch.end && threadIdx.x % KEY_LANES == 0) logits[token - stretch.begin] = logit;
+      largest = fmaxf(largest, logit);
+    }
+  }
+  return largest;
+}
+
+// Logits become weights in place; returns the sum of those that this thread computed.
+__device__ __forceinline__ float exponentiate(float* logits, int count, float max) {
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    const float weight = softmax_weight(logits[i], max);
+    logits[i] = weight;
+    sum += weight;
+  }
+  return sum;
+}
+
+#if !VALUE_COLUMNS
+
+// Weighted sum of values whose dimensions are neighbours: a group of lanes takes a token, each lane some dimensions.
+struct Accumulator {
+  using Share = RowShare<ROW_LANES>;
+  static constexpr int GROUPS = THREADS / ROW_LANES;
+  static constexpr int IN_FLIGHT = Share::IN_FLIGHT;
+  float sum[Share::COUNT * VEC] = {};
+
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (float& value : sum) value *= factor;
+  }
+
+  __device__ __forceinline__ void add(const float* weights,   // [stretch_tokens]
+                                      const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
+    for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
+      Share value[IN_FLIGHT];
+      float weight[IN_FLIGHT];
+#pragma unroll
+      for (int r = 0; r < IN_FLIGHT; ++r) {
+        const int token = first + r * GROUPS + threadIdx.x / ROW_LANES;
+        const int block_id = token < stretch.end ? stretch.block_id(token) : kUnmapped;
+        weight[r] = block_id != kUnmapped ? weights[token - stretch.begin] : 0.0f;
+        if (block_id != kUnmapped) value[r].load(value_cache, strides, block_id, stretch.kv_head, token % BLOCK_SIZE);
+      }
+#pragma unroll
+      for (int r = 0; r < IN_FLIGHT; ++r) {
+        const int token = first + r * GROUPS + threadIdx.x / ROW_LANES;
+        if (token >= stretch.end || weight[r] == 0.0f) continue;   // a slot that was not read holds anything, even NaN
+#pragma unroll
+        for (int i = 0; i < Share::COUNT; ++i)
+          if (Share::owns(i))
+#pragma unroll
+            for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight[r] * to_float(value[r].vector[i].value[v]);
+      }
+    }
+  }
+
+  // The warp's sum of every dimension, to shared memory.
+  __device__ __forceinline__ void store(float* warp_sum) {   // [HEAD_DIM]
+#pragma unroll
+    for (int i = 0; i < Share::COUNT; ++i)
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) {
+        const float total = warp_reduce<Sum, ROW_LANES, kWarpSize>(sum[i * VEC + v]);
+        if (Share::owns(i) && threadIdx.x % kWarpSize < ROW_LANES) warp_sum[Share::vector_index(i) * VEC + v] = total;
+      }
+  }
+};
+
+#else
+
+// Weighted sum of values whose tokens are neighbours: a warp takes a KV block; two lanes share a dimension and read
+// vectors of its slots, together one whole 32-byte sector.
+struct Accumulator {
+  static constexpr int SLOTS = widest_divisor(BLOCK_SIZE, VEC);      // slots in one load
+  static constexpr int SLOT_LANES = at_most(2, BLOCK_SIZE / SLOTS);
+  static constexpr int ROWS = kWarpSize / SLOT_LANES;                // dimensions that a warp reads at once
+  static constexpr int COUNT = (HEAD_DIM + ROWS - 1) / ROWS;
+  float sum[COUNT] = {};
+
+  static __device__ __forceinline__ int dimension(int i) { return i * ROWS + threadIdx.x % kWarpSize / SLOT_LANES; }
+
+  __device__ __forceinline__ void scale(float factor) {
+#pragma unroll
+    for (float& value : sum) value *= factor;
+  }
+
+  __device__ __forceinline__ void add(const float* weights,   // [stretch_tokens]
+                                      const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
+    for (int first = stretch.begin + threadIdx.x / kWarpSize * BLOCK_SIZE; first < stretch.end; first += WARPS * BLOCK_SIZE) {
+      const int block_id = stretch.block_id(first);
+      if (block_id == kUnmapped) continue;
+      const int filled = min(BLOCK_SIZE, stretch.end - first);
+      for (int slot = threadIdx.x % SLOT_LANES * SLOTS; slot < filled; slot += SLOT_LANES * SLOTS) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+          if (HEAD_DIM % ROWS != 0 && dimension(i) >= HEAD_DIM) continue;
+          const long long offset = strides.offset(block_id, stretch.kv_head, slot, dimension(i));
+          const auto value = load_global(reinterpret_cast<const Vector<STORAGE, SLOTS>*>(value_cache + offset));
+#pragma unroll
+          for (int s = 0; s < SLOTS; ++s)   // a slot past the end holds anything, even NaN
+            if (slot + s < filled) sum[i] += weights[first - stretch.begin + slot + s] * to_float(value.value[s]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* warp_sum) {   // [HEAD_DIM]
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const float total = warp_reduce<Sum, 1, SLOT_LANES>(sum[i]);
+      if (dimension(i) < HEAD_DIM && threadIdx.x % SLOT_LANES == 0) warp_sum[dimension(i)] = total;
+    }
+  }
+};
+
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_v1(
+    STORAGE* __restrict__ out,                // [num_seqs, num_heads, HEAD_DIM]
+    float* __restrict__ lse,                  // [num_seqs, num_heads], or null
+    const STORAGE* __restrict__ query,        // [num_seqs, num_heads, HEAD_DIM]
+    const STORAGE* __restrict__ key_cache,    // by the four strides below
+    const STORAGE* __restrict__ value_cache,  // likewise
+    const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
+    const int* __restrict__ seq_lens,         // [num_seqs]
+    const float scale, const int num_heads, const int group,   // group: query heads per KV head
+    const int max_blocks,
+    const int stretch_tokens,                 // a multiple of BLOCK_SIZE
+    const long long key_block_stride, const long long key_head_stride, const long long key_slot_stride,
+    const long long key_pack_stride, const long long value_block_stride, const long long value_head_stride,
+    const long long value_slot_stride, const long long value_pack_stride) {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  float* logits = reinterpret_cast<float*>(dynamic_shared);   // [stretch_tokens], then [WARPS][HEAD_DIM]
+  __shared__ float max_of_warp[WARPS], sum_of_warp[WARPS];
+
+  const int head = blockIdx.x % num_heads;
+  const long long seq = blockIdx.x / num_heads;
+  const int seq_len = load_global(seq_lens + seq);
+  const KeyStrides key_strides{key_block_stride, key_head_stride, key_slot_stride, key_pack_stride};
+  const ValueStrides value_strides{value_block_stride, value_head_stride, value_slot_stride, value_pack_stride};
+
+  // This lane's share of the query, with the softmax's scale and the change to base 2 folded in.
+  const STORAGE* query_row = query + (seq * num_heads + head) * HEAD_DIM;
+  using Share = RowShare<KEY_LANES>;
+  float scaled_query[Share::COUNT * VEC] = {};
+#pragma unroll
+  for (int i = 0; i < Share::COUNT; ++i)
+    if (Share::owns(i)) {
+      const auto part =
+          load_global(reinterpret_cast<const Vector<STORAGE, VEC>*>(query_row + Share::vector_index(i) * VEC));
+#pragma unroll
+      for (int v = 0; v < VEC; ++v) scaled_query[i * VEC + v] = to_float(part.value[v]) * (scale * kLog2E);
+    }
+
+  SoftmaxState softmax;
+  Accumulator accumulator;
+  for (int begin = 0; begin < seq_len; begin += stretch_tokens) {
+    const Stretch stretch{block_tables + seq * max_blocks, begin, min(seq_len, begin + stretch_tokens), head / group};
+    const float largest = compute_logits(logits, scaled_query, key_cache, key_strides, stretch);
+    accumulator.scale(softmax.raise(block_reduce<Max, WARPS>(largest, max_of_warp)));
+    const float sum = exponentiate(logits, stretch.end - begin, softmax.max);
+    softmax.sum += block_reduce<Sum, WARPS>(sum, sum_of_warp);
+    accumulator.add(logits, value_cache, value_strides, stretch);
+    __syncthreads();   // the weights have been read: their memory may be written again
+  }
+
+  float* sums = logits;   // [WARPS][HEAD_DIM]
+  accumulator.store(sums + threadIdx.x / kWarpSize * HEAD_DIM);
+  __syncthreads();
+  STORAGE* out_row = out + (seq * num_heads + head) * HEAD_DIM;
+  for (int dim = threadIdx.x; dim < HEAD_DIM; dim += THREADS) {
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) total += sums[warp * HEAD_DIM + dim];
+    out_row[dim] = from_float<STORAGE>(total * softmax.normaliser());
+  }
+  if (lse != nullptr && threadIdx.x == 0) lse[seq * num_heads + head] = softmax.log_sum_exp();
+}

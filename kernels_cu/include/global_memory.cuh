@@ -1,0 +1,9 @@
+// Loads from global memory, each a plain dereference. Kernels go through these functions because the host build has a
+// twin of this header that notes which bytes every warp asks for.
+#pragma once
+
+// One load instruction of sizeof(T) bytes: 1, 2, 4, 8 or, for a Vector, up to 16.
+template <typename T>
+__device__ __forceinline__ T load_global(const T* address) {
+  return *address;
+}

@@ -1,0 +1,35 @@
+"""Every test validates its input as the host backend does, and keeps compiled kernels in one cache a run."""
+
+import os
+
+os.environ.setdefault("CUPAGED_VALIDATE", "1")
+
+import pytest
+
+from cupaged.runtime.select import why_no_gpu
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` where no GPU answers, with CuPy's own reason."""
+    reason = why_no_gpu()
+    for item in items:
+        if reason and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request):
+    """Each test that asks for it runs on both backends."""
+    return request.param
+
+
+@pytest.fixture
+def xp(backend):
+    """The array module of the backend."""
+    if backend == "host":
+        import numpy
+
+        return numpy
+    import cupy
+
+    return cupy

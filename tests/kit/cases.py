@@ -1,0 +1,110 @@
+"""Decode cases under hostile conditions: whatever a kernel must not read is NaN or an illegal id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import cupaged as pg
+
+ILLEGAL_IDS = np.array([-7, -(2**31), 2**31 - 1, 10**6], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What a decode case looks like; its name is the test's."""
+
+    seq_lens: tuple[int, ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: str = "float16"
+    layout: str = "BSHD"
+    unmapped: float = 0.0
+    spread: float = 1.0
+
+    def __str__(self):
+        lens = "+".join(map(str, self.seq_lens[:4]))
+        extra = "-unmapped" if self.unmapped else ""
+        return (
+            f"{self.layout}-{self.dtype}-D{self.head_dim}-bs{self.block_size}-"
+            f"H{self.num_heads}/{self.num_kv_heads}-len{lens}{extra}"
+        )
+
+
+@dataclass
+class DecodeCase:
+    """Arguments of a decode call, on the backend, and what they mean to the reference."""
+
+    shape: DecodeShape
+    cache: pg.KVCache
+    query: object
+    block_tables: object
+    seq_lens: object
+
+    @property
+    def arguments(self):
+        return self.query, self.cache, self.block_tables, self.seq_lens
+
+
+def decode_case(shape: DecodeShape, backend: str, seed: int = 0, placement: int | None = None) -> DecodeCase:
+    """Build a case; `placement` seeds where blocks lie, apart from what they hold.
+
+    Slots that hold no token of any sequence are NaN, table entries past a sequence's blocks are illegal ids.
+    """
+    content, place = np.random.default_rng(seed), np.random.default_rng(seed if placement is None else placement)
+    bs, lens = shape.block_size, np.array(shape.seq_lens, dtype=np.int64)
+    blocks_of = -(-lens // bs)
+    num_blocks = int(blocks_of.sum()) + 3
+    cache = pg.KVCache(
+        pg.CacheConfig(num_blocks, bs, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.layout), backend
+    )
+    dtype = cache.config.numpy_dtype
+    dense = [np.full((num_blocks, bs, shape.num_kv_heads, shape.head_dim), np.nan, dtype=dtype) for _ in "kv"]
+    max_blocks = int(blocks_of.max(initial=0)) + 2
+    tables = content.choice(ILLEGAL_IDS, size=(len(lens), max_blocks))
+    ids = place.permutation(num_blocks)
+    for seq, (length, count) in enumerate(zip(lens, blocks_of, strict=True)):
+        mine, ids = ids[:count], ids[count:]
+        tables[seq, :count] = mine
+        tokens = np.arange(length)
+        for array in dense:
+            rows = shape.spread * content.standard_normal((length, shape.num_kv_heads, shape.head_dim))
+            array[mine[tokens // bs], tokens % bs] = rows.astype(dtype)
+        tables[seq, :count][content.random(count) < shape.unmapped] = -1
+    cache.fill_from_dense(*dense)
+    query = shape.spread * content.standard_normal((len(lens), shape.num_heads, shape.head_dim))
+    xp = cache.xp
+    return DecodeCase(
+        shape,
+        cache,
+        xp.asarray(query.astype(dtype)),
+        xp.asarray(tables.astype(np.int32)),
+        xp.asarray(lens.astype(np.int32)),
+    )
+
+
+def random_shape(seed: int) -> DecodeShape:
+    """Return any shape that the kernels serve, small enough to check by hand."""
+    rng = np.random.default_rng(seed)
+    block_size = int(rng.choice([1, 2, 3, 8, 16, 24, 32, 100, 128, 256]))
+    kv_heads = int(rng.integers(1, 4))
+    edges = [0, 1, block_size - 1, block_size, block_size + 1, int(rng.integers(1, 700))]
+    return DecodeShape(
+        seq_lens=tuple(int(n) for n in rng.choice(edges, size=int(rng.integers(1, 5)))),
+        num_heads=kv_heads * int(rng.choice([1, 2, 3, 5, 7, 8])),
+        num_kv_heads=kv_heads,
+        head_dim=int(rng.choice([32, 40, 64, 72, 80, 96, 112, 128, 192, 256])),
+        block_size=block_size,
+        dtype=str(rng.choice(["float16", "bfloat16", "float32"])),
+        layout=str(rng.choice(["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"])),
+        unmapped=float(rng.choice([0.0, 0.0, 0.3])),
+        spread=float(rng.choice([0.3, 1.0, 2.0])),
+    )
+
+
+def with_lens(shape: DecodeShape, *lens: int) -> DecodeShape:
+    """Return the shape with other sequence lengths."""
+    return replace(shape, seq_lens=lens)
