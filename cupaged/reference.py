@@ -8,7 +8,7 @@ import numpy as np
 
 from cupaged.kv_cache import KVCache
 
-__all__ = ["append_kv", "attention", "paged_attention"]
+__all__ = ["append_kv", "as_numpy", "attention", "paged_attention"]
 
 
 def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ def paged_attention(
     lse : ndarray, float64 [num_seqs, H]
         Only with `return_lse`.
     """
-    query, block_tables, seq_lens = (_numpy(array) for array in (query, block_tables, seq_lens))
+    query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
     block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = np.zeros(query.shape)
@@ -90,11 +90,12 @@ def paged_attention(
 def append_kv(dense_key: np.ndarray, dense_value: np.ndarray, key: Any, value: Any, slot_mapping: Any) -> None:
     """Write new tokens into dense caches, [num_blocks, block_size, Hkv, D], in place; a slot of -1 is skipped."""
     block_size = dense_key.shape[1]
-    for token, slot in enumerate(_numpy(slot_mapping)):
+    for token, slot in enumerate(as_numpy(slot_mapping)):
         if slot != -1:
-            dense_key[slot // block_size, slot % block_size] = _numpy(key)[token]
-            dense_value[slot // block_size, slot % block_size] = _numpy(value)[token]
+            dense_key[slot // block_size, slot % block_size] = as_numpy(key)[token]
+            dense_value[slot // block_size, slot % block_size] = as_numpy(value)[token]
 
 
-def _numpy(array: Any) -> np.ndarray:
+def as_numpy(array: Any) -> np.ndarray:
+    """Return a NumPy or CuPy array as NumPy."""
     return array.get() if hasattr(array, "get") else np.asarray(array)

@@ -71,7 +71,7 @@ def test_wrong_shapes_are_refused():
     good = np.zeros((2, 4, 2, 32), dtype=np.float32)
     with pytest.raises(ValueError, match=r"value must be float32 with shape \(2, 4, 2, 32\); got float32"):
         cache.fill_from_dense(good, good[:1])
-    with pytest.raises(ValueError, match="key must be float32 .* got float64"):
+    with pytest.raises(ValueError, match=r"key must be float32 .* got float64"):
         cache.fill_from_dense(good.astype(np.float64), good)
     with pytest.raises(ValueError, match=r"a key array in BHDSX must have axes"):
         layouts.to_dense(good, "BHDSX", "key")

@@ -15,10 +15,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["argument_parser", "device_folder", "machine_stamp", "new_figure", "print_table", "write_results"]
+__all__ = [
+    "argument_parser",
+    "device_folder",
+    "machine_stamp",
+    "new_figure",
+    "print_table",
+    "save_figure",
+    "write_results",
+]
 
 Row = Mapping[str, Any]
 SOURCE_TREE = Path(__file__).resolve().parents[2]
@@ -84,7 +93,7 @@ def write_results(rows: Sequence[Row], stamp: Mapping[str, str], name: str, out:
 
 def print_table(rows: Iterable[Row], columns: Mapping[str, str], title: str) -> None:
     """Print `rows` as a terminal table; `columns` maps a row's key to ``"heading"`` or ``"heading|format"``."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     heads = {key: ([*spec.split("|"), ""])[:2] for key, spec in columns.items()}
     rows = list(rows)
     for key, (heading, _) in heads.items():
@@ -105,6 +114,14 @@ def new_figure(columns: int = 1, rows: int = 1, *, width: float = 10.0, height: 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.3, "axes.axisbelow": True})  # fmt: skip
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", dpi=130)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def _cell(value: Any, spec: str) -> str:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -257,6 +258,9 @@ def _scheduler(sanitized: bool) -> tuple[ctypes.CDLL, Path]:
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL), path
 
 
+_scheduler_lock = threading.Lock()  # kernels may be built on several threads; one of them builds the scheduler
+
+
 # --- the kernel ---------------------------------------------------------------------------------------------------
 
 WRAPPER = """\
@@ -296,7 +300,8 @@ class HostKernel:
     def build(self) -> HostKernel:
         """Compile now, or load what the cache holds; raises KernelBuildError with the compiler's message."""
         if self._built is None:
-            scheduler, scheduler_path = _scheduler(sanitizing())
+            with _scheduler_lock:
+                scheduler, scheduler_path = _scheduler(sanitizing())
             source = self.source
             flags = [f"-D{name}={value}" for name, value in source.defines]
             flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]

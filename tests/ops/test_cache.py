@@ -41,7 +41,7 @@ def test_only_the_named_slots_change(layout, dtype, block_size, head_dim, backen
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_slots_may_be_of_either_integer_type(dtype, backend, xp):
-    cache, dense = marked_cache("BSHD", "float16", backend)
+    cache, _dense = marked_cache("BSHD", "float16", backend)
     key, value = new_tokens(cache, 1)
     pg.append_kv(cache, key, value, xp.asarray([37], dtype=dtype))
     np.testing.assert_array_equal(to_numpy(cache.key)[37 // 16, 37 % 16], to_numpy(key)[0])

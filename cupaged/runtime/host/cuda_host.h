@@ -171,6 +171,10 @@ template <typename T>
 T atomicAnd(T* address, std::type_identity_t<T> value) {
   return cupaged::atomic_update(address, [value](T old) { return static_cast<T>(old & value); });
 }
+template <typename T>
+T atomicXor(T* address, std::type_identity_t<T> value) {
+  return cupaged::atomic_update(address, [value](T old) { return static_cast<T>(old ^ value); });
+}
 // CUDA's wrapping counters, used to find the last block to finish.
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return cupaged::atomic_update(address, [limit](unsigned old) { return old >= limit ? 0u : old + 1; });
