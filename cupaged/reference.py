@@ -11,7 +11,9 @@ from cupaged.kv_cache import KVCache
 __all__ = ["append_kv", "as_numpy", "attention", "paged_attention"]
 
 
-def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def attention(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, dtype: type = np.float64
+) -> tuple[np.ndarray, np.ndarray]:
     """Return attention of one query token over a dense context, and the log-sum-exp of its logits.
 
     Parameters
@@ -22,22 +24,25 @@ def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: floa
         The context; with no tokens the output is 0 and the log-sum-exp -inf.
     scale : float
         Factor of the logits.
+    dtype : type
+        What to compute in: float64, or float32 to see what that loses.
 
     Returns
     -------
-    out : ndarray, float64 [H, D]
-    lse : ndarray, float64 [H]
+    out : ndarray, [H, D]
+    lse : ndarray, [H]
+        Both of type `dtype`.
     """
     num_heads, head_dim = query.shape
     tokens, num_kv_heads, _ = key.shape
     if tokens == 0:
-        return np.zeros((num_heads, head_dim)), np.full(num_heads, -np.inf)
-    grouped = query.astype(np.float64).reshape(num_kv_heads, num_heads // num_kv_heads, head_dim)
-    logits = scale * np.einsum("kgd,tkd->kgt", grouped, key.astype(np.float64))
+        return np.zeros((num_heads, head_dim), dtype), np.full(num_heads, -np.inf, dtype)
+    grouped: np.ndarray = query.astype(dtype).reshape(num_kv_heads, num_heads // num_kv_heads, head_dim)
+    logits = dtype(scale) * np.einsum("kgd,tkd->kgt", grouped, key.astype(dtype))
     largest = logits.max(axis=-1, keepdims=True)
     weights = np.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = np.einsum("kgt,tkd->kgd", weights / total, value.astype(np.float64))
+    out = np.einsum("kgt,tkd->kgd", weights / total, value.astype(dtype))
     lse = np.log(total) + largest
     return out.reshape(num_heads, head_dim), lse.reshape(num_heads)
 
@@ -50,6 +55,7 @@ def paged_attention(
     scale: float | None = None,
     *,
     return_lse: bool = False,
+    dtype: type = np.float64,
 ) -> Any:
     """Return decode attention over a paged cache; the arguments are those of `cupaged.paged_attention`.
 
@@ -64,18 +70,20 @@ def paged_attention(
         ``1 / sqrt(D)`` if not given.
     return_lse : bool
         Also return the log-sum-exp.
+    dtype : type
+        What to compute in: float64, or float32 to see what that loses.
 
     Returns
     -------
-    out : ndarray, float64 [num_seqs, H, D]
-    lse : ndarray, float64 [num_seqs, H]
-        Only with `return_lse`.
+    out : ndarray, [num_seqs, H, D]
+    lse : ndarray, [num_seqs, H]
+        Only with `return_lse`; both of type `dtype`.
     """
     query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
     block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = np.zeros(query.shape)
-    lse = np.full(query.shape[:2], -np.inf)
+    out = np.zeros(query.shape, dtype)
+    lse = np.full(query.shape[:2], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens):
         tokens = np.arange(seq_len)
         blocks = block_tables[seq, tokens // block_size]
@@ -83,7 +91,7 @@ def paged_attention(
         used, which = np.unique(blocks[mapped], return_inverse=True)
         key, value = cache.blocks(used)
         slots = (tokens % block_size)[mapped]
-        out[seq], lse[seq] = attention(query[seq], key[which, slots], value[which, slots], scale)
+        out[seq], lse[seq] = attention(query[seq], key[which, slots], value[which, slots], scale, dtype)
     return (out, lse) if return_lse else out
 
 

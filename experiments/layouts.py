@@ -162,7 +162,7 @@ def count_on_host(sweep: Sweep, cell: Cell) -> dict[str, Any]:
 def measure_on_gpu(sweep: Sweep, cell: Cell, ceiling: float) -> dict[str, Any]:
     """Check a cell on the GPU, time it, and return bandwidth beside the read ceiling."""
     work = sweep.workload(cell, "cuda")
-    out = work.query * float("nan")
+    out = work.cache.xp.full_like(work.query, float("nan"))
     attend(work, out)
     error = decode_check(out[-2:], *work.some(slice(-2, None)))
     copies = [work, *(sweep.workload(cell, "cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes)))]

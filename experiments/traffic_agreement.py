@@ -81,13 +81,11 @@ COLUMNS = {
     "head_dim": "D",
     "block_size": "block",
     "dtype": "dtype",
-    "host_requests": "requests host",
-    "gpu_requests": "GPU",
-    "host_sectors": "sectors host",
-    "gpu_sectors": "GPU",
-    "host_sectors_per_request": "sectors/request host|.3f",
-    "gpu_sectors_per_request": "GPU|.3f",
-    "difference": "difference|.2%",
+    "gpu_requests": "requests",
+    "request_ratio": "GPU/host|.3f",
+    "gpu_sectors_per_request": "sec/req GPU|.3f",
+    "host_sectors_per_request": "host|.3f",
+    "difference": "off|.2%",
 }
 
 
@@ -116,6 +114,7 @@ def compare(case: Case, gpu_requests: int, gpu_sectors: int) -> dict[str, Any]:
         **asdict(case),
         "host_requests": host.requests,
         "gpu_requests": gpu_requests,
+        "request_ratio": gpu_requests / host.requests,
         "host_sectors": host.sectors,
         "gpu_sectors": gpu_sectors,
         "host_sectors_per_request": host.sectors_per_request,

@@ -24,6 +24,7 @@
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / kWarpSize;
+constexpr int BLOCKS_PER_SM = 4;          // at least: leaves a thread 128 registers
 constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;   // 16-byte vectors in a token's row
 
@@ -34,77 +35,74 @@ __device__ constexpr int power_of_two_from(int n, int power = 1) {
 // The largest power of two, `width` at most, that divides n.
 __device__ constexpr int widest_divisor(int n, int width) { return n % width == 0 ? width : widest_divisor(n, width / 2); }
 
-// A row is read by LANES neighbouring lanes, each taking every LANES-th vector. Where packs of a row lie apart, fewer
-// lanes share a row, so that neighbouring lanes still read neighbouring bytes: those of the next tokens.
-constexpr int ROW_LANES = at_most(power_of_two_from(VECTORS), kWarpSize);
-constexpr int KEY_LANES = KEY_PACK == HEAD_DIM ? ROW_LANES : 4;
+// A row is read by ROW_LANES neighbouring lanes, each taking every ROW_LANES-th vector: few, so that the look-up of a
+// block, the address and the sum over lanes are shared by several vectors. In BHDSX they read neighbouring tokens.
+constexpr int ROW_LANES = at_most(8, power_of_two_from(VECTORS));
+constexpr int GROUPS = THREADS / ROW_LANES;   // rows that the block reads at once
+constexpr int COUNT = (VECTORS + ROW_LANES - 1) / ROW_LANES;   // a lane's vectors of a row
+constexpr int IN_FLIGHT = COUNT < 8 ? 8 / COUNT : 1;   // rows that a lane reads before it uses the first
 
 using KeyStrides = KvStrides<KEY_PACK>;
 using ValueStrides = KvStrides<VALUE_COLUMNS ? 1 : HEAD_DIM>;
 
-// One lane's share of a row of HEAD_DIM values that LANES lanes read together.
-template <int LANES>
+// One lane's share of a row of HEAD_DIM values.
 struct RowShare {
-  static constexpr int COUNT = (VECTORS + LANES - 1) / LANES;
-  static constexpr int IN_FLIGHT = at_most(4, COUNT < 8 ? 8 / COUNT : 1);   // rows to read before the first is used
   Vector<STORAGE, VEC> vector[COUNT];
 
-  static __device__ __forceinline__ int vector_index(int i) { return i * LANES + threadIdx.x % LANES; }
-  static __device__ __forceinline__ bool owns(int i) { return VECTORS % LANES == 0 || vector_index(i) < VECTORS; }
+  static __device__ __forceinline__ int vector_index(int i) { return i * ROW_LANES + threadIdx.x % ROW_LANES; }
+  static __device__ __forceinline__ bool owns(int i) { return VECTORS % ROW_LANES == 0 || vector_index(i) < VECTORS; }
 
+  // Read the share of a token's row, or zeros where there is none: what is in a slot without a token may be NaN.
   template <typename Strides>
   __device__ __forceinline__ void load(const STORAGE* cache, const Strides& strides, int block_id, int kv_head, int slot) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      if (owns(i)) {
-        const long long offset = strides.offset(block_id, kv_head, slot, vector_index(i) * VEC);
-        vector[i] = load_global(reinterpret_cast<const Vector<STORAGE, VEC>*>(cache + offset));
-      }
+    for (int i = 0; i < COUNT; ++i) {
+      const long long offset = strides.offset(block_id, kv_head, slot, vector_index(i) * VEC);
+      const auto* address = reinterpret_cast<const Vector<STORAGE, VEC>*>(cache + offset);
+      vector[i] = load_global_if(block_id != kUnmapped && owns(i), address);
+    }
   }
 };
 
-// What the threads of a block know about the stretch of context at hand.
+// The tokens whose logits are in shared memory at one time.
 struct Stretch {
   const int* block_table;   // [max_blocks], this sequence's row
   int begin, end;           // tokens
   int kv_head;
 
-  __device__ __forceinline__ int block_id(int token) const { return load_global(block_table + token / BLOCK_SIZE); }
+  // The block that holds a token; none past the end.
+  __device__ __forceinline__ int block_of(int token) const {
+    return token < end ? load_global(block_table + static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
+  }
+  static __device__ __forceinline__ int slot_of(int token) { return static_cast<unsigned>(token) % BLOCK_SIZE; }
 };
 
 // Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
-__device__ __forceinline__ float compute_logits(float* logits,              // [stretch_tokens]
-                                                const float* query,         // this lane's share, scaled
+__device__ __forceinline__ float compute_logits(float* logits,         // [stretch_tokens]
+                                                const float* query,    // [COUNT * VEC], this lane's share, scaled
                                                 const STORAGE* key_cache, const KeyStrides& strides,
                                                 const Stretch& stretch) {
-  using Share = RowShare<KEY_LANES>;
-  constexpr int GROUPS = THREADS / KEY_LANES;
-  constexpr int IN_FLIGHT = Share::IN_FLIGHT;
   float largest = minus_infinity();
   for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
-    Share key[IN_FLIGHT];
-    bool mapped[IN_FLIGHT];
+    RowShare key[IN_FLIGHT];
+    int block_id[IN_FLIGHT];
+    const int token = first + threadIdx.x / ROW_LANES;   // and every GROUPS-th after it
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r) block_id[r] = stretch.block_of(token + r * GROUPS);
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r)
+      key[r].load(key_cache, strides, block_id[r], stretch.kv_head, Stretch::slot_of(token + r * GROUPS));
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) {
-      const int token = first + r * GROUPS + threadIdx.x / KEY_LANES;
-      const int block_id = token < stretch.end ? stretch.block_id(token) : kUnmapped;
-      mapped[r] = block_id != kUnmapped;
-      if (mapped[r]) key[r].load(key_cache, strides, block_id, stretch.kv_head, token % BLOCK_SIZE);
-    }
-#pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) {
-      const int token = first + r * GROUPS + threadIdx.x / KEY_LANES;
       float logit = 0.0f;
-      if (mapped[r]) {
 #pragma unroll
-        for (int i = 0; i < Share::COUNT; ++i)
-          if (Share::owns(i))
+      for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-            for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key[r].vector[i].value[v]);
-      }
-      logit = warp_reduce<Sum, 1, KEY_LANES>(logit);
-      if (!mapped[r]) logit = minus_infinity();
-      if (token < stretch.end && threadIdx.x % KEY_LANES == 0) logits[token - stretch.begin] = logit;
+        for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key[r].vector[i].value[v]);
+      logit = warp_reduce<Sum, 1, ROW_LANES>(logit);
+      if (block_id[r] == kUnmapped) logit = minus_infinity();
+      const int index = token + r * GROUPS - stretch.begin;
+      if (index < stretch.end - stretch.begin && threadIdx.x % ROW_LANES == 0) logits[index] = logit;
       largest = fmaxf(largest, logit);
     }
   }
@@ -126,10 +124,7 @@ __device__ __forceinline__ float exponentiate(float* logits, int count, float ma
 
 // Weighted sum of values whose dimensions are neighbours: a group of lanes takes a token, each lane some dimensions.
 struct Accumulator {
-  using Share = RowShare<ROW_LANES>;
-  static constexpr int GROUPS = THREADS / ROW_LANES;
-  static constexpr int IN_FLIGHT = Share::IN_FLIGHT;
-  float sum[Share::COUNT * VEC] = {};
+  float sum[COUNT * VEC] = {};
 
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
@@ -139,24 +134,21 @@ struct Accumulator {
   __device__ __forceinline__ void add(const float* weights,   // [stretch_tokens]
                                       const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
     for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
-      Share value[IN_FLIGHT];
-      float weight[IN_FLIGHT];
+      RowShare row[IN_FLIGHT];
+      int block_id[IN_FLIGHT];
+      const int token = first + threadIdx.x / ROW_LANES;   // and every GROUPS-th after it
+#pragma unroll
+      for (int r = 0; r < IN_FLIGHT; ++r) block_id[r] = stretch.block_of(token + r * GROUPS);
+#pragma unroll
+      for (int r = 0; r < IN_FLIGHT; ++r)
+        row[r].load(value_cache, strides, block_id[r], stretch.kv_head, Stretch::slot_of(token + r * GROUPS));
 #pragma unroll
       for (int r = 0; r < IN_FLIGHT; ++r) {
-        const int token = first + r * GROUPS + threadIdx.x / ROW_LANES;
-        const int block_id = token < stretch.end ? stretch.block_id(token) : kUnmapped;
-        weight[r] = block_id != kUnmapped ? weights[token - stretch.begin] : 0.0f;
-        if (block_id != kUnmapped) value[r].load(value_cache, strides, block_id, stretch.kv_head, token % BLOCK_SIZE);
-      }
+        const float weight = block_id[r] == kUnmapped ? 0.0f : weights[token + r * GROUPS - stretch.begin];
 #pragma unroll
-      for (int r = 0; r < IN_FLIGHT; ++r) {
-        const int token = first + r * GROUPS + threadIdx.x / ROW_LANES;
-        if (token >= stretch.end || weight[r] == 0.0f) continue;   // a slot that was not read holds anything, even NaN
+        for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-        for (int i = 0; i < Share::COUNT; ++i)
-          if (Share::owns(i))
-#pragma unroll
-            for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight[r] * to_float(value[r].vector[i].value[v]);
+          for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight * to_float(row[r].vector[i].value[v]);
       }
     }
   }
@@ -164,11 +156,12 @@ struct Accumulator {
   // The warp's sum of every dimension, to shared memory.
   __device__ __forceinline__ void store(float* warp_sum) {   // [HEAD_DIM]
 #pragma unroll
-    for (int i = 0; i < Share::COUNT; ++i)
+    for (int i = 0; i < COUNT; ++i)
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const float total = warp_reduce<Sum, ROW_LANES, kWarpSize>(sum[i * VEC + v]);
-        if (Share::owns(i) && threadIdx.x % kWarpSize < ROW_LANES) warp_sum[Share::vector_index(i) * VEC + v] = total;
+        if (RowShare::owns(i) && threadIdx.x % kWarpSize < ROW_LANES)
+          warp_sum[RowShare::vector_index(i) * VEC + v] = total;
       }
   }
 };
@@ -181,8 +174,8 @@ struct Accumulator {
   static constexpr int SLOTS = widest_divisor(BLOCK_SIZE, VEC);      // slots in one load
   static constexpr int SLOT_LANES = at_most(2, BLOCK_SIZE / SLOTS);
   static constexpr int ROWS = kWarpSize / SLOT_LANES;                // dimensions that a warp reads at once
-  static constexpr int COUNT = (HEAD_DIM + ROWS - 1) / ROWS;
-  float sum[COUNT] = {};
+  static constexpr int DIMS = (HEAD_DIM + ROWS - 1) / ROWS;          // dimensions that a lane sums
+  float sum[DIMS] = {};
 
   static __device__ __forceinline__ int dimension(int i) { return i * ROWS + threadIdx.x % kWarpSize / SLOT_LANES; }
 
@@ -193,16 +186,17 @@ struct Accumulator {
 
   __device__ __forceinline__ void add(const float* weights,   // [stretch_tokens]
                                       const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
-    for (int first = stretch.begin + threadIdx.x / kWarpSize * BLOCK_SIZE; first < stretch.end; first += WARPS * BLOCK_SIZE) {
-      const int block_id = stretch.block_id(first);
-      if (block_id == kUnmapped) continue;
-      const int filled = min(BLOCK_SIZE, stretch.end - first);
-      for (int slot = threadIdx.x % SLOT_LANES * SLOTS; slot < filled; slot += SLOT_LANES * SLOTS) {
+    const int warp = threadIdx.x / kWarpSize;
+    for (int first = stretch.begin + warp * BLOCK_SIZE; first < stretch.end; first += WARPS * BLOCK_SIZE) {
+      const int block_id = stretch.block_of(first);
+      const int filled = block_id == kUnmapped ? 0 : min(BLOCK_SIZE, stretch.end - first);
+      for (int row = 0; row < filled; row += SLOT_LANES * SLOTS) {   // as often for every lane of the warp
+        const int slot = row + threadIdx.x % SLOT_LANES * SLOTS;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-          if (HEAD_DIM % ROWS != 0 && dimension(i) >= HEAD_DIM) continue;
+        for (int i = 0; i < DIMS; ++i) {
           const long long offset = strides.offset(block_id, stretch.kv_head, slot, dimension(i));
-          const auto value = load_global(reinterpret_cast<const Vector<STORAGE, SLOTS>*>(value_cache + offset));
+          const auto* address = reinterpret_cast<const Vector<STORAGE, SLOTS>*>(value_cache + offset);
+          const auto value = load_global_if(slot < filled && dimension(i) < HEAD_DIM, address);
 #pragma unroll
           for (int s = 0; s < SLOTS; ++s)   // a slot past the end holds anything, even NaN
             if (slot + s < filled) sum[i] += weights[first - stretch.begin + slot + s] * to_float(value.value[s]);
@@ -213,7 +207,7 @@ struct Accumulator {
 
   __device__ __forceinline__ void store(float* warp_sum) {   // [HEAD_DIM]
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
+    for (int i = 0; i < DIMS; ++i) {
       const float total = warp_reduce<Sum, 1, SLOT_LANES>(sum[i]);
       if (dimension(i) < HEAD_DIM && threadIdx.x % SLOT_LANES == 0) warp_sum[dimension(i)] = total;
     }
@@ -222,7 +216,7 @@ struct Accumulator {
 
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_v1(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_attention_v1(
     STORAGE* __restrict__ out,                // [num_seqs, num_heads, HEAD_DIM]
     float* __restrict__ lse,                  // [num_seqs, num_heads], or null
     const STORAGE* __restrict__ query,        // [num_seqs, num_heads, HEAD_DIM]
@@ -233,9 +227,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_v1(
     const float scale, const int num_heads, const int group,   // group: query heads per KV head
     const int max_blocks,
     const int stretch_tokens,                 // a multiple of BLOCK_SIZE
-    const long long key_block_stride, const long long key_head_stride, const long long key_slot_stride,
-    const long long key_pack_stride, const long long value_block_stride, const long long value_head_stride,
-    const long long value_slot_stride, const long long value_pack_stride) {
+    const int key_block_stride, const long long key_head_stride, const int key_slot_stride, const int key_pack_stride,
+    const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
+    const int value_pack_stride) {
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   float* logits = reinterpret_cast<float*>(dynamic_shared);   // [stretch_tokens], then [WARPS][HEAD_DIM]
   __shared__ float max_of_warp[WARPS], sum_of_warp[WARPS];
@@ -248,16 +242,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_v1(
 
   // This lane's share of the query, with the softmax's scale and the change to base 2 folded in.
   const STORAGE* query_row = query + (seq * num_heads + head) * HEAD_DIM;
-  using Share = RowShare<KEY_LANES>;
-  float scaled_query[Share::COUNT * VEC] = {};
+  float scaled_query[COUNT * VEC];
 #pragma unroll
-  for (int i = 0; i < Share::COUNT; ++i)
-    if (Share::owns(i)) {
-      const auto part =
-          load_global(reinterpret_cast<const Vector<STORAGE, VEC>*>(query_row + Share::vector_index(i) * VEC));
+  for (int i = 0; i < COUNT; ++i) {
+    const auto* address = reinterpret_cast<const Vector<STORAGE, VEC>*>(query_row + RowShare::vector_index(i) * VEC);
+    const auto part = load_global_if(RowShare::owns(i), address);
 #pragma unroll
-      for (int v = 0; v < VEC; ++v) scaled_query[i * VEC + v] = to_float(part.value[v]) * (scale * kLog2E);
-    }
+    for (int v = 0; v < VEC; ++v) scaled_query[i * VEC + v] = to_float(part.value[v]) * (scale * kLog2E);
+  }
 
   SoftmaxState softmax;
   Accumulator accumulator;

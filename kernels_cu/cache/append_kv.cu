@@ -37,9 +37,9 @@ extern "C" __global__ void append_kv(
     const STORAGE* __restrict__ value,    // [num_tokens, num_kv_heads, HEAD_DIM]
     const SLOT* __restrict__ slot_mapping,   // [num_tokens], slot = block * BLOCK_SIZE + offset, -1 = skip
     const long long num_tokens, const int num_kv_heads,
-    const long long key_block_stride, const long long key_head_stride, const long long key_slot_stride,
-    const long long key_pack_stride, const long long value_block_stride, const long long value_head_stride,
-    const long long value_slot_stride, const long long value_pack_stride) {
+    const int key_block_stride, const long long key_head_stride, const int key_slot_stride, const int key_pack_stride,
+    const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
+    const int value_pack_stride) {
   const long long thread = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
   const int vectors_per_token = num_kv_heads * VECTORS;
   const long long token = thread / vectors_per_token;

@@ -7,3 +7,11 @@ template <typename T>
 __device__ __forceinline__ T load_global(const T* address) {
   return *address;
 }
+
+// The same where `wanted`, else zeros without touching memory: lanes that want nothing still keep step with their warp.
+template <typename T>
+__device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
+  T value = {};
+  if (wanted) value = *address;
+  return value;
+}

@@ -8,9 +8,12 @@ constexpr int kUnmapped = -1;   // a block table's entry without a block
 
 template <int Pack>
 struct KvStrides {
-  long long block, head, slot, pack;
+  int block;        // strides within a block, and of a block, fit 32 bits; what they are multiplied by makes 64
+  long long head;
+  int slot, pack;
 
   __device__ __forceinline__ long long offset(int block_id, int kv_head, int slot_in_block, int dim) const {
-    return block_id * block + kv_head * head + slot_in_block * slot + (dim / Pack) * pack + dim % Pack;
+    const long long of_head = kv_head * head + static_cast<long long>(dim / Pack) * pack + dim % Pack;
+    return of_head + (static_cast<long long>(block_id) * block + static_cast<long long>(slot_in_block) * slot);
   }
 };

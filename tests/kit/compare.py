@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-import cupaged as pg
 from cupaged.bench.accuracy import decode_budget
 from cupaged.reference import as_numpy as to_numpy
 
@@ -13,12 +12,10 @@ __all__ = ["assert_decode_matches_reference", "to_numpy"]
 
 def assert_decode_matches_reference(case, out, lse=None):
     """Hold a decode result to the float64 reference."""
-    expected, expected_lse = pg.reference.paged_attention(*case.arguments, return_lse=True)
-    query, out = to_numpy(case.query), to_numpy(out)
-    assert out.dtype == query.dtype
+    budget = decode_budget(*case.arguments)
+    expected, expected_lse, out = budget.expected, budget.expected_lse, to_numpy(out)
+    assert out.dtype == case.query.dtype
     assert out.shape == expected.shape
-    key, value = (to_numpy(array) for array in case.cache.to_dense())
-    budget = decode_budget(expected, expected_lse, query, key, value, query.shape[-1] ** -0.5)
     actual = out.astype(np.float64)
     assert np.isfinite(actual).all(), "the output holds NaN or infinity: something was read that must not be"
     error = np.abs(actual - expected)

@@ -226,7 +226,7 @@ def test_every_16_bit_value_and_every_rounding(program, xp, c_type, name):
     widened = xp.zeros(count, dtype=xp.float32)
     kernel((-(-count // 256),), (256,), rounded=rounded, widened=widened, values=xp.asarray(values),
            stored=xp.asarray(np.resize(stored, count)), count=count)  # fmt: skip
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         expected = values.astype(dtype)
     nan = np.isnan(values)
     np.testing.assert_array_equal(to_numpy(rounded).view(np.uint16)[~nan], expected.view(np.uint16)[~nan])

@@ -8,3 +8,9 @@ __device__ __forceinline__ T load_global(const T* address, CUPAGED_CALLER) {
   if (cupaged::this_thread->record_traffic) cupaged::record_load(address, sizeof(T), {file, line});
   return *address;
 }
+
+template <typename T>
+__device__ __forceinline__ T load_global_if(bool wanted, const T* address, CUPAGED_CALLER) {
+  if (cupaged::this_thread->record_traffic) cupaged::record_load(address, wanted ? sizeof(T) : 0, {file, line});
+  return wanted ? *address : T{};
+}

@@ -36,7 +36,7 @@ int barrier(bool predicate, Site site);
 // a value other than 0, synchronise 0.
 uint64_t meet_warp(WarpOperation operation, uint32_t mask, uint64_t value, int source_lane, Site site);
 
-// Note a load of `size` bytes of global memory by the running thread.
+// Note a load of `size` bytes of global memory by the running thread; 0 if it sits this one out.
 void record_load(const void* address, unsigned size, Site site);
 
 // Abandon the launch with a message; does not return.

@@ -1,7 +1,8 @@
 // The traffic recorder: which 32-byte sectors each warp-wide load touches, as the load/store unit would count them.
 //
 // Lanes run one after another here, so a request has to be put together again: the n-th execution of a source line by
-// each lane, counted since the lanes last met (at a barrier or a warp operation), is one instruction of the warp.
+// each lane, counted since the lanes last met (at a barrier or a warp operation), is one instruction of the warp. A
+// load of 0 bytes is one that its lane sat out: it counts as an execution and touches nothing.
 #pragma once
 
 #include <algorithm>
@@ -84,10 +85,13 @@ class WarpTraffic {
   }
 
   void count_request(size_t first, size_t last, const Launch& launch, TrafficTable& table) {
+    while (first < last && loads_[first].size == 0) ++first;
+    if (first == last) return;
     const Load& load = loads_[first];
     LineCounters& line = table[{load.site.file, load.site.line, array_of(launch, load.address)}];
     uintptr_t next_sector = 0, next_byte = 0;   // the first ones that no earlier lane has touched
     for (size_t i = first; i < last; ++i) {
+      if (loads_[i].size == 0) continue;
       const uintptr_t begin = loads_[i].address, end = begin + loads_[i].size;
       const uintptr_t sector_begin = std::max(begin / kSectorBytes, next_sector);
       const uintptr_t sector_end = (end - 1) / kSectorBytes + 1;

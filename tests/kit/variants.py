@@ -1,0 +1,52 @@
+"""Covering sets of defines: every kernel, every branch that a define selects."""
+
+from __future__ import annotations
+
+import cupaged as pg
+from cupaged import layouts
+from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
+
+CONFIGS = [
+    pg.CacheConfig(4, block_size, 2, head_dim, dtype, layout)
+    for dtype, head_dim, block_size, layout in (
+        ("float16", 128, 16, "BSHD"),
+        ("float16", 256, 32, "BHDSX"),
+        ("float16", 72, 7, "BHDSX"),
+        ("float16", 40, 1, "HBSD"),
+        ("bfloat16", 128, 16, "BHDSX"),
+        ("bfloat16", 80, 24, "BS2HD"),
+        ("bfloat16", 192, 256, "BHSD"),
+        ("float32", 32, 16, "BSHD"),
+        ("float32", 256, 2, "BHDSX"),
+        ("float32", 120, 100, "BSHD"),
+    )
+]
+
+
+def attention_defines(config):
+    """Return the defines of paged_attention_v1 for a cache."""
+    return {
+        "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
+        "HEAD_DIM": config.head_dim,
+        "BLOCK_SIZE": config.block_size,
+        "KEY_PACK": layouts.kv_strides(config, "key").pack_size,
+        "VALUE_COLUMNS": int(layouts.kv_strides(config, "value").pack_size == 1),
+    }
+
+
+def append_defines(config, slot):
+    """Return the defines of append_kv for a cache."""
+    defines = attention_defines(config)
+    del defines["VALUE_COLUMNS"]
+    return {**defines, "VALUE_PACK": layouts.kv_strides(config, "value").pack_size, "SLOT": slot}
+
+
+def all_variants():
+    """Return the source of every kernel over its covering set of defines."""
+    v1 = [("attention/paged_attention_v1.cu", "paged_attention_v1", attention_defines(c)) for c in CONFIGS]
+    append = [
+        ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
+        for i, config in enumerate(CONFIGS)
+    ]
+    rest = [("bench/read_stream.cu", "read_stream", {})]
+    return [KernelSource.read(*variant) for variant in (*v1, *append, *rest)]

@@ -1,0 +1,60 @@
+"""Run every kernel on small cases: what the sanitizers of the host and of the GPU watch.
+
+``python -m tests.runtime.every_kernel host`` or ``cuda``; ``broken FOLDER`` reads past an array, on the host.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+import cupaged as pg
+from cupaged.runtime import host, load_kernel
+from tests.kit.cases import DecodeShape, decode_case
+from tests.kit.compare import assert_decode_matches_reference
+from tests.kit.programs import kernel_from_text
+
+SHAPES = [
+    DecodeShape((0, 1, 17, 100), layout="BSHD", dtype="float16"),
+    DecodeShape((33, 100), layout="BHSD", dtype="bfloat16", head_dim=72, block_size=7),
+    DecodeShape((16, 65), layout="HBSD", dtype="float32", head_dim=256, block_size=1),
+    DecodeShape((47, 5), layout="BS2HD", dtype="float16", head_dim=40, block_size=3),
+    DecodeShape((90, 40), layout="BHDSX", dtype="float16", head_dim=128),
+    DecodeShape((50,), layout="BHDSX", dtype="float32", head_dim=120, block_size=5, unmapped=0.5),
+    DecodeShape((4200,), num_heads=1, num_kv_heads=1),
+]
+
+
+def run_all(backend):
+    """Attend under two schedules, append, and read a stream."""
+    for shape in SHAPES:
+        case = decode_case(shape, backend)
+        for seed in range(2):
+            with host.schedule(seed) if backend == "host" else nullcontext():
+                assert_decode_matches_reference(case, *pg.paged_attention(*case.arguments, return_lse=True))
+        config, xp = case.cache.config, case.cache.xp
+        rows = xp.ones((5, config.num_kv_heads, config.head_dim), config.numpy_dtype)
+        slots = np.array([0, config.num_slots - 1, -1, 2, 1])
+        pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
+        assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+    data = xp.arange(4 * 1000, dtype=np.uint32)
+    combined = xp.zeros(1, np.uint32)
+    kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
+    kernel((2,), (64,), combined=combined, data=data, vectors=1000)
+    assert int(combined[0]) == np.bitwise_xor.reduce(np.arange(4 * 1000, dtype=np.uint32))
+
+
+def run_broken(folder):
+    """Read one element past an array: the sanitizer must end the process."""
+    text = 'extern "C" __global__ void past(int* out, const int* data, const int n) { out[0] = data[n]; }'
+    data = np.zeros(5000, np.int32)
+    kernel_from_text(Path(folder), text, "past", "host")((1,), (1,), out=np.zeros(1, np.int32), data=data, n=5000)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "broken":
+        run_broken(sys.argv[2])
+    else:
+        run_all(sys.argv[1])
+    print("clean")

@@ -1,0 +1,459 @@
+"""The host build: errors instead of hangs, shuffled schedules, the traffic recorder, and what a user can get wrong."""
+
+import stat
+import time
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.runtime import host, load_kernel
+from cupaged.runtime.source import KernelSource
+from tests.kit.programs import kernel_from_text
+
+INCLUDES = '#include "global_memory.cuh"\n#include "reduce.cuh"\n'
+
+
+@pytest.fixture
+def program(tmp_path):
+    def build(entry, text, **defines):
+        return kernel_from_text(tmp_path, INCLUDES + text, entry, "host", defines)
+
+    return build
+
+
+# --- divergence is an error, not a hang -----------------------------------------------------------------------------
+
+
+def test_threads_at_different_barriers(program):
+    kernel = program(
+        "split",
+        """extern "C" __global__ void split(int* out) {
+  if (threadIdx.x < 40) __syncthreads();
+  else
+    __syncthreads();
+}""",
+    )
+    message = (r"split: divergence in block \(0, 0, 0\): thread \(0, 0, 0\) waits at the barrier in split.cu:4, "
+               r"but thread \(40, 0, 0\) waits at the barrier in split.cu:6")  # fmt: skip
+    with pytest.raises(pg.KernelLaunchError, match=message):
+        kernel((1,), (64,), out=np.zeros(1, np.int32))
+
+
+def test_a_thread_that_exits_past_a_barrier(program):
+    kernel = program(
+        "early",
+        """extern "C" __global__ void early(int* out) {
+  if (blockIdx.x == 2 && threadIdx.x == 5) return;
+  __syncthreads();
+}""",
+    )
+    message = (
+        r"block \(2, 0, 0\): thread \(0, 0, 0\) waits at the barrier in early.cu:5, but thread \(5, 0, 0\) has exited"
+    )
+    with pytest.raises(pg.KernelLaunchError, match=message):
+        kernel((4,), (32,), out=np.zeros(1, np.int32))
+
+
+def test_a_lane_that_never_comes_to_a_shuffle(program):
+    kernel = program(
+        "lost_lane",
+        """extern "C" __global__ void lost_lane(int* out) {
+  if (threadIdx.x != 7) out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, 1);
+}""",
+    )
+    message = r"thread \(0, 0, 0\) waits in the warp operation in lost_lane.cu:4, but thread \(7, 0, 0\) has exited"
+    with pytest.raises(pg.KernelLaunchError, match=message):
+        kernel((1,), (32,), out=np.zeros(32, np.int32))
+
+
+def test_lanes_in_different_operations(program):
+    kernel = program(
+        "mixed",
+        """extern "C" __global__ void mixed(int* out) {
+  if (threadIdx.x % 2) out[threadIdx.x] = __shfl_sync(kAllLanes, 1, 0);
+  else out[threadIdx.x] = __ballot_sync(kAllLanes, 1);
+}""",
+    )
+    with pytest.raises(pg.KernelLaunchError, match="its warp diverged: lane"):
+        kernel((1,), (32,), out=np.zeros(32, np.int32))
+
+
+def test_a_shuffle_from_a_lane_outside_the_mask(program):
+    kernel = program(
+        "outsider",
+        """extern "C" __global__ void outsider(int* out) {
+  if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(0xffffu, 1, 20);
+}""",
+    )
+    with pytest.raises(pg.KernelLaunchError, match="a shuffle reads lane 20, which takes no part in it"):
+        kernel((1,), (32,), out=np.zeros(32, np.int32))
+
+
+def test_a_trap_names_its_thread_and_line(program):
+    kernel = program(
+        "trapped",
+        """extern "C" __global__ void trapped(int* out) {
+  if (blockIdx.x == 3 && threadIdx.x == 9) __trap();
+}""",
+    )
+    with pytest.raises(pg.KernelLaunchError, match=r"thread \(9, 0, 0\) of block \(3, 0, 0\) at trapped.cu:4: __trap"):
+        kernel((8,), (32,), out=np.zeros(1, np.int32))
+
+
+def test_writing_past_dynamic_shared_memory(program):
+    kernel = program(
+        "overrun",
+        """extern "C" __global__ void overrun(int* out) {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  reinterpret_cast<int*>(dynamic_shared)[threadIdx.x] = 1;
+}""",
+    )
+    kernel((1,), (32,), shared_bytes=128, out=np.zeros(1, np.int32))
+    with pytest.raises(pg.KernelLaunchError, match=r"block \(0, 0, 0\) wrote past its 64 bytes of dynamic shared"):
+        kernel((1,), (32,), shared_bytes=64, out=np.zeros(1, np.int32))
+
+
+def test_after_an_error_the_next_launch_works(program):
+    kernel = program(
+        "sometimes",
+        """extern "C" __global__ void sometimes(int* out, const int fail) {
+  if (fail && threadIdx.x == 0) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}""",
+    )
+    for fail in (1, 0, 1, 0):
+        out = np.zeros(64, np.int32)
+        if fail:
+            with pytest.raises(pg.KernelLaunchError, match="has exited"):
+                kernel((3,), (64,), out=out, fail=fail)
+        else:
+            kernel((3,), (64,), out=out, fail=fail)
+            assert (out == 1).all()
+
+
+# --- schedules and shared memory ------------------------------------------------------------------------------------
+
+MISSING_BARRIER = """extern "C" __global__ void racy(int* out) {   // [96]
+  __shared__ int row[96];
+  row[threadIdx.x] = threadIdx.x;
+  BARRIER
+  out[threadIdx.x] = row[(threadIdx.x + 37) % 96];
+}"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_missing_barrier_shows(program, seed):
+    expected = (np.arange(96) + 37) % 96
+    for barrier, right in (("__syncthreads();", True), ("", False)):
+        kernel = program("racy", MISSING_BARRIER.replace("BARRIER", barrier))
+        out = np.zeros(96, np.int32)
+        with host.schedule(seed):
+            kernel((1,), (96,), out=out)
+        assert np.array_equal(out, expected) == right
+
+
+def test_shared_memory_starts_as_nan_in_every_block(program):
+    kernel = program(
+        "unset",
+        """extern "C" __global__ void unset(float* out) {   // [blocks, 3]
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  __shared__ float fixed[2];
+  float* flexible = reinterpret_cast<float*>(dynamic_shared);
+  out[3 * blockIdx.x] = fixed[0];
+  out[3 * blockIdx.x + 1] = fixed[1];
+  out[3 * blockIdx.x + 2] = flexible[7];
+  fixed[0] = fixed[1] = flexible[7] = 1.0f;
+}""",
+    )
+    out = np.zeros((20, 3), np.float32)
+    kernel((20,), (1,), shared_bytes=32, out=out)
+    assert np.isnan(out).all()
+
+
+def test_a_seed_changes_the_order_and_repeats_it(program):
+    kernel = program(
+        "order",
+        """extern "C" __global__ void order(int* out, int* next) {   // [threads], [1]
+  out[atomicAdd(next, 1)] = threadIdx.x + blockDim.x * blockIdx.x;
+}""",
+    )
+
+    def run(seed):
+        out, following = np.zeros(512, np.int32), np.zeros(1, np.int32)
+        with host.schedule(seed):
+            kernel((4,), (128,), out=out, next=following)
+        return out.tolist()
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as context:
+        context.setenv("CUPAGED_HOST_THREADS", "1")
+        assert run(0) == list(range(512))
+        assert run(1) == run(1) != run(2) != run(0)
+        assert sorted(run(1)) == list(range(512))
+
+
+def test_blocks_are_spread_over_the_cores(program, monkeypatch):
+    """Every block notes its OS thread by the address of a variable of its own."""
+    kernel = program(
+        "where",
+        """extern "C" __global__ void where(unsigned long long* out) {   // [blocks]
+  __shared__ int mine;
+  double sink = 0.0;
+  for (int i = 0; i < 200000; ++i) sink += i * 1e-9;
+  mine = static_cast<int>(sink);
+  out[blockIdx.x] = reinterpret_cast<unsigned long long>(&mine);
+}""",
+    )
+    for workers in (1, 2):
+        monkeypatch.setenv("CUPAGED_HOST_THREADS", str(workers))
+        out = np.zeros(64, np.uint64)
+        kernel((64,), (1,), out=out)
+        assert len(set(out.tolist())) == workers
+
+
+def test_context_switches_are_cheap(program):
+    """A million of them within two seconds on any machine: a fifth of a second is usual, swapcontext takes over one."""
+    kernel = program(
+        "barriers",
+        """extern "C" __global__ void barriers(int* out) {
+  for (int i = 0; i < 1000; ++i) __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(out, 1);
+}""",
+    ).build()
+    out = np.zeros(1, np.int32)
+    start = time.perf_counter()
+    kernel((1,), (1000,), out=out)
+    assert time.perf_counter() - start < 2.0
+    assert out[0] == 1
+
+
+# --- the traffic recorder -------------------------------------------------------------------------------------------
+
+
+def aligned(count, dtype=np.float32):
+    from cupaged.kv_cache import aligned_zeros
+
+    return aligned_zeros((count,), np.dtype(dtype))
+
+
+STRIDED = """
+extern "C" __global__ void strided(float* out, const float* data, const int stride) {   // [threads], [threads * stride]
+  out[threadIdx.x] = load_global(data + threadIdx.x * stride);
+}"""
+
+
+@pytest.mark.parametrize(("stride", "sectors"), [(1, 4), (2, 8), (4, 16), (8, 32), (100, 32), (0, 1)])
+def test_sectors_of_a_strided_load(program, stride, sectors):
+    kernel = program("strided", STRIDED)
+    data, out = aligned(32 * 100 + 1), aligned(64)
+    with host.record_traffic() as log:
+        kernel((1,), (32,), out=out, data=data, stride=stride)
+        kernel((3,), (64,), out=out, data=data[: 64 * 8], stride=min(stride, 8))
+    assert (log[0].requests, log[0].sectors) == (1, sectors)
+    assert log[0].bytes == (4 if stride == 0 else 128)
+    assert log[0].sectors_per_request == sectors
+    assert log[0].used_fraction == pytest.approx(log[0].bytes / (32 * sectors))
+    assert log[1].requests == 3 * 2
+    assert [(line.array, line.line) for line in log[0].lines] == [("data", 5)]
+
+
+def test_misaligned_vectors_take_one_sector_more(program):
+    kernel = program(
+        "vectors",
+        """#include "types.cuh"
+extern "C" __global__ void vectors(float* out, const float* data) {   // [32], [4 * 32]
+  out[threadIdx.x] = load_global(reinterpret_cast<const Vector<float, 4>*>(data) + threadIdx.x).value[0];
+}""",
+    )
+    data = aligned(4 * 32 + 4)
+    with host.record_traffic() as log:
+        kernel((1,), (32,), out=aligned(32), data=data[:128])
+        kernel((1,), (32,), out=aligned(32), data=data[4:])
+    assert [launch.sectors for launch in log] == [16, 17]
+    assert [launch.bytes for launch in log] == [512, 512]
+
+
+def test_lanes_that_sit_a_load_out_keep_step(program):
+    """Half of the lanes skip every other load; the loads of the rest still form one request each."""
+    kernel = program(
+        "predicated",
+        """
+extern "C" __global__ void predicated(float* out, const float* data) {   // [32], [32 * 10]
+  float sum = 0.0f;
+  for (int i = 0; i < 10; ++i) sum += load_global_if(threadIdx.x % 2 == 0 || i % 2 == 0, data + 32 * i + threadIdx.x);
+  out[threadIdx.x] = sum;
+}""",
+    )
+    data, out = aligned(320), aligned(32)
+    data[:] = 1
+    with host.record_traffic() as log:
+        kernel((1,), (32,), out=out, data=data)
+    assert (log[0].requests, log[0].sectors, log[0].bytes) == (10, 40, 5 * 128 + 5 * 64)
+    np.testing.assert_array_equal(out, np.where(np.arange(32) % 2 == 0, 10, 5))
+
+
+def test_a_load_that_no_lane_wants_is_no_request(program):
+    kernel = program(
+        "unwanted",
+        """
+extern "C" __global__ void unwanted(float* out, const float* data) {
+  out[threadIdx.x] = load_global_if(threadIdx.x > 40, data + threadIdx.x);
+}""",
+    )
+    with host.record_traffic() as log:
+        kernel((1,), (64,), out=aligned(64), data=aligned(64))
+    assert (log[0].requests, log[0].sectors) == (1, 3)
+
+
+def test_nothing_is_recorded_unless_asked(program):
+    kernel = program("strided", STRIDED)
+    with host.record_traffic() as log:
+        pass
+    kernel((1,), (32,), out=aligned(32), data=aligned(32), stride=1)
+    assert log == []
+
+
+def test_every_byte_of_the_cache_is_asked_for_once():
+    """The recorder misses no load of the attention kernel: bytes asked for are the bytes of the context."""
+    from cupaged.bench.traffic import cache_traffic
+    from cupaged.bench.workload import decode_workload
+
+    for layout in ("BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"):
+        work = decode_workload((64, 48), 3, 3, 128, 16, layout=layout, backend="host")
+        _, cache = cache_traffic(lambda work=work: pg.paged_attention(*work.arguments))
+        assert cache.bytes == work.kv_bytes
+        assert cache.used_fraction == 1.0
+
+
+# --- what a user can get wrong ---------------------------------------------------------------------------------------
+
+
+def test_a_compiler_error_stands_at_the_line_of_the_cu_file(program):
+    kernel = program(
+        "broken",
+        """extern "C" __global__ void broken(int* out) {
+  out[0] = undefined_name;
+}""",
+    )
+    with pytest.raises(pg.KernelBuildError, match=r"broken\.cu:4:\d+: error: .*undefined_name"):
+        kernel.build()
+
+
+def test_a_missing_compiler_is_one_clear_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(pg.BackendUnavailableError, match=r"found neither g\+\+ nor clang\+\+ on PATH: install one"):
+        host.find_compiler()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(pg.BackendUnavailableError, match=r"found no-such-compiler \(from CXX\) not on PATH"):
+        host.find_compiler()
+
+
+def test_cxx_is_honoured(monkeypatch, tmp_path):
+    wrapper = tmp_path / "my-compiler"
+    command, _ = host.find_compiler()
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {command[0]} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper} -DEXTRA=1")
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    kernel = kernel_from_text(tmp_path, 'extern "C" __global__ void one(int* out) { out[0] = EXTRA; }', "one", "host")
+    out = np.zeros(1, np.int32)
+    kernel((1,), (1,), out=out)
+    assert out[0] == 1
+    assert "one.cpp" in (tmp_path / "calls").read_text()
+
+
+def test_a_kernel_is_built_once_and_again_when_a_header_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    text = '#include "added.cuh"\nextern "C" __global__ void add(int* out) { out[0] += ADD; }'
+    include = tmp_path / "kernels" / "include"
+    include.mkdir(parents=True)
+
+    def built():
+        return sorted(path.name for path in (tmp_path / "cache" / "host").glob("add-*.so"))
+
+    out = np.zeros(1, np.int32)
+    for value, expected, count in ((5, 5, 1), (5, 10, 1), (7, 17, 2)):
+        (include / "added.cuh").write_text(f"constexpr int ADD = {value};\n")
+        kernel_from_text(tmp_path, text, "add", "host")((1,), (1,), out=out)
+        assert (out[0], len(built())) == (expected, count)
+
+
+def test_the_cache_belongs_to_its_owner_alone(monkeypatch, tmp_path):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(folder))
+    kernel = kernel_from_text(tmp_path, 'extern "C" __global__ void one(int* out) { out[0] = 1; }', "one", "host")
+    kernel.build()
+    assert stat.S_IMODE((folder / "host").stat().st_mode) == 0o700
+    (folder / "host").chmod(0o777)
+    again = kernel_from_text(tmp_path, 'extern "C" __global__ void two(int* out) { out[0] = 2; }', "two", "host")
+    with pytest.raises(PermissionError, match=r"writable by nobody else .* mode 777"):
+        again.build()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"data": np.zeros(64, np.float64)}, TypeError, "argument data must have dtype float32; got float64"),
+        (
+            {"data": np.zeros(128, np.float32)[::2]},
+            ValueError,
+            r"argument data must be C-contiguous; got shape \(64,\)",
+        ),
+        ({"data": [1.0]}, TypeError, "argument data must be a NumPy array on the host backend; got builtins.list"),
+        ({"stride": 1.0}, TypeError, r"argument stride must be an integer \(int\); got float 1.0"),
+        (
+            {"stride": 2**31},
+            ValueError,
+            r"argument stride must lie in \[-2147483648, 2147483647\] \(int\); got 2147483648",
+        ),
+        ({"stride": None}, TypeError, "argument stride must be an integer"),
+    ],
+)
+def test_arguments_are_refused_by_name(program, changed, error, message):
+    kernel = program("strided", STRIDED)
+    arguments = {"out": np.zeros(64, np.float32), "data": np.zeros(64, np.float32), "stride": 1}
+    with pytest.raises(error, match=message):
+        kernel((1,), (32,), **{**arguments, **changed})
+
+
+def test_a_read_only_array_is_not_written(program):
+    kernel = program("strided", STRIDED)
+    out = np.zeros(32, np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="argument out is written, but it is read-only"):
+        kernel((1,), (32,), out=out, data=np.zeros(32, np.float32), stride=1)
+
+
+def test_names_and_extents_are_checked(program):
+    kernel = program("strided", STRIDED)
+    good = {"out": np.zeros(32, np.float32), "data": np.zeros(32, np.float32), "stride": 1}
+    with pytest.raises(TypeError, match=r"missing arguments \['stride'\], unknown arguments \['strid'\]"):
+        kernel((1,), (32,), out=good["out"], data=good["data"], strid=1)
+    for grid, block in (((0,), (32,)), ((1,), (1025,)), ((1, 1, 1, 1), (32,)), ((1,), (32, 33)), ((1, 65536), (1,))):
+        with pytest.raises(ValueError, match="(grid|block) must"):
+            kernel(grid, block, **good)
+    with pytest.raises(pg.UnsupportedError, match="shared_bytes must be at most 232448"):
+        kernel((1,), (32,), shared_bytes=232449, **good)
+    with pytest.raises(ValueError, match="seed must lie in"), host.schedule(-1):
+        pass
+
+
+def test_worker_count_is_checked(program, monkeypatch):
+    kernel = program("strided", STRIDED)
+    monkeypatch.setenv("CUPAGED_HOST_THREADS", "many")
+    with pytest.raises(ValueError, match="CUPAGED_HOST_THREADS must be a positive integer; got 'many'"):
+        kernel((1,), (32,), out=np.zeros(32, np.float32), data=np.zeros(32, np.float32), stride=1)
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(pg.KernelBuildError, match="there is no kernel file .*nothing.cu"):
+        load_kernel("attention/nothing.cu", "nothing", backend="host")
+
+
+def test_loading_again_gives_the_same_kernel():
+    first, second = (load_kernel("bench/read_stream.cu", "read_stream", backend="host") for _ in range(2))
+    assert first is second
+    assert isinstance(first.source, KernelSource)

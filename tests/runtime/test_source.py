@@ -1,0 +1,115 @@
+"""A kernel's signature and digest are read from its source."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.runtime.arguments import typed_scalar
+from cupaged.runtime.source import KernelSource, Parameter, kernels_folder, kernels_from
+
+
+def source(tmp_path, text, entry="kernel", **defines):
+    (tmp_path / "include").mkdir(exist_ok=True)
+    (tmp_path / "kernel.cu").write_text(text, encoding="utf-8")
+    with kernels_from(tmp_path):
+        return KernelSource.read("kernel.cu", entry, defines)
+
+
+def test_a_signature_with_everything(tmp_path):
+    parameters = source(tmp_path, """
+// extern "C" __global__ void kernel(int commented_out)
+extern "C" __global__ void __launch_bounds__(THREADS, 4) kernel(
+    STORAGE* __restrict__ out,          // [a, b], with a comment (and brackets)
+    const float *bias, /* another, comment */
+    const long long stride, unsigned int n, bool flag, double x) {}
+""", STORAGE="__nv_bfloat16").parameters  # fmt: skip
+    assert parameters == (
+        Parameter("out", "__nv_bfloat16", np.dtype(ml_dtypes.bfloat16), True, False),
+        Parameter("bias", "float", np.dtype(np.float32), True, True),
+        Parameter("stride", "long long", np.dtype(np.int64), False, True),
+        Parameter("n", "unsigned int", np.dtype(np.uint32), False, False),
+        Parameter("flag", "bool", np.dtype(np.bool_), False, False),
+        Parameter("x", "double", np.dtype(np.float64), False, False),
+    )
+
+
+def test_no_parameters(tmp_path):
+    assert source(tmp_path, 'extern "C" __global__ void kernel() {}').parameters == ()
+
+
+def test_what_cannot_be_an_argument_is_refused(tmp_path):
+    for c_type in ("long", "float4", "size_t"):
+        with pytest.raises(pg.KernelBuildError, match=f"parameter n of kernel has type '{c_type}'"):
+            _ = source(tmp_path, f'extern "C" __global__ void kernel({c_type} n) {{}}').parameters
+    with pytest.raises(pg.KernelBuildError, match="kernel.cu has no entry point"):
+        _ = source(tmp_path, "__global__ void kernel(int n) {}").parameters
+
+
+def test_every_shipped_kernel_has_a_signature_that_arguments_fit():
+    defines = {"STORAGE": "float", "SLOT": "int"}
+    for info in pg.kernels().values():
+        parameters = KernelSource.read(info.file, info.name, defines).parameters
+        assert parameters[0].is_pointer and not parameters[0].is_const
+
+
+def test_the_digest_depends_on_headers_and_defines(tmp_path):
+    (tmp_path / "include").mkdir()
+    header = tmp_path / "include" / "outer.cuh"
+    header.write_text('#include "inner.cuh"\n')
+    (tmp_path / "include" / "inner.cuh").write_text("constexpr int X = 1;\n")
+    text = '#include "outer.cuh"\nextern "C" __global__ void kernel(int n) {}'
+    first = source(tmp_path, text, A=1)
+    assert {path.name for path in first.files} == {"kernel.cu", "outer.cuh", "inner.cuh"}
+    assert first.digest == source(tmp_path, text, A=1).digest
+    assert first.digest != source(tmp_path, text, A=2).digest
+    (tmp_path / "include" / "inner.cuh").write_text("constexpr int X = 2;\n")
+    assert first.digest != source(tmp_path, text, A=1).digest
+
+
+def test_a_kernels_folder_needs_an_include_folder(tmp_path):
+    with pytest.raises(ValueError, match="folder: expected a copy of kernels_cu"), kernels_from(tmp_path):
+        pass
+
+
+def test_the_kernels_folder_can_be_named_by_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPAGED_KERNELS", str(tmp_path))
+    assert kernels_folder() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("c_type", "dtype", "value", "expected"),
+    [
+        ("float", np.float32, 0.1, np.float32(0.1)),
+        ("float", np.float32, 3, np.float32(3)),
+        ("float", np.float32, np.float64(0.1), np.float32(0.1)),
+        ("float", np.float32, float("inf"), np.float32("inf")),
+        ("double", np.float64, 0.1, np.float64(0.1)),
+        ("int", np.int32, np.int64(7), np.int32(7)),
+        ("long long", np.int64, 2**40, np.int64(2**40)),
+        ("unsigned int", np.uint32, 2**32 - 1, np.uint32(2**32 - 1)),
+        ("bool", np.bool_, True, np.bool_(True)),
+        ("int", np.int32, np.array(5), np.int32(5)),
+    ],
+)
+def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, expected):
+    scalar = typed_scalar("kernel", Parameter("n", c_type, np.dtype(dtype), False, True), value)
+    assert scalar == expected
+    assert scalar.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+    ("c_type", "dtype", "value", "error"),
+    [
+        ("float", np.float32, 1e39, ValueError),
+        ("float", np.float32, 1j, TypeError),
+        ("float", np.float32, "1", TypeError),
+        ("int", np.int32, -(2**31) - 1, ValueError),
+        ("unsigned int", np.uint32, -1, ValueError),
+        ("int", np.int32, np.float32(1), TypeError),
+        ("bool", np.bool_, 2, ValueError),
+    ],
+)
+def test_a_scalar_that_does_not_fit_is_refused(c_type, dtype, value, error):
+    with pytest.raises(error, match="kernel: argument n must"):
+        typed_scalar("kernel", Parameter("n", c_type, np.dtype(dtype), False, True), value)
