@@ -2,7 +2,7 @@
 
 One kernel, paged_attention_v1, reads the same keys and values from five layouts. On a GPU the answer is time and
 bandwidth; without one the same .cu file runs on the CPU and the answer is the memory traffic that each layout causes:
-32-byte sectors per warp-wide request, and how much of the fetched bytes is used.
+32-byte sectors per warp-wide request, and how much of the fetched bytes is used, by a request and by a thread block.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ EXPECTATION = (
     "What to expect. In the four plain layouts a token's row for one head is one run of bytes: at D = 128 in half "
     "precision 256 bytes, eight whole 32-byte sectors. They differ only in which row comes next, so a kernel that "
     "reads whole rows should not care. It may care where a row is no multiple of 32 bytes (D = 72 in half precision: "
-    "144 bytes, 4.5 sectors): in BHSD and HBSD the rest of the sector is the same head's next token, which the same "
-    "request wants; in BSHD and BS2HD it is another head's, which another thread block wants. BHDSX keeps 16 bytes of "
-    "neighbouring tokens together, and its values run along the tokens: no worse at block sizes that 16-byte loads "
-    "divide, wasteful at odd ones, where they must be read one by one."
+    "144 bytes, 4.5 sectors). In BHSD and HBSD the rest of the sector is the same head's next token, which the same "
+    "thread block wants; in BSHD and BS2HD it is another head's, which another block wants and fetches once more. "
+    "BHDSX keeps 16 bytes of neighbouring tokens together, and its values run along the tokens: no worse at block "
+    "sizes that 16-byte loads divide; at odd ones values are read one by one, and each request uses little of what it "
+    "touches, though the L1 cache should find the rest again."
 )
 
 
@@ -152,7 +153,7 @@ def count_on_host(sweep: Sweep, cell: Cell) -> dict[str, Any]:
         **verdict_on(decode_check(out, *work.arguments)),
         "sectors_per_request": cache.sectors_per_request,
         "used_fraction": cache.used_fraction,
-        "fetched_per_kv_byte": 32 * cache.sectors / work.kv_bytes,
+        "used_fraction_per_block": cache.used_fraction_per_block,
         "requests": cache.requests,
         "sectors": cache.sectors,
         "all_loads_sectors_per_request": whole.sectors_per_request,
@@ -194,7 +195,7 @@ def build_kernels(sweep: Sweep) -> None:
 
 def metric_of(backend: str) -> str:
     """Return the row's key by which layouts are compared; more is better."""
-    return "of_ceiling" if backend == "cuda" else "used_fraction"
+    return "of_ceiling" if backend == "cuda" else "used_fraction_per_block"
 
 
 def groups(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
@@ -214,9 +215,9 @@ def summary(rows: list[dict[str, Any]], backend: str) -> list[dict[str, Any]]:
         for row in some:
             if row["placement"] == "random":
                 line[row["layout"]] = (
-                    f"{row['gb_s']:.0f} {row['of_ceiling']:.0%}"
+                    f"{row['gb_s']:.0f} {100 * row['of_ceiling']:.0f}"
                     if backend == "cuda"
-                    else f"{row['sectors_per_request']:.1f} {row['used_fraction']:.0%}"
+                    else f"{row['sectors_per_request']:.1f} {100 * row['used_fraction_per_block']:.0f}"
                 )
         table.append(line)
     return table
@@ -231,14 +232,14 @@ def title(backend: str, notes: dict[str, Any]) -> str:
     if backend == "cuda":
         ceiling = notes["read_ceiling_gb_s"]
         return f"GB/s of keys and values, and percent of the read ceiling ({ceiling:.0f} GB/s); blocks at random"
-    return "Sectors per request, and percent of the fetched cache bytes that is used; blocks at random"
+    return "Sectors per request, and percent of the fetched bytes that a thread block uses; blocks at random"
 
 
 def conclusion(rows: list[dict[str, Any]], backend: str) -> str:
     """Say in a few sentences what the rows show."""
     metric = metric_of(backend)
     failed = sum(row["status"] != "ok" for row in rows)
-    what = "bandwidth" if backend == "cuda" else "the used fraction of fetched bytes"
+    what = "bandwidth" if backend == "cuda" else "the fraction of fetched bytes that a thread block uses"
     combinations = groups((r for r in rows if r["layout"] in PLAIN), "head_dim", "dtype", "block_size", "placement")
     gaps = {key: relative_gap([row[metric] for row in some]) for key, some in combinations.items()}
     same = sum(gap <= NOISE for gap in gaps.values())
@@ -257,6 +258,8 @@ def conclusion(rows: list[dict[str, Any]], backend: str) -> str:
             f"{some[-1]['layout']} {some[-1][metric]:.1%} against {some[0]['layout']} {some[0][metric]:.1%}."
         )
     parts.append(packed_against_plain(rows, metric))
+    if backend == "host":
+        parts.append(requests_of_odd_blocks(rows))
     parts.append(placement_effect(rows, metric))
     return " ".join(part for part in parts if part)
 
@@ -276,6 +279,17 @@ def packed_against_plain(rows: list[dict[str, Any]], metric: str) -> str:
             losses[block] = float(np.median(ratios))
     listed = ", ".join(f"{ratio:.2f} at block size {block}" for block, ratio in sorted(losses.items()))
     return f"BHDSX reaches, of the best plain layout's figure, in the median {listed}." if listed else ""
+
+
+def requests_of_odd_blocks(rows: list[dict[str, Any]]) -> str:
+    """Say where single requests use the least of what they touch."""
+    good = [row for row in rows if row["status"] == "ok"]
+    worst = min(good, key=lambda row: row["used_fraction"])
+    return (
+        f"Single requests waste the most in {worst['layout']} at D = {worst['head_dim']}, {worst['dtype']}, block size "
+        f"{worst['block_size']}: {worst['used_fraction']:.0%} of their sectors' bytes is used at once, "
+        f"{worst['used_fraction_per_block']:.0%} by the block in the end."
+    )
 
 
 def placement_effect(rows: list[dict[str, Any]], metric: str) -> str:
@@ -308,17 +322,20 @@ def draw(rows: list[dict[str, Any]], backend: str, stamp: dict[str, str], path: 
     for axis, ((dim,), some) in zip(np.atleast_1d(axes), sorted(shown.items()), strict=True):
         blocks = sorted({row["block_size"] for row in some})
         for i, layout in enumerate(LAYOUTS):
-            heights = {row["block_size"]: 100 * row[metric] for row in some if row["layout"] == layout}
-            where = [b + (i - 2) * 0.16 for b in range(len(blocks))]
-            axis.bar(where, [heights.get(block, 0) for block in blocks], width=0.15, label=layout)
+            bars = {blocks.index(row["block_size"]): row for row in some if row["layout"] == layout}
+            where = [b + (i - 2) * 0.16 for b in bars]
+            axis.bar(where, [100 * row[metric] for row in bars.values()], width=0.15, label=layout)
+            if backend == "host":
+                dots = [100 * row["used_fraction"] for row in bars.values()]
+                axis.plot(where, dots, "_", color="black", markersize=9, label="by one request" if i == 4 else None)
         axis.set_xticks(range(len(blocks)), [str(block) for block in blocks])
         axis.set_xlabel("block size (tokens)")
         row_bytes = 2 * dim
         axis.set_title(f"D = {dim}: a row is {row_bytes} bytes, {row_bytes / 32:g} sectors", fontsize=10)
-        axis.set_ylim(0, 105)
-    what = "percent of the read ceiling" if backend == "cuda" else "percent of fetched bytes that are used"
+        axis.set_ylim(0, 110)
+    what = "percent of the read ceiling" if backend == "cuda" else "percent of fetched bytes that a block uses"
     np.atleast_1d(axes)[0].set_ylabel(what)
-    np.atleast_1d(axes)[-1].legend(loc="lower right", framealpha=0.95)
+    figure.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     where_run = stamp["device"] if backend == "cuda" else "counted on the CPU from the same .cu file"
     figure.suptitle(f"One decode kernel, five KV layouts, float16, blocks at random ({where_run})", fontsize=11)
     save_figure(figure, path)

@@ -30,7 +30,7 @@ from cupaged.runtime.arguments import Strided, check_array, check_extent, check_
 from cupaged.runtime.cache import cache_folder
 from cupaged.runtime.source import KernelSource
 
-__all__ = ["HostKernel", "LaunchTraffic", "LineTraffic", "find_compiler", "record_traffic", "schedule"]
+__all__ = ["ArrayTraffic", "HostKernel", "LaunchTraffic", "LineTraffic", "find_compiler", "record_traffic", "schedule"]
 
 HEADERS = Path(__file__).resolve().parent / "host"
 SCHEDULER = HEADERS / "scheduler.cpp"
@@ -88,11 +88,29 @@ class LineTraffic:
 
 
 @dataclass(frozen=True)
+class ArrayTraffic:
+    """What thread blocks touch of one array at least once, summed over the blocks of a launch.
+
+    Attributes
+    ----------
+    array : str
+        The kernel's parameter; "" for memory that is in none of them.
+    block_sectors, block_bytes : int
+        Distinct 32-byte sectors, and distinct bytes.
+    """
+
+    array: str
+    block_sectors: int
+    block_bytes: int
+
+
+@dataclass(frozen=True)
 class LaunchTraffic:
-    """Global loads of one launch, by source line."""
+    """Global loads of one launch, by source line, and what its thread blocks touched, by array."""
 
     kernel: str
     lines: tuple[LineTraffic, ...]
+    arrays: tuple[ArrayTraffic, ...]
 
     @property
     def requests(self) -> int:
@@ -119,9 +137,21 @@ class LaunchTraffic:
         """Bytes asked for over bytes of the sectors that carry them; NaN for a launch without loads."""
         return self.bytes / (32 * self.sectors) if self.sectors else float("nan")
 
+    @property
+    def block_sectors(self) -> int:
+        """32-byte sectors touched, counted once per thread block: what an L1 cache that loses nothing would fetch."""
+        return sum(array.block_sectors for array in self.arrays)
+
+    @property
+    def used_fraction_per_block(self) -> float:
+        """Bytes that a block asks for over bytes of the sectors that it touches; NaN for a launch without loads."""
+        asked = sum(array.block_bytes for array in self.arrays)
+        return asked / (32 * self.block_sectors) if self.block_sectors else float("nan")
+
     def of(self, *arrays: str) -> LaunchTraffic:
         """Return the part that reads these parameters' arrays."""
-        return LaunchTraffic(self.kernel, tuple(line for line in self.lines if line.array in arrays))
+        lines = tuple(line for line in self.lines if line.array in arrays)
+        return LaunchTraffic(self.kernel, lines, tuple(array for array in self.arrays if array.array in arrays))
 
 
 @contextmanager
@@ -237,6 +267,12 @@ class _Launch(ctypes.Structure):
     )
 
 
+class _ArrayTraffic(ctypes.Structure):
+    """The mirror of ``cupaged::ArrayTraffic`` in host/scheduler.h."""
+
+    _fields_ = (("array", ctypes.c_int32), ("block_sectors", ctypes.c_uint64), ("block_bytes", ctypes.c_uint64))
+
+
 class _LineTraffic(ctypes.Structure):
     """The mirror of ``cupaged::LineTraffic`` in host/scheduler.h."""
 
@@ -350,7 +386,7 @@ class HostKernel:
         if run(ctypes.byref(launch), error, len(error)) != 0:
             raise KernelLaunchError(f"{self.source.entry}: {error.value.decode()}")
         if log is not None:
-            log.append(LaunchTraffic(self.source.entry, _read_traffic(libraries[1], names)))
+            log.append(_read_traffic(self.source.entry, libraries[1], names))
 
     def _values(self, arguments: dict[str, Any]) -> list[np.ndarray]:
         """Return one 0-d array per parameter that holds its value, an address for a pointer."""
@@ -394,9 +430,14 @@ def _array_ranges(arguments: dict[str, Any]) -> tuple[list[str], np.ndarray]:
     return list(named), np.array(bounds, dtype=np.uint64).reshape(-1, 2)
 
 
-def _read_traffic(scheduler: ctypes.CDLL, arrays: list[str]) -> tuple[LineTraffic, ...]:
-    count = scheduler.cupaged_traffic(None, 0)
-    lines = (_LineTraffic * count)()
-    scheduler.cupaged_traffic(lines, count)
+def _read_traffic(kernel: str, scheduler: ctypes.CDLL, arrays: list[str]) -> LaunchTraffic:
     names = [*arrays, ""]  # index -1: none of them
-    return tuple(LineTraffic(x.file.decode(), x.line, names[x.array], x.requests, x.sectors, x.bytes) for x in lines)
+    lines = (_LineTraffic * scheduler.cupaged_traffic(None, 0))()
+    scheduler.cupaged_traffic(lines, len(lines))
+    touched = (_ArrayTraffic * scheduler.cupaged_block_traffic(None, 0))()
+    scheduler.cupaged_block_traffic(touched, len(touched))
+    return LaunchTraffic(
+        kernel,
+        tuple(LineTraffic(x.file.decode(), x.line, names[x.array], x.requests, x.sectors, x.bytes) for x in lines),
+        tuple(ArrayTraffic(names[x.array], x.block_sectors, x.block_bytes) for x in touched),
+    )

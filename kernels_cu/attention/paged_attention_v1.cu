@@ -29,15 +29,12 @@ constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;   // 16-byte vectors in a token's row
 
 __device__ constexpr int at_most(int n, int limit) { return n < limit ? n : limit; }
-__device__ constexpr int power_of_two_from(int n, int power = 1) {
-  return power >= n ? power : power_of_two_from(n, 2 * power);
-}
 // The largest power of two, `width` at most, that divides n.
 __device__ constexpr int widest_divisor(int n, int width) { return n % width == 0 ? width : widest_divisor(n, width / 2); }
 
-// A row is read by ROW_LANES neighbouring lanes, each taking every ROW_LANES-th vector: few, so that the look-up of a
-// block, the address and the sum over lanes are shared by several vectors. In BHDSX they read neighbouring tokens.
-constexpr int ROW_LANES = at_most(8, power_of_two_from(VECTORS));
+// A row is read by ROW_LANES neighbouring lanes, each taking every ROW_LANES-th vector: few lanes, so that the look-up
+// of a block, the address and the sum over lanes are shared by several vectors.
+constexpr int ROW_LANES = VECTORS % 8 == 0 && VECTORS >= 16 ? 8 : VECTORS >= 8 ? 4 : 2;
 constexpr int GROUPS = THREADS / ROW_LANES;   // rows that the block reads at once
 constexpr int COUNT = (VECTORS + ROW_LANES - 1) / ROW_LANES;   // a lane's vectors of a row
 constexpr int IN_FLIGHT = COUNT < 8 ? 8 / COUNT : 1;   // rows that a lane reads before it uses the first

@@ -307,6 +307,27 @@ extern "C" __global__ void unwanted(float* out, const float* data) {
     assert (log[0].requests, log[0].sectors) == (1, 3)
 
 
+def test_what_a_block_reads_twice_counts_once_per_block(program):
+    """Two passes over 100 floats in three-float steps: every request wastes, a cache would not."""
+    kernel = program(
+        "twice",
+        """
+extern "C" __global__ void twice(float* out, const float* data) {   // [32], [100]
+  float sum = 0.0f;
+  for (int pass = 0; pass < 2; ++pass)
+    for (int i = 0; i < 3; ++i) sum += load_global(data + 3 * threadIdx.x + i);
+  out[threadIdx.x] = sum;
+}""",
+    )
+    with host.record_traffic() as log:
+        kernel((5,), (32,), out=aligned(32), data=aligned(100))
+    assert (log[0].requests, log[0].sectors, log[0].bytes) == (5 * 6, 5 * 6 * 12, 5 * 6 * 128)
+    assert (log[0].block_sectors, log[0].arrays[0].block_bytes) == (5 * 12, 5 * 32 * 3 * 4)
+    assert log[0].used_fraction == pytest.approx(1 / 3)
+    assert log[0].used_fraction_per_block == 1.0
+    assert log[0].of("out").block_sectors == 0
+
+
 def test_nothing_is_recorded_unless_asked(program):
     kernel = program("strided", STRIDED)
     with host.record_traffic() as log:

@@ -125,6 +125,7 @@ struct Progress {
   std::mutex mutex;
   std::string error;
   TrafficTable traffic;
+  ArrayTable arrays;
 };
 
 std::string describe(const Index3& index) {
@@ -313,8 +314,10 @@ class Worker {
       if (finished_ == num_threads_) break;
       if (!release_barrier()) return report_stuck(block);
     }
-    if (launch.record_traffic)
-      for (Warp& warp : warps_) warp.traffic.close(~0u, *launch_, traffic_);
+    if (launch.record_traffic) {
+      for (Warp& warp : warps_) warp.traffic.close(~0u, *launch_, traffic_, touched_);
+      add_block(touched_, launch, arrays_);
+    }
     check_canary(block);
   }
 
@@ -361,7 +364,7 @@ class Worker {
     at_barrier_ = predicates_ = 0;
     for (Warp& warp : warps_) {
       warp.ready = warp.lanes;
-      if (launch_->record_traffic) warp.traffic.close(~0u, *launch_, traffic_);
+      if (launch_->record_traffic) warp.traffic.close(~0u, *launch_, traffic_, touched_);
     }
     return true;
   }
@@ -421,7 +424,7 @@ class Worker {
     }
     warp.waiting &= ~mask;
     warp.ready |= mask;
-    if (launch_->record_traffic) warp.traffic.close(mask, *launch_, traffic_);
+    if (launch_->record_traffic) warp.traffic.close(mask, *launch_, traffic_, touched_);
   }
 
   void resume(int index) {
@@ -468,7 +471,13 @@ class Worker {
       LineCounters& sum = progress_->traffic[line];
       sum.requests += counters.requests, sum.sectors += counters.sectors, sum.bytes += counters.bytes;
     }
+    for (const auto& [array, counters] : arrays_) {
+      ArrayCounters& sum = progress_->arrays[array];
+      sum.block_sectors += counters.block_sectors, sum.block_bytes += counters.block_bytes;
+    }
     traffic_.clear();
+    arrays_.clear();
+    touched_.clear();
   }
 
   static thread_local Worker* active_;
@@ -479,6 +488,8 @@ class Worker {
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
   TrafficTable traffic_;
+  TouchedSectors touched_;             // by the block that runs
+  ArrayTable arrays_;
   void* stack_pointer_ = nullptr;      // the scheduler's own, while a fiber runs
   int num_threads_ = 0, current_ = 0, finished_ = 0, at_barrier_ = 0, predicates_ = 0, barrier_result_ = 0;
   bool failed_ = false;
@@ -517,6 +528,7 @@ WorkerPool& worker_pool() {
 }
 
 thread_local TrafficTable last_traffic;
+thread_local ArrayTable last_arrays;
 
 }  // namespace
 
@@ -546,6 +558,7 @@ extern "C" int cupaged_launch(const cupaged::Launch* launch, char* error, size_t
   share();
   for (auto& helper : helpers) helper.join();
   last_traffic = std::move(progress.traffic);
+  last_arrays = std::move(progress.arrays);
   if (!progress.failed) return 0;
   std::snprintf(error, error_size, "%s", progress.error.c_str());
   return 1;
@@ -560,6 +573,15 @@ extern "C" int cupaged_traffic(cupaged::LineTraffic* lines, int capacity) {
       line.line = std::get<1>(where), line.array = std::get<2>(where);
       line.requests = counters.requests, line.sectors = counters.sectors, line.bytes = counters.bytes;
     }
+    count += 1;
+  }
+  return count;
+}
+
+extern "C" int cupaged_block_traffic(cupaged::ArrayTraffic* arrays, int capacity) {
+  int count = 0;
+  for (const auto& [array, counters] : cupaged::last_arrays) {
+    if (count < capacity) arrays[count] = {array, counters.block_sectors, counters.block_bytes};
     count += 1;
   }
   return count;

@@ -66,6 +66,13 @@ struct LineTraffic {
   uint64_t bytes;      // distinct bytes that they ask for, counted per request
 };
 
+// Traffic to one array, by thread block: what each block touches at least once, summed over a launch's blocks.
+struct ArrayTraffic {
+  int32_t array;            // as in LineTraffic
+  uint64_t block_sectors;   // distinct sectors
+  uint64_t block_bytes;     // distinct bytes
+};
+
 }  // namespace cupaged
 
 extern "C" {
@@ -73,4 +80,5 @@ extern "C" {
 int cupaged_launch(const cupaged::Launch* launch, char* error, size_t error_size);
 // Copy up to `capacity` lines of the calling thread's last recorded launch; returns how many there are.
 int cupaged_traffic(cupaged::LineTraffic* lines, int capacity);
+int cupaged_block_traffic(cupaged::ArrayTraffic* arrays, int capacity);
 }

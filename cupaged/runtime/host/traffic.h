@@ -11,6 +11,7 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -27,6 +28,16 @@ struct LineCounters {
 // Counters by file, line and array.
 using TrafficTable = std::map<std::tuple<std::string, int, int>, LineCounters>;
 
+// What a thread block touches at least once: sectors, each with a bit for every byte that is asked for. A cache that
+// loses nothing while the block runs would fetch just these.
+using TouchedSectors = std::unordered_map<uintptr_t, uint32_t>;
+
+struct ArrayCounters {
+  uint64_t block_sectors = 0, block_bytes = 0;
+};
+
+using ArrayTable = std::map<int, ArrayCounters>;
+
 inline int array_of(const Launch& launch, uintptr_t address) {
   for (int i = 0; i < launch.num_arrays; ++i)
     if (address >= launch.arrays[i][0] && address < launch.arrays[i][1]) return i;
@@ -40,7 +51,7 @@ class WarpTraffic {
   }
 
   // The lanes in `mask` have met: what they loaded until here forms whole requests.
-  void close(uint32_t mask, const Launch& launch, TrafficTable& table) {
+  void close(uint32_t mask, const Launch& launch, TrafficTable& table, TouchedSectors& touched) {
     if (loads_.empty()) return;
     auto open = std::stable_partition(loads_.begin(), loads_.end(),
                                       [mask](const Load& load) { return (mask >> load.lane & 1u) != 0; });
@@ -56,7 +67,7 @@ class WarpTraffic {
     for (size_t first = 0; first < loads_.size();) {
       size_t last = first + 1;
       while (last < loads_.size() && same_request(loads_[first], loads_[last])) ++last;
-      count_request(first, last, launch, table);
+      count_request(first, last, launch, table, touched);
       first = last;
     }
     loads_ = std::move(later);
@@ -84,7 +95,7 @@ class WarpTraffic {
     }
   }
 
-  void count_request(size_t first, size_t last, const Launch& launch, TrafficTable& table) {
+  void count_request(size_t first, size_t last, const Launch& launch, TrafficTable& table, TouchedSectors& touched) {
     while (first < last && loads_[first].size == 0) ++first;
     if (first == last) return;
     const Load& load = loads_[first];
@@ -98,11 +109,28 @@ class WarpTraffic {
       if (sector_end > sector_begin) line.sectors += sector_end - sector_begin, next_sector = sector_end;
       const uintptr_t byte_begin = std::max(begin, next_byte);
       if (end > byte_begin) line.bytes += end - byte_begin, next_byte = end;
+      for (uintptr_t byte = begin; byte < end;) {
+        const uintptr_t sector = byte / kSectorBytes, first_bit = byte % kSectorBytes;
+        const uintptr_t stop = std::min(end, (sector + 1) * kSectorBytes);
+        touched[sector] |= static_cast<uint32_t>(((uint64_t{1} << (stop - byte)) - 1) << first_bit);
+        byte = stop;
+      }
     }
     line.requests += 1;
   }
 
   std::vector<Load> loads_;
 };
+
+// A block has ended: add what it touched to the launch's counters.
+inline void add_block(TouchedSectors& touched, const Launch& launch, ArrayTable& table) {
+  for (const auto& [sector, bytes] : touched) {
+    const uintptr_t first_byte = sector * kSectorBytes + static_cast<uintptr_t>(__builtin_ctz(bytes));
+    ArrayCounters& array = table[array_of(launch, first_byte)];
+    array.block_sectors += 1;
+    array.block_bytes += static_cast<uint64_t>(__builtin_popcount(bytes));
+  }
+  touched.clear();
+}
 
 }  // namespace cupaged
