@@ -35,7 +35,7 @@ def doctor() -> int:
     console = Console(highlight=False)
     console.print(table)
     running = [finding.what for finding in findings if finding.well and finding.what.startswith("runs ")]
-    console.print("Kernels run here: " + (", ".join(running) or "nowhere. Install a C++ compiler, or CuPy and a GPU."))
+    console.print("Kernels run here: " + (", ".join(running) or "nowhere; the lines without ok say why."))
     return 0 if running else 1
 
 
@@ -137,9 +137,7 @@ def _caches() -> str:
     parts = []
     for kind in ("cuda", "host"):
         files = [path for path in cache_folder(kind).iterdir() if path.is_file()]
-        parts.append(
-            f"{cache_folder(kind)} ({len(files)} kernels, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB)"
-        )
+        parts.append(f"{cache_folder(kind)} ({len(files)} files, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB)")
     return "; ".join(parts)
 
 
@@ -149,7 +147,10 @@ def _attend(backend: str) -> str:
     from cupaged.bench.accuracy import decode_check
     from cupaged.bench.workload import decode_workload
     from cupaged.runtime import choose_backend
+    from cupaged.runtime.select import why_no_gpu
 
+    if backend == "cuda" and why_no_gpu():
+        raise RuntimeError("no GPU, see above")
     work = decode_workload((20, 7), 4, 2, 64, 16, backend=choose_backend(backend))
     error = decode_check(pg.paged_attention(*work.arguments), *work.arguments)
     if not np.isfinite(error) or error > 1:

@@ -50,13 +50,23 @@ class KVCache:
             both = self._zeros(layout.key_axes)
             self.storage: tuple[Any, ...] = (both,)
             split = (slice(None),) * layout.key_axes.index("kv")
-            self.key, self.value = both[(*split, 0)], both[(*split, 1)]
+            self._key, self._value = both[(*split, 0)], both[(*split, 1)]
         else:
             self.storage = self._zeros(layout.key_axes), self._zeros(layout.value_axes)
-            self.key, self.value = self.storage
+            self._key, self._value = self.storage
 
     def __repr__(self) -> str:
         return f"KVCache({self.config}, backend={self.backend!r})"
+
+    @property
+    def key(self) -> Any:
+        """Keys, with the layout's axes."""
+        return self._key
+
+    @property
+    def value(self) -> Any:
+        """Values, with the layout's axes."""
+        return self._value
 
     @property
     def nbytes(self) -> int:

@@ -120,6 +120,15 @@ def kv_strides(config: CacheConfig, kind: Kind) -> KvStrides:
     return KvStrides(strides["block"], strides["head"], strides["slot"], pack, pack_size)
 
 
+def stride_arguments(key: KvStrides, value: KvStrides) -> dict[str, int]:
+    """Return the stride parameters that every kernel over a cache takes."""
+    return {
+        f"{kind}_{axis}_stride": getattr(strides, axis)
+        for kind, strides in (("key", key), ("value", value))
+        for axis in ("block", "head", "slot", "pack")
+    }
+
+
 def to_dense(array: Any, layout: str, kind: Kind) -> Any:
     """Return a contiguous copy of a cache's key or value array in the order [block, slot, head, dim].
 

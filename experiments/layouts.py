@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,8 @@ from cupaged.bench.report import (
     machine_stamp,
     new_figure,
     print_table,
+    result_folder,
+    run_experiment,
     save_figure,
     write_results,
 )
@@ -38,6 +41,8 @@ from cupaged.runtime import choose_backend
 KERNEL = "paged_attention_v1"
 LAYOUTS = ("BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX")
 PLAIN = LAYOUTS[:4]  # a token's row for one head is one run of bytes
+SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+COLUMNS = {"dtype": "dtype", "head_dim": "D", "block_size": "block", **{layout: layout for layout in LAYOUTS}}
 NOISE = 0.05  # differences below this are not called differences
 
 EXPECTATION = (
@@ -103,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     sweep = SWEEPS[backend, options.smoke]
     console.print(EXPECTATION, "\n")
     stamp = machine_stamp(backend)
+    result_folder(stamp, options.out)  # before the work, so that a folder that cannot be written ends it now
     notes: dict[str, Any] = {"question": "Does the layout of the KV cache matter, and where?", "kernel": KERNEL}
     if backend == "cuda":
         notes["read_ceiling_gb_s"] = ceiling = read_ceiling()
@@ -111,11 +117,13 @@ def main(arguments: list[str] | None = None) -> int:
         build_kernels(sweep)
         rows = run(sweep, lambda cell: count_on_host(sweep, cell))
     print_table(summary(rows, backend), COLUMNS, title(backend, notes))
+    for status in list(dict.fromkeys(row["status"] for row in rows if row["status"] != "ok"))[:3]:
+        console.print(f"not ok: {status}", style="bold red")
     verdict = conclusion(rows, backend)
     console.print(verdict, "\n")
     folder = write_results(rows, stamp, "layouts", options.out, sweep=asdict(sweep), **notes, conclusion=verdict)
     draw(rows, backend, stamp, folder / "layouts.png")
-    console.print(f"table, JSON and picture: {folder}")
+    console.print(f"table, JSON and {'picture' if (folder / 'layouts.png').exists() else 'no picture'}: {folder}")
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
@@ -187,7 +195,9 @@ def build_kernels(sweep: Sweep) -> None:
         attend(decode_workload((1,), heads, heads, backend="host", **asdict(cell)))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(build, variants.values()), total=len(variants), desc="building", unit="kernel"))
+        jobs = [pool.submit(copy_context().run, build, cell) for cell in variants.values()]
+        for job in tqdm(jobs, desc="building", unit="kernel"):
+            job.result()
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------
@@ -198,22 +208,27 @@ def metric_of(backend: str) -> str:
     return "of_ceiling" if backend == "cuda" else "used_fraction_per_block"
 
 
-def groups(rows: Iterable[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Return the rows that went well, by the values of `keys`."""
+def groups(
+    rows: Iterable[dict[str, Any]], *keys: str, failed: bool = False
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Return the rows that went well, or all with `failed`, by the values of `keys`."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["status"] == "ok":
+        if failed or row["status"] == "ok":
             found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return found
 
 
 def summary(rows: list[dict[str, Any]], backend: str) -> list[dict[str, Any]]:
-    """Return one row per (dtype, head dim, block size): each layout's figure at random placement, and failures."""
+    """Return one row per (dtype, head dim, block size): each layout's figure at random placement, or that it failed."""
     table = []
-    for (dtype, dim, block), some in groups(rows, "dtype", "head_dim", "block_size").items():
+    all_rows = groups(rows, "dtype", "head_dim", "block_size", failed=True)
+    for (dtype, dim, block), some in all_rows.items():
         line: dict[str, Any] = {"dtype": SHORT[dtype], "head_dim": dim, "block_size": block}
         for row in some:
-            if row["placement"] == "random":
+            if row["status"] != "ok":
+                line[row["layout"]] = row["status"].split(":")[0]
+            elif row["placement"] == "random":
                 line[row["layout"]] = (
                     f"{row['gb_s']:.0f} {100 * row['of_ceiling']:.0f}"
                     if backend == "cuda"
@@ -221,10 +236,6 @@ def summary(rows: list[dict[str, Any]], backend: str) -> list[dict[str, Any]]:
                 )
         table.append(line)
     return table
-
-
-SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-COLUMNS = {"dtype": "dtype", "head_dim": "D", "block_size": "block", **{layout: layout for layout in LAYOUTS}}
 
 
 def title(backend: str, notes: dict[str, Any]) -> str:
@@ -259,7 +270,7 @@ def conclusion(rows: list[dict[str, Any]], backend: str) -> str:
         )
     parts.append(packed_against_plain(rows, metric))
     if backend == "host":
-        parts.append(requests_of_odd_blocks(rows))
+        parts.append(wasteful_requests(rows))
     parts.append(placement_effect(rows, metric))
     return " ".join(part for part in parts if part)
 
@@ -281,7 +292,7 @@ def packed_against_plain(rows: list[dict[str, Any]], metric: str) -> str:
     return f"BHDSX reaches, of the best plain layout's figure, in the median {listed}." if listed else ""
 
 
-def requests_of_odd_blocks(rows: list[dict[str, Any]]) -> str:
+def wasteful_requests(rows: list[dict[str, Any]]) -> str:
     """Say where single requests use the least of what they touch."""
     good = [row for row in rows if row["status"] == "ok"]
     worst = min(good, key=lambda row: row["used_fraction"])
@@ -342,4 +353,4 @@ def draw(rows: list[dict[str, Any]], backend: str, stamp: dict[str, str], path: 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_experiment(main)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import cupaged as pg
-from cupaged.bench.report import argument_parser, console, machine_stamp, print_table, write_results
+from cupaged.bench.report import argument_parser, console, machine_stamp, print_table, run_experiment, write_results
 from cupaged.bench.traffic import cache_traffic
 from cupaged.bench.workload import DecodeWorkload, decode_workload
 
@@ -137,4 +137,4 @@ def merges(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_experiment(main)

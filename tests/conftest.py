@@ -1,4 +1,4 @@
-"""Every test validates its input as the host backend does, and keeps compiled kernels in one cache a run."""
+"""Every test validates its input, on the GPU as on the host, and those marked `gpu` run where one is."""
 
 import os
 

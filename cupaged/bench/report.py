@@ -9,15 +9,18 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
 
 __all__ = [
     "argument_parser",
@@ -25,6 +28,8 @@ __all__ = [
     "machine_stamp",
     "new_figure",
     "print_table",
+    "result_folder",
+    "run_experiment",
     "save_figure",
     "write_results",
 ]
@@ -44,6 +49,23 @@ def argument_parser(question: str, *, backends: bool = True) -> argparse.Argumen
             "--backend", choices=("cuda", "host"), default=None, help="where kernels run (default: the best here)"
         )
     return parser
+
+
+def run_experiment(main: Callable[[], int]) -> NoReturn:
+    """Run an experiment's `main` and exit; what a user can put right is one sentence, not a traceback."""
+    try:
+        status = main()
+    except (BackendUnavailableError, KernelBuildError, UnsupportedError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = 2
+    raise SystemExit(status)
+
+
+def result_folder(stamp: Mapping[str, str], out: Path | None) -> Path:
+    """Return, and create, the folder that an experiment writes to."""
+    folder = out if out is not None else Path("out") / device_folder(stamp)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def machine_stamp(backend: str) -> dict[str, str]:
@@ -78,8 +100,7 @@ def device_folder(stamp: Mapping[str, str]) -> str:
 
 def write_results(rows: Sequence[Row], stamp: Mapping[str, str], name: str, out: Path | None, **notes: Any) -> Path:
     """Write ``<name>.csv`` and ``<name>.json`` (rows, stamp and `notes`) and return their folder."""
-    folder = out if out is not None else Path("out") / device_folder(stamp)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = result_folder(stamp, out)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -144,6 +165,8 @@ def _commit() -> str:
     if named:
         return named
     try:
+        if not ((SOURCE_TREE / "pyproject.toml").is_file() and (SOURCE_TREE / ".git").exists()):
+            raise OSError("not a checkout")  # a git repository around an installed package is somebody else's
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             cwd=SOURCE_TREE, capture_output=True, text=True, timeout=10, check=True,

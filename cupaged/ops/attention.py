@@ -12,7 +12,14 @@ from cupaged import layouts
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
-from cupaged.ops.checks import check_block_tables, check_cache, check_dtype, check_shape, must_validate
+from cupaged.ops.checks import (
+    check_block_tables,
+    check_cache,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    must_validate,
+)
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -21,6 +28,7 @@ from cupaged.runtime.source import C_TYPE_OF_DTYPE
 __all__ = ["Choice", "explain", "paged_attention"]
 
 INT32 = np.dtype(np.int32)
+MAX_TOKENS = 2**31 - 2**16  # of a sequence: a kernel's int may run past the last token by what it reads at once
 V1_THREADS = 128
 V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, and few contexts need a second stretch
 
@@ -150,17 +158,11 @@ def _check_decode(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) 
         check_alignment(query, "query")
     if num_seqs * num_heads > 2**31 - 1:
         raise UnsupportedError(f"query must have at most 2**31 - 1 (sequence, head) pairs; got {num_seqs * num_heads}")
-    if block_tables.shape[1] * config.block_size > 2**31 - 1:
+    if block_tables.shape[1] * config.block_size > MAX_TOKENS:
         raise UnsupportedError(
-            f"block_tables must map at most 2**31 - 1 tokens a sequence; got {block_tables.shape[1]} blocks "
+            f"block_tables must map at most {MAX_TOKENS} tokens a sequence; got {block_tables.shape[1]} blocks "
             f"of {config.block_size}"
         )
-
-
-def check_contiguous(array: Any, name: str) -> None:
-    """Raise ValueError unless `array` is C-contiguous."""
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous; got shape {array.shape} with strides {array.strides} (bytes)")
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:
@@ -178,8 +180,9 @@ def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
     check_dtype(array, "out", query.dtype)
     check_shape(array, "out", query.shape)
     check_contiguous(array, "out")
-    if cache.xp.may_share_memory(array, query):
-        raise ValueError("out must not share memory with query: other thread blocks still read it")
+    for name, read in (("query", query), *(("cache", storage) for storage in cache.storage)):
+        if cache.xp.may_share_memory(array, read):
+            raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
     return array
 
 
@@ -218,17 +221,8 @@ def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any
         group=num_heads // config.num_kv_heads,
         max_blocks=max_blocks,
         stretch_tokens=stretch_tokens,
-        **stride_arguments(key, value),
+        **layouts.stride_arguments(key, value),
     )
-
-
-def stride_arguments(key: layouts.KvStrides, value: layouts.KvStrides) -> dict[str, int]:
-    """Return the stride parameters that every kernel over a cache takes."""
-    return {
-        f"{kind}_{axis}_stride": getattr(strides, axis)
-        for kind, strides in (("key", key), ("value", value))
-        for axis in ("block", "head", "slot", "pack")
-    }
 
 
 _LAUNCHERS = {"paged_attention_v1": _launch_v1}

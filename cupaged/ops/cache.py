@@ -9,8 +9,7 @@ import numpy as np
 from cupaged import layouts
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
-from cupaged.ops.attention import check_contiguous, stride_arguments
-from cupaged.ops.checks import check_cache, check_dtype, check_shape, check_slots, must_validate
+from cupaged.ops.checks import check_cache, check_contiguous, check_dtype, check_shape, check_slots, must_validate
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -86,5 +85,5 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
         slot_mapping=slot_mapping,
         num_tokens=key.shape[0],
         num_kv_heads=config.num_kv_heads,
-        **stride_arguments(key_strides, value_strides),
+        **layouts.stride_arguments(key_strides, value_strides),
     )

@@ -9,7 +9,15 @@ import numpy as np
 
 from cupaged.kv_cache import KVCache
 
-__all__ = ["check_block_tables", "check_cache", "check_dtype", "check_shape", "check_slots", "must_validate"]
+__all__ = [
+    "check_block_tables",
+    "check_cache",
+    "check_contiguous",
+    "check_dtype",
+    "check_shape",
+    "check_slots",
+    "must_validate",
+]
 
 
 def check_cache(cache: Any) -> None:
@@ -32,6 +40,12 @@ def check_dtype(array: Any, name: str, *dtypes: np.dtype) -> None:
     if array.dtype not in dtypes:
         expected = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must have dtype {expected}; got {array.dtype}")
+
+
+def check_contiguous(array: Any, name: str) -> None:
+    """Raise ValueError unless `array` is C-contiguous."""
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous; got shape {array.shape} with strides {array.strides} (bytes)")
 
 
 def must_validate(validate: bool | None, backend: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from cupaged.runtime.source import Parameter
@@ -59,17 +60,25 @@ def typed_scalar(kernel: str, parameter: Parameter, value: Any) -> np.generic:
         return dtype.type(int(value))
     if not isinstance(value, Real):
         raise TypeError(f"{where} must be a real number ({parameter.c_type}); got {type(value).__name__} {value!r}")
-    number = float(value)
-    if dtype == np.float32 and math.isfinite(number) and abs(number) > float(np.finfo(np.float32).max):
-        raise ValueError(f"{where} must fit a 32-bit float; got {value!r}")
+    largest = float(ml_dtypes.finfo(dtype).max)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{where} must be at most {largest:g} ({parameter.c_type}); got a larger integer") from None
+    if math.isfinite(number) and abs(number) > largest:
+        raise ValueError(f"{where} must be at most {largest:g} ({parameter.c_type}); got {value!r}")
     return dtype.type(number)
 
 
-def check_array(kernel: str, parameter: Parameter, array: Any, *, contiguous: bool) -> None:
-    """Raise unless `array`, of the backend's own kind, has the parameter's dtype and is contiguous where asked."""
+def check_array(kernel: str, parameter: Parameter, array: Any, address: int, *, contiguous: bool) -> None:
+    """Raise unless `array`, of the backend's own kind, has the parameter's dtype, and is aligned and contiguous."""
     where = f"{kernel}: argument {parameter.name}"
     if array.dtype != parameter.dtype:
         raise TypeError(f"{where} must have dtype {parameter.dtype}; got {array.dtype}")
+    if address % parameter.dtype.itemsize:
+        raise ValueError(
+            f"{where} must start at a multiple of its {parameter.dtype.itemsize} bytes; got address {address}"
+        )
     if contiguous and not array.flags.c_contiguous:
         raise ValueError(
             f"{where} must be C-contiguous; got shape {array.shape} with strides {array.strides} (bytes). "

@@ -42,7 +42,7 @@ def store(folder: Path, name: str, content: bytes) -> Path:
 def _root() -> Path:
     named = os.environ.get("CUPAGED_CACHE_DIR")
     if named:
-        return Path(named)
+        return Path(named).resolve()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "cupaged"
     if sys.platform == "darwin":

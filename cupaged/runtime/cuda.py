@@ -6,6 +6,7 @@ so that an edited header is noticed. Compiling needs no GPU.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from cupaged.runtime.source import KernelSource
 __all__ = ["CudaKernel", "compile_cubin", "cuda_headers", "nvrtc_version"]
 
 SHARED_BYTES_WITHOUT_OPT_IN = 48 * 1024
+OPTIONS = ("-std=c++17", "--generate-line-info")
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -86,8 +88,9 @@ def compile_cubin(source: KernelSource, architecture: str) -> bytes:
     nvrtc_version()
     from cupy_backends.cuda.libs import nvrtc
 
+    source.check_unchanged()
     program = nvrtc.createProgram(source.text, str(source.path), (), ())
-    options = [f"--gpu-architecture={architecture}", "-std=c++17", "--generate-line-info"]
+    options = [f"--gpu-architecture={architecture}", *OPTIONS]
     options += [f"-I{source.include_folder}", f"-I{cuda_headers()}"]
     options += [f"-D{name}={value}" for name, value in source.defines]
     try:
@@ -105,7 +108,8 @@ def cached_cubin(source: KernelSource, architecture: str) -> Path:
     major, minor = nvrtc_version()
     suffix = "ptx" if architecture.startswith("compute") else "cubin"
     folder = cache_folder("cuda")
-    name = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{source.digest[:32]}.{suffix}"
+    identity = repr((source.digest, OPTIONS, str(cuda_headers()))).encode()
+    name = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{hashlib.sha256(identity).hexdigest()[:32]}.{suffix}"
     path = folder / name
     return path if path.exists() else store(folder, name, compile_cubin(source, architecture))
 
@@ -119,7 +123,12 @@ def architecture_of(device_id: int) -> str:
     known = [int(arch) for arch in nvrtc.getSupportedArchs()]
     if capability in known:
         return f"sm_{capability}"
-    return f"compute_{max(arch for arch in known if arch <= capability)}"
+    older = [arch for arch in known if arch <= capability]
+    if not older:
+        raise UnsupportedError(
+            f"NVRTC compiles for compute capability {min(known)} and later; the GPU has {capability}"
+        )
+    return f"compute_{max(older)}"
 
 
 @dataclass
@@ -207,6 +216,6 @@ class CudaKernel:
                     f"{self.source.entry}: argument {parameter.name} lies on device {array.device.id}; "
                     f"the current device is {device}"
                 )
-            check_array(self.source.entry, parameter, array, contiguous=contiguous)
+            check_array(self.source.entry, parameter, array, array.data.ptr, contiguous=contiguous)
             values.append(array)
         return tuple(values)

@@ -1,7 +1,10 @@
 """The host backend: a .cu file built by the C++ compiler, run on NumPy arrays by the scheduler in ``host/``.
 
 Every CUDA thread is a fiber with real barriers; `schedule` shuffles their order, `record_traffic` counts the memory
-sectors that each warp-wide load touches. Times say nothing about a GPU.
+sectors that each warp-wide load touches. Times say nothing about a GPU. A thread runs until it meets a barrier or a
+warp operation: one that waits for another by reading memory over and over waits for ever.
+
+`schedule` and `record_traffic` hold for the thread that enters them; threads started inside do not inherit them.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -35,7 +39,19 @@ __all__ = ["ArrayTraffic", "HostKernel", "LaunchTraffic", "LineTraffic", "find_c
 HEADERS = Path(__file__).resolve().parent / "host"
 SCHEDULER = HEADERS / "scheduler.cpp"
 MAX_SHARED_BYTES = 227 * 1024  # what a block can have on an H100; 163 KiB on an A100, 99 KiB on consumer cards
-FLAGS = ("-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-unknown-pragmas", "-Wno-attributes")
+MAX_WORKERS = 1024
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+    "-fno-strict-aliasing",
+)  # nvcc does not assume that types keep apart either
 SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 _seed: ContextVar[int] = ContextVar("cupaged_host_seed", default=0)
@@ -70,7 +86,7 @@ class LineTraffic:
     file, line : str, int
         Where the load stands.
     array : str
-        The kernel's parameter whose memory is read; "" if it is none of them.
+        The kernel's parameter whose memory is read; "" if it is none of them, joined by "+" if it is several.
     requests : int
         Warp-wide load instructions.
     sectors : int
@@ -150,8 +166,11 @@ class LaunchTraffic:
 
     def of(self, *arrays: str) -> LaunchTraffic:
         """Return the part that reads these parameters' arrays."""
-        lines = tuple(line for line in self.lines if line.array in arrays)
-        return LaunchTraffic(self.kernel, lines, tuple(array for array in self.arrays if array.array in arrays))
+
+        def wanted(part: LineTraffic | ArrayTraffic) -> bool:
+            return set(part.array.split("+")) <= set(arrays)
+
+        return LaunchTraffic(self.kernel, tuple(filter(wanted, self.lines)), tuple(filter(wanted, self.arrays)))
 
 
 @contextmanager
@@ -179,8 +198,9 @@ def _compiler(named: str | None, path: str | None) -> tuple[tuple[str, ...], str
     for candidate in [named] if named else ["g++", "clang++"]:
         command = tuple(shlex.split(candidate or ""))
         if command and shutil.which(command[0]):
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
-            return command, version.split("\n", 1)[0]
+            answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+            if answer.returncode == 0:
+                return command, answer.stdout.split("\n", 1)[0]
     sought = f"{named} (from CXX)" if named else "neither g++ nor clang++"
     raise BackendUnavailableError(
         f"the host backend needs a C++20 compiler and found {sought}{' not' if named else ''} on PATH: install one "
@@ -202,15 +222,41 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
     return _compiler(os.environ.get("CXX") or None, os.environ.get("PATH"))
 
 
+def _platform_flags(version: str) -> tuple[str, ...]:
+    """Return flags that keep the libraries of two kernels apart, so that neither uses what is the other's."""
+    flags: tuple[str, ...] = ()
+    if sys.platform == "linux":
+        flags += ("-Wl,-Bsymbolic",)
+    if "clang" not in version:
+        flags += ("-fno-gnu-unique",)
+    elif sanitizing():
+        flags += ("-shared-libsan",)
+    return flags
+
+
 def sanitizing() -> bool:
-    """Whether builds carry the address and undefined-behaviour sanitizers (``CUPAGED_HOST_SANITIZE=1``)."""
-    return os.environ.get("CUPAGED_HOST_SANITIZE", "") not in ("", "0")
+    """Whether builds carry the address and undefined-behaviour sanitizers (``CUPAGED_HOST_SANITIZE=1``).
+
+    Raises
+    ------
+    BackendUnavailableError
+        If they do but their library was not loaded before Python, which would end the process.
+    """
+    if os.environ.get("CUPAGED_HOST_SANITIZE", "") in ("", "0"):
+        return False
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):
+        raise BackendUnavailableError(
+            "CUPAGED_HOST_SANITIZE needs the sanitizer's library in LD_PRELOAD: start Python with the variables that "
+            "cupaged.runtime.host.sanitizer_environment() returns"
+        )
+    return True
 
 
 def sanitizer_environment() -> dict[str, str]:
     """Return the environment variables under which a Python process can load sanitized kernels."""
-    command, _ = find_compiler()
-    library = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    command, version = find_compiler()
+    name = f"libclang_rt.asan-{platform.machine()}.so" if "clang" in version else "libasan.so"
+    library = subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     return {
         "CUPAGED_HOST_SANITIZE": "1",
         "LD_PRELOAD": library,
@@ -222,8 +268,9 @@ def sanitizer_environment() -> dict[str, str]:
 def _build(name: str, text: str, key: str, extra: tuple[str, ...] = ()) -> Path:
     """Compile `text` to a shared object in the cache, under a name that holds a digest of everything it depends on."""
     command, version = find_compiler()
-    flags = FLAGS + (SANITIZER_FLAGS if sanitizing() else ())
-    digest = hashlib.sha256(repr((key, text, command, version, flags, extra, _headers_digest())).encode()).hexdigest()
+    flags = FLAGS + _platform_flags(version) + (SANITIZER_FLAGS if sanitizing() else ())
+    identity = (key, text, command, version, platform.machine(), flags, extra, _headers_digest())
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()
     folder = cache_folder("host")
     target = folder / f"{name}-{digest[:32]}.so"
     if target.exists():
@@ -301,6 +348,7 @@ _scheduler_lock = threading.Lock()  # kernels may be built on several threads; o
 
 WRAPPER = """\
 #include "cuda_host.h"
+{twins}
 #include "{path}"
 #include <utility>
 
@@ -342,7 +390,9 @@ class HostKernel:
             flags = [f"-D{name}={value}" for name, value in source.defines]
             flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
             flags += [str(scheduler_path)]  # linked by its path: the loader finds what the kernel calls
-            text = WRAPPER.format(path=source.path, entry=source.entry)
+            twins = "\n".join(f'#include "{path.name}"' for path in sorted(HEADERS.glob("*.cuh")))
+            text = WRAPPER.format(twins=twins, path=source.path, entry=source.entry)
+            source.check_unchanged()
             built = ctypes.CDLL(str(_build(source.entry, text, source.digest, tuple(flags))))
             entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
             touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
@@ -364,7 +414,7 @@ class HostKernel:
         Raises
         ------
         KernelLaunchError
-            If the kernel diverged at a barrier, wrote past its shared memory, or trapped.
+            If the kernel diverged at a barrier, wrote just past its dynamic shared memory, or trapped.
         """
         grid, block = check_extent(self.source.entry, grid, block)
         if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
@@ -384,7 +434,7 @@ class HostKernel:
         )  # fmt: skip
         error = ctypes.create_string_buffer(1024)
         if run(ctypes.byref(launch), error, len(error)) != 0:
-            raise KernelLaunchError(f"{self.source.entry}: {error.value.decode()}")
+            raise KernelLaunchError(f"{self.source.entry}: {error.value.decode(errors='replace')}")
         if log is not None:
             log.append(_read_traffic(self.source.entry, libraries[1], names))
 
@@ -405,7 +455,7 @@ class HostKernel:
                         f"{self.source.entry}: argument {parameter.name} must be a NumPy array on the host backend; "
                         f"got {type(array).__module__}.{type(array).__name__}"
                     )
-                check_array(self.source.entry, parameter, array, contiguous=contiguous)
+                check_array(self.source.entry, parameter, array, array.ctypes.data, contiguous=contiguous)
                 if not parameter.is_const and not array.flags.writeable:
                     raise ValueError(f"{self.source.entry}: argument {parameter.name} is written, but it is read-only")
             values.append(np.asarray(0 if array is None else array.ctypes.data, dtype=np.uint64))
@@ -416,18 +466,28 @@ def workers() -> int:
     """Return how many OS threads share the blocks of a launch: CUPAGED_HOST_THREADS, else the processor's."""
     named = os.environ.get("CUPAGED_HOST_THREADS")
     if not named:
-        return os.cpu_count() or 1
-    if not named.isdigit() or int(named) < 1:
-        raise ValueError(f"CUPAGED_HOST_THREADS must be a positive integer; got {named!r}")
+        return min(os.cpu_count() or 1, MAX_WORKERS)
+    if not (named.isascii() and named.isdigit()) or not 1 <= int(named) <= MAX_WORKERS:
+        raise ValueError(f"CUPAGED_HOST_THREADS must be an integer from 1 to {MAX_WORKERS}; got {named!r}")
     return int(named)
 
 
 def _array_ranges(arguments: dict[str, Any]) -> tuple[list[str], np.ndarray]:
-    """Return the names of the arrays among the arguments, and the addresses between which each lies, [arrays, 2]."""
+    """Return the names of the arrays among the arguments, and the addresses between which each lies, [arrays, 2].
+
+    Arrays that are interleaved, as keys and values are in BS2HD, are one to the recorder: ``key_cache+value_cache``.
+    """
     arrays = {name: value.array if isinstance(value, Strided) else value for name, value in arguments.items()}
-    named = {name: array for name, array in arrays.items() if isinstance(array, np.ndarray) and array.ndim > 0}
-    bounds = [np.lib.array_utils.byte_bounds(array) for array in named.values()]
-    return list(named), np.array(bounds, dtype=np.uint64).reshape(-1, 2)
+    found: list[tuple[str, int, int]] = []
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray) or array.size == 0:
+            continue
+        low, high = np.lib.array_utils.byte_bounds(array)
+        for other, other_low, other_high in [entry for entry in found if entry[1] < high and low < entry[2]]:
+            found.remove((other, other_low, other_high))
+            name, low, high = f"{other}+{name}", min(low, other_low), max(high, other_high)
+        found.append((name, low, high))
+    return [name for name, *_ in found], np.array([bounds for _, *bounds in found], dtype=np.uint64).reshape(-1, 2)
 
 
 def _read_traffic(kernel: str, scheduler: ctypes.CDLL, arrays: list[str]) -> LaunchTraffic:
@@ -438,6 +498,9 @@ def _read_traffic(kernel: str, scheduler: ctypes.CDLL, arrays: list[str]) -> Lau
     scheduler.cupaged_block_traffic(touched, len(touched))
     return LaunchTraffic(
         kernel,
-        tuple(LineTraffic(x.file.decode(), x.line, names[x.array], x.requests, x.sectors, x.bytes) for x in lines),
+        tuple(
+            LineTraffic(x.file.decode(errors="replace"), x.line, names[x.array], x.requests, x.sectors, x.bytes)
+            for x in lines
+        ),
         tuple(ArrayTraffic(names[x.array], x.block_sectors, x.block_bytes) for x in touched),
     )

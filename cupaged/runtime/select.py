@@ -60,7 +60,13 @@ def choose_backend(backend: str | None = None) -> str:
     BackendUnavailableError
         If "cuda" is asked for, by name, where no GPU works; the message says why.
     """
-    name, origin = (backend, "backend") if backend else (os.environ.get("CUPAGED_BACKEND") or None, "CUPAGED_BACKEND")
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(
+            f"backend must be one of {', '.join(BACKENDS)}, or None; got {type(backend).__name__} {backend!r}"
+        )
+    name, origin = backend, "backend"
+    if backend is None:
+        name, origin = os.environ.get("CUPAGED_BACKEND") or None, "CUPAGED_BACKEND"
     if name is None:
         return "host" if why_no_gpu() else "cuda"
     if name not in BACKENDS:
@@ -70,7 +76,7 @@ def choose_backend(backend: str | None = None) -> str:
     return name
 
 
-_loaded: dict[tuple[object, ...], tuple[object, CudaKernel | HostKernel]] = {}
+_loaded: dict[tuple[object, ...], CudaKernel | HostKernel] = {}
 
 
 def load_kernel(
@@ -96,8 +102,8 @@ def load_kernel(
     """
     backend = choose_backend(backend)
     key = (backend, kernels_folder(), file, entry, tuple((defines or {}).items()))
-    stamp, kernel = _loaded.get(key, (None, None))
-    if kernel is not None and stamp == kernel.source.stamp():
+    kernel = _loaded.get(key)
+    if kernel is not None and kernel.source.is_unchanged():
         return kernel
     source = KernelSource.read(file, entry, defines)
     if backend == "cuda":
@@ -108,5 +114,5 @@ def load_kernel(
         from cupaged.runtime.host import HostKernel
 
         kernel = HostKernel(source)
-    _loaded[key] = source.stamp(), kernel
+    _loaded[key] = kernel
     return kernel

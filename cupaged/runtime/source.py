@@ -63,7 +63,7 @@ def kernels_folder() -> Path:
         return chosen
     named = os.environ.get("CUPAGED_KERNELS")
     if named:
-        return Path(named)
+        return Path(named).resolve()
     package = Path(__file__).resolve().parents[1]
     beside = package.parent / "kernels_cu"
     return beside if beside.is_dir() else package / "kernels_cu"
@@ -72,6 +72,8 @@ def kernels_folder() -> Path:
 @contextmanager
 def kernels_from(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Within the block, read kernels from `folder`: a copy of ``kernels_cu`` to change and compare.
+
+    It holds for the thread that enters the block, not for threads started inside.
 
     Parameters
     ----------
@@ -129,8 +131,11 @@ class KernelSource:
     def read(cls, file: str, entry: str, defines: Mapping[str, object] | None = None) -> KernelSource:
         """Return the source of `entry` in `file`, of the current kernels folder."""
         source = cls(kernels_folder(), file, entry, tuple((k, str(v)) for k, v in (defines or {}).items()))
-        if not source.path.is_file():
-            raise KernelBuildError(f"there is no kernel file {source.path}")
+        try:
+            for of_one_moment in ("stamp_when_read", "text", "digest"):
+                getattr(source, of_one_moment)
+        except FileNotFoundError as error:
+            raise KernelBuildError(f"there is no kernel file {error.filename}") from None
         return source
 
     @property
@@ -158,7 +163,9 @@ class KernelSource:
             if path in found:
                 continue
             found[path] = None
-            for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            for name in re.findall(
+                r'^\s*#\s*include\s*["<]([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE
+            ):
                 header = next((f / name for f in (path.parent, self.include_folder) if (f / name).is_file()), None)
                 if header is not None:
                     queue.append(header)
@@ -175,6 +182,23 @@ class KernelSource:
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Return path, time and size of every file: unchanged as long as nothing was edited."""
         return tuple((str(p), s.st_mtime_ns, s.st_size) for p in self.files for s in (p.stat(),))
+
+    @cached_property
+    def stamp_when_read(self) -> tuple[tuple[str, int, int], ...]:
+        """The stamp of the files when the source was read."""
+        return self.stamp()
+
+    def is_unchanged(self) -> bool:
+        """Return whether every file is as it was when the source was read."""
+        try:
+            return self.stamp() == self.stamp_when_read
+        except FileNotFoundError:
+            return False
+
+    def check_unchanged(self) -> None:
+        """Raise KernelBuildError if a file was edited since the source was read: load the kernel again."""
+        if not self.is_unchanged():
+            raise KernelBuildError(f"{self.path} or a header was edited after it was loaded: load the kernel again")
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:

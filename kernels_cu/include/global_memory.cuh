@@ -1,6 +1,7 @@
 // Loads from global memory, each a plain dereference. Kernels go through these functions because the host build has a
 // twin of this header that notes which bytes every warp asks for.
-#pragma once
+#ifndef CUPAGED_GLOBAL_MEMORY_CUH   // the host build has included its twin by now
+#define CUPAGED_GLOBAL_MEMORY_CUH
 
 // One load instruction of sizeof(T) bytes: 1, 2, 4, 8 or, for a Vector, up to 16.
 template <typename T>
@@ -15,3 +16,5 @@ __device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
   if (wanted) value = *address;
   return value;
 }
+
+#endif

@@ -7,9 +7,10 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-// 2^(logit - max), and 0 where nothing has been seen yet: without the test, -inf minus -inf would give NaN.
+// 2^(logit - max), and 0 for what takes no part: without the test, -inf minus -inf would give NaN. A logit that is NaN
+// stays one.
 __device__ __forceinline__ float softmax_weight(float logit, float max) {
-  return max == minus_infinity() ? 0.0f : exp2f(logit - max);
+  return logit == minus_infinity() ? 0.0f : exp2f(logit - max);
 }
 
 struct SoftmaxState {
@@ -27,10 +28,10 @@ struct SoftmaxState {
   }
 
   // What a weighted sum of values is divided by; a softmax over nothing gives output 0.
-  __device__ __forceinline__ float normaliser() const { return sum > 0.0f ? 1.0f / sum : 0.0f; }
+  __device__ __forceinline__ float normaliser() const { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
   // Natural logarithm of the sum of exponentials of the logits; -infinity over nothing.
   __device__ __forceinline__ float log_sum_exp() const {
-    return sum > 0.0f ? (max + log2f(sum)) * kLn2 : minus_infinity();
+    return sum == 0.0f ? minus_infinity() : (max + log2f(sum)) * kLn2;
   }
 };

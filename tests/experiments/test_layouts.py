@@ -77,6 +77,40 @@ def test_a_wrong_cell_is_reported_not_hidden():
     assert "The largest gap is 50%" in text
 
 
+def test_a_changed_kernel_that_is_wrong_is_seen_at_once(tmp_path):
+    """The README's loop: edit a kernel, run, and read what went wrong, in the table too."""
+    import os
+    import shutil
+
+    shutil.copytree(ROOT / "kernels_cu", tmp_path / "kernels")
+    file = tmp_path / "kernels" / "attention" / "paged_attention_v1.cu"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(
+        text.replace("total * softmax.normaliser()", "1.1f * total * softmax.normaliser()"), encoding="utf-8"
+    )
+    environment = {**os.environ, "CUPAGED_KERNELS": str(tmp_path / "kernels")}
+    command = [sys.executable, str(SCRIPT), "--smoke", "--backend", "host", "--out", str(tmp_path / "out")]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert answer.returncode == 1
+    assert "not ok: wrong: error is" in " ".join(answer.stdout.split())
+    assert "40 of 40 cells failed" in " ".join(answer.stdout.split())
+    assert "wrong" in answer.stdout.split("D   block")[1]
+
+
+def test_what_a_user_can_put_right_is_a_sentence(tmp_path):
+    import os
+
+    environment = {**os.environ, "PATH": str(tmp_path), "CUPAGED_BACKEND": "host"}
+    environment.pop("CXX", None)
+    answer = subprocess.run(
+        [sys.executable, str(SCRIPT), "--smoke", "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert "BackendUnavailableError: the host backend needs a C++20 compiler" in answer.stderr
+
+
 def test_help_tells_the_question():
     answer = run("--help")
     assert answer.returncode == 0

@@ -1,5 +1,6 @@
 """A caller's mistake is an error that names the argument, what was expected and what came; nothing is launched."""
 
+import numpy as np
 import pytest
 
 import cupaged as pg
@@ -53,6 +54,29 @@ def test_decode_names_the_argument(case, xp, argument, change, error, message):
         call(case, **{argument: change(given, xp)})
 
 
+def test_out_may_not_lie_in_the_cache():
+    case = decode_case(DecodeShape((20,), num_heads=2), "host")
+    with pytest.raises(ValueError, match="out must not share memory with cache"):
+        call(case, out=case.cache.key[0, :1])
+
+
+def test_misaligned_lengths_are_refused():
+    case = decode_case(DecodeShape((20, 33)), "host")
+    room = np.zeros(9, np.uint8)[1:].view(np.int32)
+    room[:] = case.seq_lens
+    with pytest.raises(ValueError, match="argument seq_lens must start at a multiple of its 4 bytes"):
+        call(case, seq_lens=room)
+
+
+def test_nan_in_the_cache_is_not_hidden():
+    """A token's key that is NaN makes output and log-sum-exp NaN, as in the reference, not an empty result."""
+    case = decode_case(DecodeShape((3,), num_heads=2), "host")
+    case.cache.key[int(case.block_tables[0, 0]), 1] = np.nan
+    out, lse = pg.paged_attention(*case.arguments, return_lse=True)
+    assert np.isnan(out).all()
+    assert np.isnan(lse).all()
+
+
 def test_out_may_not_be_the_query(case):
     with pytest.raises(ValueError, match="out must not share memory with query"):
         call(case, out=case.query)
@@ -98,10 +122,26 @@ def test_what_is_refused_changes_nothing(case, xp):
         ("head_dim", 264, pg.UnsupportedError, "head_dim must lie in"),
         ("head_dim", 100, pg.UnsupportedError, "head_dim must lie in"),
         ("dtype", "float64", ValueError, "dtype must be one of float16, bfloat16, float32; got 'float64'"),
+        ("num_kv_heads", 32768, pg.UnsupportedError, r"num_kv_heads must leave a block below 2\*\*30 elements"),
+        ("layout", ["BSHD"], TypeError, r"layout must be a name; got list \['BSHD'\]"),
         ("layout", "SBHD", ValueError, "layout must be one of BSHD, BHSD, HBSD, BS2HD, BHDSX; got 'SBHD'"),
     ],
 )
 def test_a_config_names_the_field(field, value, error, message):
-    good = {"num_blocks": 4, "block_size": 16, "num_kv_heads": 2, "head_dim": 64}
+    good = {"num_blocks": 4, "block_size": 16 if field != "num_kv_heads" else 256, "num_kv_heads": 2, "head_dim": 256}
     with pytest.raises(error, match=message):
         pg.CacheConfig(**{**good, field: value})
+
+
+def test_numpy_integers_do_not_overflow():
+    config = pg.CacheConfig(np.int32(65536), np.uint8(16), np.int32(8), np.int64(128))
+    assert config.nbytes == 65536 * 16 * 8 * 128 * 2 * 2
+    assert config.num_slots == 65536 * 16
+
+
+def test_a_cache_keeps_its_arrays():
+    cache = pg.KVCache(pg.CacheConfig(2, 16, 1, 64), "host")
+    with pytest.raises(AttributeError):
+        cache.key = np.zeros((1, 1, 1, 1), np.float16)
+    with pytest.raises(TypeError, match="backend must be one of cuda, host, or None; got int 0"):
+        pg.KVCache(cache.config, 0)

@@ -34,7 +34,7 @@ def copy_without(tmp_path, file, position):
 
 
 def outcomes(shape):
-    """Return the results over three schedules; an error of the scheduler counts as a result of its own."""
+    """Return the results over three schedules."""
     case = decode_case(shape, "host")
     results = []
     for seed in range(3):

@@ -465,7 +465,7 @@ def test_names_and_extents_are_checked(program):
 def test_worker_count_is_checked(program, monkeypatch):
     kernel = program("strided", STRIDED)
     monkeypatch.setenv("CUPAGED_HOST_THREADS", "many")
-    with pytest.raises(ValueError, match="CUPAGED_HOST_THREADS must be a positive integer; got 'many'"):
+    with pytest.raises(ValueError, match="CUPAGED_HOST_THREADS must be an integer from 1 to 1024; got 'many'"):
         kernel((1,), (32,), out=np.zeros(32, np.float32), data=np.zeros(32, np.float32), stride=1)
 
 
@@ -478,3 +478,146 @@ def test_loading_again_gives_the_same_kernel():
     first, second = (load_kernel("bench/read_stream.cu", "read_stream", backend="host") for _ in range(2))
     assert first is second
     assert isinstance(first.source, KernelSource)
+
+
+# --- libraries of several kernels in one process ---------------------------------------------------------------------
+
+
+def test_shared_memory_in_a_helper_belongs_to_its_own_kernel(program):
+    """The same helper in two kernels, with shared memory of different sizes: neither finds the other's."""
+    text = """__device__ inline int* scratch() { __shared__ int row[N]; return row; }
+extern "C" __global__ void helper(int* out) {   // [N]
+  for (int i = threadIdx.x; i < N; i += 32) scratch()[i] = i;
+  __syncthreads();
+  for (int i = threadIdx.x; i < N; i += 32) out[i] = scratch()[N - 1 - i];
+}"""
+    for size in (4, 4000, 4):
+        out = np.zeros(size, np.int32)
+        program("helper", text, N=size)((3,), (32,), out=out)
+        np.testing.assert_array_equal(out, np.arange(size)[::-1])
+
+
+@pytest.mark.parametrize("name", ["sync", "getpid"])
+def test_a_kernel_may_have_the_name_of_a_library_function(program, name):
+    out = np.zeros(1, np.int32)
+    program(name, f'extern "C" __global__ void {name}(int* out) {{ out[0] = 42; }}')((1,), (1,), out=out)
+    assert out[0] == 42
+
+
+def test_loads_in_a_header_that_includes_the_loads_are_recorded(tmp_path):
+    text = (
+        '#include "outer.cuh"\nextern "C" __global__ void nested(float* out, const float* data) { *out = first(data); }'
+    )
+    kernel_from_text(tmp_path, text.replace("nested", "unused"), "unused", "host")
+    include = tmp_path / "kernels" / "include"
+    (include / "outer.cuh").write_text(
+        '#pragma once\n#include "global_memory.cuh"\n'
+        "__device__ inline float first(const float* data) { return load_global(data); }\n"
+    )
+    with host.record_traffic() as log:
+        kernel_from_text(tmp_path, text, "nested", "host")((1,), (1,), out=aligned(1), data=aligned(1))
+    assert (log[0].requests, log[0].bytes) == (1, 4)
+
+
+def test_a_header_in_angle_brackets_is_noticed_too(tmp_path):
+    include = tmp_path / "kernels" / "include"
+    include.mkdir(parents=True)
+    text = '#include <mine.cuh>\nextern "C" __global__ void angles(int* out) { out[0] = MINE; }'
+    for value in (11, 22):
+        (include / "mine.cuh").write_text(f"constexpr int MINE = {value};\n")
+        out = np.zeros(1, np.int32)
+        kernel_from_text(tmp_path, text, "angles", "host")((1,), (1,), out=out)
+        assert out[0] == value
+
+
+def test_a_kernel_that_was_edited_after_it_was_loaded_is_refused(tmp_path):
+    kernel = kernel_from_text(tmp_path, 'extern "C" __global__ void edited(int* out) {}', "edited", "host")
+    kernel.source.path.write_text('extern "C" __global__ void edited(int* out, int more, int still_more) {}')
+    with pytest.raises(pg.KernelBuildError, match="was edited after it was loaded: load the kernel again"):
+        kernel((1,), (1,), out=np.zeros(1, np.int32))
+
+
+def test_interleaved_arrays_are_one_to_the_recorder():
+    from cupaged.bench.workload import decode_workload
+
+    work = decode_workload((40,), 2, 2, 64, 16, layout="BS2HD", backend="host")
+    with host.record_traffic() as log:
+        pg.paged_attention(*work.arguments, kernel="paged_attention_v1")
+    assert "key_cache+value_cache" in {line.array for line in log[0].lines}
+    assert log[0].of("key_cache", "value_cache").bytes == work.kv_bytes
+
+
+def test_types_may_share_memory_as_on_the_gpu(program):
+    kernel = program(
+        "pun",
+        """extern "C" __global__ void pun(int* out, float* same) {
+  out[0] = 1;
+  same[0] = 2.0f;
+  out[1] = out[0];
+}""",
+    )
+    memory = np.zeros(2, np.int32)
+    kernel((1,), (1,), out=memory, same=memory.view(np.float32))
+    assert memory[1] == 0x40000000
+
+
+def test_shuffles_from_lanes_that_do_not_exist(program):
+    kernel = program(
+        "outside",
+        """extern "C" __global__ void outside(int* out) {
+  out[threadIdx.x] = __shfl_xor_sync(kAllLanes, 1, -1);
+}""",
+    )
+    with pytest.raises(pg.KernelLaunchError, match="a shuffle reads lane -"):
+        kernel((1,), (32,), out=np.zeros(32, np.int32))
+
+
+def test_large_blocks_on_many_threads(program, monkeypatch):
+    monkeypatch.setenv("CUPAGED_HOST_THREADS", "1024")
+    kernel = program(
+        "many",
+        """extern "C" __global__ void many(int* out) {
+  __syncthreads();
+  atomicAdd(out, 1);
+}""",
+    )
+    out = np.zeros(1, np.int32)
+    kernel((100,), (1024,), out=out)
+    assert out[0] == 100 * 1024
+
+
+def test_a_large_local_array_fits_the_stack(program):
+    kernel = program(
+        "deep",
+        """extern "C" __global__ void deep(int* out) {   // CUDA gives a thread up to 512 KiB
+  volatile char local[400 * 1024];
+  for (int i = 0; i < 400 * 1024; i += 1024) local[i] = 1;
+  out[threadIdx.x] = local[0] + local[399 * 1024];
+}""",
+    )
+    out = np.zeros(64, np.int32)
+    kernel((1,), (64,), out=out)
+    assert (out == 2).all()
+
+
+def test_relative_folders_work(tmp_path, monkeypatch):
+    import shutil
+
+    from cupaged.runtime import kernels_folder
+
+    shutil.copytree(kernels_folder(), tmp_path / "my_kernels")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", "my_cache")
+    monkeypatch.setenv("CUPAGED_KERNELS", "my_kernels")
+    data, combined = np.arange(8, dtype=np.uint32), np.zeros(1, np.uint32)
+    kernel = load_kernel("bench/read_stream.cu", "read_stream", backend="host")
+    kernel((1,), (32,), combined=combined, data=data, vectors=2)
+    assert combined[0] == np.bitwise_xor.reduce(data)
+    assert list((tmp_path / "my_cache" / "host").glob("read_stream-*.so"))
+
+
+def test_the_sanitizers_without_their_library_are_refused(program, monkeypatch):
+    monkeypatch.setenv("CUPAGED_HOST_SANITIZE", "1")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    with pytest.raises(pg.BackendUnavailableError, match="CUPAGED_HOST_SANITIZE needs the sanitizer's library"):
+        program("unbuilt", 'extern "C" __global__ void unbuilt(int* out) {}').build()

@@ -102,6 +102,8 @@ def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, ex
     ("c_type", "dtype", "value", "error"),
     [
         ("float", np.float32, 1e39, ValueError),
+        ("float", np.float32, 10**400, ValueError),
+        ("half", np.float16, 1e6, ValueError),
         ("float", np.float32, 1j, TypeError),
         ("float", np.float32, "1", TypeError),
         ("int", np.int32, -(2**31) - 1, ValueError),

@@ -1,7 +1,7 @@
 // The CUDA C++ language for a host compiler: what NVRTC knows without an #include, and no more.
 //
 // A kernel's .cu file is compiled behind this header unchanged. What needs PTX has a header in kernels_cu/include/ and
-// a twin of the same name in this folder, which the host build finds first.
+// a twin of the same name and guard in this folder, which the host build includes first.
 #pragma once
 
 #include <math.h>   // expf and its kin, without std::, as in CUDA

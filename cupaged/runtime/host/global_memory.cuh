@@ -1,5 +1,6 @@
 // The host's twin of kernels_cu/include/global_memory.cuh: the same loads, noted by the traffic recorder.
-#pragma once
+#ifndef CUPAGED_GLOBAL_MEMORY_CUH
+#define CUPAGED_GLOBAL_MEMORY_CUH
 
 #include "cuda_host.h"
 
@@ -14,3 +15,5 @@ __device__ __forceinline__ T load_global_if(bool wanted, const T* address, CUPAG
   if (cupaged::this_thread->record_traffic) cupaged::record_load(address, wanted ? sizeof(T) : 0, {file, line});
   return wanted ? *address : T{};
 }
+
+#endif

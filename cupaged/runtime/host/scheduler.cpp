@@ -6,8 +6,8 @@
 #include "scheduler.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstring>
@@ -15,6 +15,7 @@
 #include <mutex>
 #include <numeric>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -50,11 +51,9 @@ namespace {
 constexpr int kWarpSize = 32;
 constexpr unsigned char kPoison = 0xff;                 // as a half, bfloat16 or float: NaN
 constexpr size_t kCanaryBytes = 64;
-#ifdef CUPAGED_ASAN
-constexpr size_t kStackBytes = 1024 * 1024;
-#else
-constexpr size_t kStackBytes = 256 * 1024;
-#endif
+constexpr size_t kStackBytes = 1024 * 1024;             // address space; pages that a thread does not touch take no memory
+constexpr size_t kGuardBytes = 64 * 1024;
+constexpr uint64_t kMaxStacks = 20000;                  // a process may have some 65,000 mappings, and a stack is two
 
 enum class State : uint8_t { ready, at_barrier, in_warp_operation, finished };
 
@@ -80,7 +79,7 @@ struct Warp {
   WarpTraffic traffic;
 };
 
-// Fiber stacks, each behind a guard page and touched only as far as a kernel needs; reused by later launches.
+// Fiber stacks, each behind guard pages and touched only as far as a kernel needs; reused by later launches.
 class StackPool {
  public:
   ~StackPool() {
@@ -91,7 +90,10 @@ class StackPool {
     while (stacks_.size() <= i) {
       void* base = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (base == MAP_FAILED) return nullptr;
-      mprotect(base, static_cast<size_t>(sysconf(_SC_PAGESIZE)), PROT_NONE);
+      if (mprotect(base, kGuardBytes, PROT_NONE) != 0) {
+        munmap(base, kStackBytes);
+        return nullptr;
+      }
       stacks_.push_back(static_cast<unsigned char*>(base));
     }
     return stacks_[i] + kStackBytes - (i % 61) * 192;
@@ -131,6 +133,8 @@ struct Progress {
 std::string describe(const Index3& index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
 }
+
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 std::string describe(Site site) {
   const char* slash = std::strrchr(site.file, '/');
@@ -216,6 +220,7 @@ class Worker {
     const int lane = current_ % kWarpSize;
     Warp& warp = warps_[current_ / kWarpSize];
     mask &= warp.lanes;                                  // a last warp that is not full has no other lanes
+    if (source_lane < 0 || source_lane >= kWarpSize) fail(site, "a shuffle reads lane " + std::to_string(source_lane));
     if ((mask >> lane & 1u) == 0) fail(site, "a thread takes part in a warp operation whose mask leaves it out");
     fiber.site = site;
     fiber.operation = operation;
@@ -335,8 +340,7 @@ class Worker {
       fiber.stack_pointer = fresh_stack(stacks_.top(i), &Worker::fiber_main);
 #ifdef CUPAGED_ASAN
       fiber.fake_stack = nullptr;
-      const auto guard = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-      __asan_unpoison_memory_region(stacks_.base(i) + guard, kStackBytes - guard);
+      __asan_unpoison_memory_region(stacks_.base(i) + kGuardBytes, kStackBytes - kGuardBytes);
 #endif
     }
     for (size_t w = 0; w < warps_.size(); ++w) {
@@ -359,7 +363,7 @@ class Worker {
     if (at_barrier_ != num_threads_) return false;
     const Site site = fibers_[0].site;
     for (const Fiber& fiber : fibers_)
-      if (fiber.site.line != site.line || std::strcmp(fiber.site.file, site.file) != 0) return false;
+      if (!same(fiber.site, site)) return false;
     barrier_result_ = predicates_;
     at_barrier_ = predicates_ = 0;
     for (Warp& warp : warps_) {
@@ -375,8 +379,7 @@ class Worker {
     for (const Fiber& fiber : fibers_)
       if (fiber.state != State::finished && waiting == nullptr) waiting = &fiber;
     for (const Fiber& fiber : fibers_)
-      if (fiber.state != waiting->state || fiber.site.line != waiting->site.line ||
-          std::strcmp(fiber.site.file, waiting->site.file) != 0) {
+      if (fiber.state != waiting->state || !same(fiber.site, waiting->site)) {
         other = &fiber;
         break;
       }
@@ -403,7 +406,7 @@ class Worker {
     for (uint32_t left = mask; left != 0; left &= left - 1) {
       const int lane = __builtin_ctz(left);
       const Fiber& fiber = fibers_[first_thread + lane];
-      if (fiber.mask != mask || fiber.operation != operation || fiber.site.line != site.line)
+      if (fiber.mask != mask || fiber.operation != operation || !same(fiber.site, site))
         fail(site, "its warp diverged: lane " + std::to_string(lane) + " is " +
                        (fiber.mask != mask ? "here with another mask" : "in another operation, in " + describe(fiber.site)));
       values[lane] = fiber.value;
@@ -553,8 +556,13 @@ extern "C" int cupaged_launch(const cupaged::Launch* launch, char* error, size_t
     worker_pool().give_back(std::move(worker));
   };
   std::vector<std::thread> helpers;
-  const uint64_t wanted = std::min<uint64_t>(launch->workers, progress.num_blocks);
-  for (uint64_t i = 1; i < wanted; ++i) helpers.emplace_back(share);
+  const uint64_t threads = uint64_t{launch->block[0]} * launch->block[1] * launch->block[2];
+  const uint64_t wanted = std::min({uint64_t(launch->workers), progress.num_blocks, std::max(kMaxStacks / threads, uint64_t{1})});
+  try {
+    for (uint64_t i = 1; i < wanted; ++i) helpers.emplace_back(share);
+  } catch (const std::system_error&) {
+    // no more threads are to be had: those that are do the work
+  }
   share();
   for (auto& helper : helpers) helper.join();
   last_traffic = std::move(progress.traffic);
@@ -569,7 +577,8 @@ extern "C" int cupaged_traffic(cupaged::LineTraffic* lines, int capacity) {
   for (const auto& [where, counters] : cupaged::last_traffic) {
     if (count < capacity) {
       auto& line = lines[count];
-      std::snprintf(line.file, sizeof line.file, "%s", std::get<0>(where).c_str());
+      const std::string& file = std::get<0>(where);   // of a path that is too long, its end
+      std::snprintf(line.file, sizeof line.file, "%s", file.c_str() + (file.size() < sizeof line.file ? 0 : file.size() - sizeof line.file + 1));
       line.line = std::get<1>(where), line.array = std::get<2>(where);
       line.requests = counters.requests, line.sectors = counters.sectors, line.bytes = counters.bytes;
     }
