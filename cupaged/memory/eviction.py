@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cupaged.memory.allocator import whole_number
+from cupaged.memory.allocator import as_index, whole_number
 
 __all__ = [
     "BELADY_NEVER",
@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 Ids = NDArray[np.int32]
+Index = NDArray[np.intp]
 
 
 class BlockStats:
@@ -46,11 +47,11 @@ class BlockStats:
     Attributes
     ----------
     clock : int
-        The pool's time: one tick for each operation that takes, shares or releases blocks.
+        The pool's time: one tick for each operation that names, shares or releases blocks.
     last_access, published : int64 [num_blocks]
-        When the block was last taken, shared or released, and when its content could first be found.
+        When the block was last shared or released, and when its content could first be found.
     access_count : int64 [num_blocks]
-        How often its present content was put to use: 1 when it was written, and 1 for each hit.
+        How often its present content was put to use: 1 when it got its name, and 1 for each hit.
     depth : int32 [num_blocks]
         Its logical place in the sequence that wrote it: `depth * block_size` tokens came before it.
     priority : int32 [num_blocks]
@@ -67,26 +68,22 @@ class BlockStats:
         self.depth = np.zeros(num_blocks, np.int32)
         self.priority = np.zeros(num_blocks, np.int32)
 
-    def written(self, blocks: Ids) -> None:
-        """Note that `blocks` were taken for new content."""
+    def named(self, blocks: Index, depth: int | Index, priority: int) -> None:
+        """Note that `blocks` hold new content, which can be found from now on."""
         self.clock += 1
-        self.last_access[blocks] = self.clock
-        self.access_count[blocks] = 1
-
-    def named(self, blocks: Ids, depth: int | NDArray[np.integer], priority: int | NDArray[np.integer]) -> None:
-        """Note that the content of `blocks` can be found from now on."""
         self.published[blocks] = self.clock
+        self.access_count[blocks] = 1
         self.depth[blocks] = depth
         self.priority[blocks] = priority
 
-    def hit(self, blocks: Ids, priority: int) -> None:
-        """Note that the content of `blocks` was used once more."""
+    def hit(self, blocks: Index, priority: int = np.iinfo(np.int32).min) -> None:
+        """Note that the content of `blocks` was used once more, by a sequence of this priority."""
         self.clock += 1
         self.last_access[blocks] = self.clock
         self.access_count[blocks] += 1
         self.priority[blocks] = np.maximum(self.priority[blocks], priority)
 
-    def released(self, blocks: Ids) -> None:
+    def released(self, blocks: Index) -> None:
         """Note that a reader of `blocks` is done."""
         self.clock += 1
         self.last_access[blocks] = self.clock
@@ -124,13 +121,14 @@ class LRU:
         """Put `blocks` at the end of the queue, in order."""
         if self._tail + len(blocks) > len(self._queue):
             self._compact()
-        self._size += len(blocks) - int(np.count_nonzero(self._place[blocks] >= 0))
+        self._size += len(blocks) - int(np.count_nonzero(self._place[as_index(blocks)] >= 0))
         self._append(blocks)
 
     def remove(self, blocks: Ids) -> None:
         """Take `blocks` out of the queue."""
-        self._size -= int(np.count_nonzero(self._place[blocks] >= 0))
-        self._place[blocks] = -1
+        index = as_index(blocks)
+        self._size -= int(np.count_nonzero(self._place[index] >= 0))
+        self._place[index] = -1
 
     def pop(self, n: int) -> Ids:
         """Remove and return the `n` blocks at the head."""
@@ -138,10 +136,10 @@ class LRU:
         missing = min(n, self._size)
         while missing:
             stop = min(self._head + max(missing, 64), self._tail)
-            current = self._head + np.flatnonzero(self._current(self._head, stop))[:missing]
-            runs.append(self._queue[current])
+            current = self._current(self._head, stop).nonzero()[0][:missing]
+            runs.append(self._queue[self._head : stop][current])
             missing -= len(current)
-            self._head = stop if missing else int(current[-1]) + 1
+            self._head = stop if missing else self._head + int(current[-1]) + 1
         popped = np.concatenate(runs) if runs else np.empty(0, np.int32)
         self.remove(popped)
         return popped
@@ -153,11 +151,11 @@ class LRU:
     def _append(self, blocks: Ids) -> None:
         stop = self._tail + len(blocks)
         self._queue[self._tail : stop] = blocks
-        self._place[blocks] = np.arange(self._tail, stop)
+        self._place[as_index(blocks)] = np.arange(self._tail, stop)
         self._tail = stop
 
     def _current(self, start: int, stop: int) -> NDArray[np.bool_]:
-        return self._place[self._queue[start:stop]] == np.arange(start, stop)
+        return self._place[as_index(self._queue[start:stop])] == np.arange(start, stop)
 
     def _compact(self) -> None:
         """Close the gaps that outdated entries left; at most num_blocks entries stay, half of the array."""

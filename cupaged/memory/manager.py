@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
-from cupaged.memory.block_table import BlockTables, Ids, Rows
+from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
 from cupaged.memory.eviction import BlockStats, EvictionPolicy
 from cupaged.memory.metrics import Counters
 from cupaged.memory.pool import BlockPool
@@ -35,7 +35,6 @@ Pairs = NDArray[np.int32]
 
 NO_PAIRS: Pairs = np.empty((0, 2), np.int32)
 NO_PAIRS.flags.writeable = False
-ONE = np.array(1)  # an array without dimensions: NumPy adds it in half the time that it takes for a Python int
 
 
 class Appended(NamedTuple):
@@ -211,18 +210,17 @@ class BlockManager:
             num_fresh = self._num_blocks(num_tokens) - len(hits)
             self.gpu.require(num_fresh, besides=hits)
 
-            self.gpu.share(hits, priority)
-            self.cpu.share(on_cpu)  # eviction may offload: it must not take what we are about to restore
-            blocks = np.concatenate([hits, self.gpu.acquire(num_fresh)])
-            self._restore(on_cpu, blocks[len(hits) : len(hits) + len(on_cpu)])
-            self.cpu.release(on_cpu)
+            if len(hits):
+                self.gpu.share(hits, priority)
+            fresh = self._acquire_and_restore(num_fresh, on_cpu)
+            blocks = np.concatenate([hits, fresh])
 
             num_found = len(hits) + len(on_cpu)
             row = self.tables.open(blocks, num_tokens, priority)
             self._transcripts.start(row, self._root(extra), text if self.prefix_caching else None, digests)
             self._sequences[seq_id] = SequenceState(row, num_found * self.block_size, len(hits), publish)
             self._publish(seq_id, len(digests) if publish else num_found)
-            if text is not None and self.prefix_caching:
+            if digests:
                 self.counters.prompt_tokens += num_tokens
                 self.counters.cached_tokens += num_found * self.block_size
             return blocks
@@ -518,8 +516,8 @@ class BlockManager:
     def _open_tails(self, rows: Rows) -> Pairs:
         """Let each of `rows` write its next token: map a block past a full one, copy a partial one that others read."""
         tables = self.tables
-        full = tables.num_tokens[rows] == tables.num_blocks[rows] * self.block_size
-        if full.all():
+        full = tables.full(rows)
+        if np.count_nonzero(full) == len(rows):
             tables.push(rows, self.gpu.acquire(len(rows)))
             return NO_PAIRS
 
@@ -562,8 +560,9 @@ class BlockManager:
 
     def _offload(self, blocks: Ids, digests: list[bytes]) -> None:
         """Keep what GPU blocks held in the CPU pool, as far as it is not there and finds room."""
-        there = self.cpu.cache.contains(digests)
-        new = np.flatnonzero(~there)[: self.cpu.num_available]
+        there = self.cpu.cache.find(digests)
+        self.cpu.touch(there[there >= 0])
+        new = np.flatnonzero(there < 0)[: self.cpu.num_available]
         if len(new):
             names = [digests[i] for i in new]
             source, target = blocks[new], self.cpu.acquire(len(new))
@@ -572,10 +571,16 @@ class BlockManager:
             self._transfers.append(Transfer("offload", np.stack([source, target], axis=1)))
             self.counters.blocks_offloaded += len(new)
 
-    def _restore(self, source: Ids, target: Ids) -> None:
-        if len(source):
-            self._transfers.append(Transfer("restore", np.stack([source, target], axis=1)))
-            self.counters.blocks_restored += len(source)
+    def _acquire_and_restore(self, n: int, on_cpu: Ids) -> Ids:
+        """Take `n` GPU blocks, of which the first receive what the blocks `on_cpu` hold."""
+        if not len(on_cpu):
+            return self.gpu.acquire(n)
+        self.cpu.share(on_cpu)  # taking blocks may evict, and so offload: not onto what is about to be restored
+        blocks = self.gpu.acquire(n)
+        self.cpu.release(on_cpu)
+        self._transfers.append(Transfer("restore", np.stack([on_cpu, blocks[: len(on_cpu)]], axis=1)))
+        self.counters.blocks_restored += len(on_cpu)
+        return blocks
 
     def _extend_texts(self, rows: Rows, lengths: NDArray[np.int64], tokens: Ids) -> None:
         """Note the tokens of a batch's step, and let the blocks that they finish be found."""

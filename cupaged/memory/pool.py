@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cupaged.errors import OutOfBlocksError
-from cupaged.memory.allocator import BlockAllocator
+from cupaged.memory.allocator import BlockAllocator, as_index
 from cupaged.memory.eviction import BlockStats, EvictionPolicy, make_policy
 from cupaged.memory.prefix_cache import PrefixCache
 
@@ -27,6 +27,7 @@ Ids = NDArray[np.int32]
 IdsOrId = int | NDArray[np.integer]
 NO_BLOCKS = np.empty(0, np.int32)
 NO_BLOCKS.flags.writeable = False
+ONE = np.array(1, np.int32)
 
 
 class BlockPool:
@@ -112,25 +113,32 @@ class BlockPool:
             self.require(n)
             self.evict(missing)
         blocks = self.allocator.allocate(n)
-        self.ref_count[blocks] = 1
-        self.stats.written(blocks)
+        self.ref_count[as_index(blocks)] = ONE
         self._note_use()
         return blocks
 
     def require(self, n: int, besides: Ids = NO_BLOCKS) -> None:
         """Raise `OutOfBlocksError` unless `n` blocks can be acquired and `besides`, cached ones, shared as well."""
-        evictable = len(self.policy) - int(np.count_nonzero(self.ref_count[besides] == 0))
+        evictable = len(self.policy)
+        if len(besides):
+            evictable -= int(np.count_nonzero(self.ref_count[besides] == 0))
         if n > self.allocator.num_free + evictable:
             raise OutOfBlocksError(n, self.allocator.num_free, evictable)
 
     def share(self, blocks: Ids, priority: int = 0) -> None:
         """Add a reader to each of `blocks`, which are used or evictable."""
-        unread = blocks[self.ref_count[blocks] == 0]
-        if len(unread):
-            self.policy.remove(unread)
-        self.ref_count[blocks] += 1
-        self.stats.hit(blocks, priority)
+        index = as_index(blocks)
+        readers = self.ref_count[index]
+        self.policy.remove(blocks[readers == 0])
+        self.ref_count[index] = readers + ONE
+        self.stats.hit(index, priority)
         self._note_use()
+
+    def touch(self, blocks: Ids) -> None:
+        """Note that the content of `blocks` was wanted, without a reader: evictable ones are queued anew."""
+        index = as_index(blocks)
+        self.stats.hit(index)
+        self.policy.add(blocks[self.ref_count[index] == 0])
 
     def release(self, blocks: Ids) -> None:
         """Take a reader from each of `blocks`, listed in the order of their sequence.
@@ -138,15 +146,14 @@ class BlockPool:
         The last blocks of a sequence become evictable before the first ones: without its beginning the rest of a text
         cannot be found, while the beginning is useful without the rest.
         """
-        remaining = self.ref_count[blocks] - 1
-        self.ref_count[blocks] = remaining
-        self.stats.released(blocks)
-        unread = blocks[remaining == 0]
-        named = self.cache.named[unread]
-        if named.any():
-            self.policy.add(unread[named][::-1])
-            unread = unread[~named]
-        self.allocator.free(unread)
+        index = as_index(blocks)
+        readers = self.ref_count[index] - ONE
+        self.ref_count[index] = readers
+        self.stats.released(index)
+        unread = readers == 0
+        named = self.cache.named[index]
+        self.policy.add(blocks[unread & named][::-1])
+        self.allocator.free(blocks[unread & ~named])
 
     def leave(self, blocks: Ids) -> None:
         """Take a reader from each of `blocks`, which may repeat and all keep another reader."""
@@ -154,7 +161,7 @@ class BlockPool:
 
     def publish(self, blocks: Ids, digests: Sequence[bytes], depth: IdsOrId = 0, priority: IdsOrId = 0) -> None:
         """Let the content of `blocks`, at logical place `depth` of their sequence, be found by `digests`."""
-        self.stats.named(blocks, depth, priority)
+        self.stats.named(as_index(blocks), depth, priority)
         self.cache.publish(blocks, digests)
 
     def evict(self, n: int) -> Ids:

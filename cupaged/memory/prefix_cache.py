@@ -21,6 +21,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from cupaged.memory.allocator import YES, as_index
+
 __all__ = ["PrefixCache", "Transcripts", "chain", "root_digest"]
 
 Ids = NDArray[np.int32]
@@ -93,13 +95,15 @@ class PrefixCache:
 
     def match(self, digests: Sequence[bytes]) -> Ids:
         """Return the blocks of the longest known run from the first digest on, int32 [num_hits]."""
+        if not digests or digests[0] not in self._block_of:
+            return np.empty(0, np.int32)
         found = list(map(self._block_of.get, digests))
         known = found.index(None) if None in found else len(found)
         return np.array(found[:known], np.int32)
 
-    def contains(self, digests: Sequence[bytes]) -> NDArray[np.bool_]:
-        """Return which of `digests` are known."""
-        return np.fromiter(map(self._block_of.__contains__, digests), bool, len(digests))
+    def find(self, digests: Sequence[bytes]) -> Ids:
+        """Return the block of each digest, int32 [len(digests)], -1 where it is not known."""
+        return np.array([self._block_of.get(digest, -1) for digest in digests], np.int32)
 
     def publish(self, blocks: Ids, digests: Sequence[bytes]) -> Ids:
         """Let `blocks` be found by `digests`, and return those that now can be.
@@ -107,23 +111,24 @@ class PrefixCache:
         A digest that is known keeps its block: the other one, computed at the same time, stays nameless and is freed
         with its last reader.
         """
-        owners = np.fromiter(map(self._block_of.setdefault, digests, blocks.tolist()), np.int32, len(digests))
-        mine = owners == blocks
-        if mine.all():
-            self._digest_of[blocks] = digests
-        else:
-            self._digest_of[blocks[mine]] = [digest for digest, new in zip(digests, mine, strict=True) if new]
-            blocks = blocks[mine]
-        self.named[blocks] = True
+        ids = blocks.tolist()
+        owners = list(map(self._block_of.setdefault, digests, ids))
+        if owners != ids:
+            mine = [i for i, owner in enumerate(owners) if owner == ids[i]]
+            blocks, digests = blocks[mine], [digests[i] for i in mine]
+        index = as_index(blocks)
+        self._digest_of[index] = digests
+        self.named[index] = YES
         return blocks
 
     def forget(self, blocks: Ids) -> list[bytes]:
         """Make `blocks`, all of them named, unfindable, and return their digests: they will hold something else."""
-        digests: list[bytes] = self._digest_of[blocks].tolist()
+        index = as_index(blocks)
+        digests: list[bytes] = self._digest_of[index].tolist()
         for digest in digests:
             del self._block_of[digest]
-        self._digest_of[blocks] = None
-        self.named[blocks] = False
+        self._digest_of[index] = None
+        self.named[index] = False
         return digests
 
     def digests(self, blocks: Ids) -> list[bytes | None]:
