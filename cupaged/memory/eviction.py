@@ -68,7 +68,7 @@ class BlockStats:
         self.depth = np.zeros(num_blocks, np.int32)
         self.priority = np.zeros(num_blocks, np.int32)
 
-    def named(self, blocks: Index, depth: int | Index, priority: int) -> None:
+    def named(self, blocks: Index, depth: int | NDArray[Any], priority: int | NDArray[Any]) -> None:
         """Note that `blocks` hold new content, which can be found from now on."""
         self.clock += 1
         self.published[blocks] = self.clock

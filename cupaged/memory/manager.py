@@ -24,7 +24,7 @@ from cupaged.memory.allocator import whole_number
 from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
 from cupaged.memory.eviction import BlockStats, EvictionPolicy
 from cupaged.memory.metrics import Counters
-from cupaged.memory.pool import BlockPool
+from cupaged.memory.pool import NO_BLOCKS, BlockPool
 from cupaged.memory.prefix_cache import ExtraKeys, Transcripts, chain, root_digest
 
 __all__ = ["Appended", "Batch", "BlockManager", "Transfer"]
@@ -361,8 +361,8 @@ class BlockManager:
     def can_swap_out(self, *seq_ids: SeqId) -> bool:
         """Return whether the CPU pool has room for these sequences."""
         with self.lock:
-            blocks = np.concatenate([self.tables.blocks(self._resident(seq_id).row) for seq_id in seq_ids])
-            return len(np.unique(blocks)) <= self.cpu.num_available
+            blocks = [self.tables.blocks(self._resident(seq_id).row) for seq_id in seq_ids]
+            return _num_distinct(blocks) <= self.cpu.num_available
 
     def swap_out(self, *seq_ids: SeqId) -> Pairs:
         """Move sequences to the CPU pool; those that share blocks and move in one call go on sharing them.
@@ -392,8 +392,7 @@ class BlockManager:
     def can_swap_in(self, *seq_ids: SeqId) -> bool:
         """Return whether the GPU pool has room for these sequences."""
         with self.lock:
-            blocks = np.concatenate([self._swapped(seq_id)[1] for seq_id in seq_ids])
-            return self._can_take(len(np.unique(blocks)))
+            return self._can_take(_num_distinct([self._swapped(seq_id)[1] for seq_id in seq_ids]))
 
     def swap_in(self, *seq_ids: SeqId) -> Pairs:
         """Move sequences back to the GPU pool; the reverse of `swap_out`.
@@ -499,9 +498,9 @@ class BlockManager:
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _can_take(self, n: int, besides: Ids | None = None) -> bool:
+    def _can_take(self, n: int, besides: Ids = NO_BLOCKS) -> bool:
         try:
-            self.gpu.require(n) if besides is None else self.gpu.require(n, besides)
+            self.gpu.require(n, besides)
         except OutOfBlocksError:
             return False
         return True
@@ -637,6 +636,10 @@ class BlockManager:
         if sequence.cpu_blocks is None:
             raise ValueError(f"seq_id must be a sequence that is swapped out, but {seq_id!r} is on the GPU")
         return sequence, sequence.cpu_blocks
+
+
+def _num_distinct(tables: list[Ids]) -> int:
+    return len(np.unique(np.concatenate(tables))) if tables else 0
 
 
 def _duplicate(tables: list[Ids], pool: BlockPool) -> tuple[Pairs, list[Ids]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from cupaged.memory.prefix_cache import PrefixCache
 __all__ = ["BlockPool"]
 
 Ids = NDArray[np.int32]
-IdsOrId = int | NDArray[np.integer]
+IntOrInts = int | NDArray[Any]
 NO_BLOCKS = np.empty(0, np.int32)
 NO_BLOCKS.flags.writeable = False
 ONE = np.array(1, np.int32)
@@ -159,7 +160,7 @@ class BlockPool:
         """Take a reader from each of `blocks`, which may repeat and all keep another reader."""
         np.subtract.at(self.ref_count, blocks, 1)
 
-    def publish(self, blocks: Ids, digests: Sequence[bytes], depth: IdsOrId = 0, priority: IdsOrId = 0) -> None:
+    def publish(self, blocks: Ids, digests: Sequence[bytes], depth: IntOrInts = 0, priority: IntOrInts = 0) -> None:
         """Let the content of `blocks`, at logical place `depth` of their sequence, be found by `digests`."""
         self.stats.named(as_index(blocks), depth, priority)
         self.cache.publish(blocks, digests)

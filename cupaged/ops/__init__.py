@@ -1,0 +1,1 @@
+"""The thin Python door to the device: check, choose, launch, return."""
