@@ -333,7 +333,8 @@ class BlockManager:
             copies = self._open_tails(rows[blocked]) if np.count_nonzero(blocked) else NO_PAIRS
             tables.num_tokens[rows] = lengths + ONE
             if text is not None:
-                self._extend_texts(rows, lengths, text)
+                for i in self._transcripts.extend_each(rows, lengths, text).tolist():
+                    self._publish_if_wanted(batch.seq_ids[i])
             return Appended(tables.tail_base[rows] + lengths, copies)
 
     # ---- share ------------------------------------------------------------------------------------------------------
@@ -580,14 +581,6 @@ class BlockManager:
         self._transfers.append(Transfer("restore", np.stack([on_cpu, blocks[: len(on_cpu)]], axis=1)))
         self.counters.blocks_restored += len(on_cpu)
         return blocks
-
-    def _extend_texts(self, rows: Rows, lengths: NDArray[np.int64], tokens: Ids) -> None:
-        """Note the tokens of a batch's step, and let the blocks that they finish be found."""
-        finished = self._transcripts.extend_each(rows, lengths, tokens)
-        if len(finished) and self.prefix_caching:
-            owners = {state.row: seq_id for seq_id, state in self._sequences.items()}
-            for row in finished.tolist():
-                self._publish_if_wanted(owners[row])
 
     def _root(self, extra: ExtraKeys) -> bytes:
         return root_digest(self.block_size, self._salt, extra) if extra else self._no_extra

@@ -186,15 +186,13 @@ class Transcripts:
         self.num_known[row] += len(tokens)
 
     def extend_each(self, rows: NDArray[np.intp], num_tokens: NDArray[np.int64], tokens: Ids) -> NDArray[np.intp]:
-        """Add ``tokens[i]`` to ``rows[i]``, which stores ``num_tokens[i]``; return the rows that finished a block."""
+        """Add ``tokens[i]`` to ``rows[i]``, which stores ``num_tokens[i]``; return each `i` that finished a block."""
         known = self.num_known[rows] == num_tokens
-        if not known.all():
-            rows, num_tokens, tokens = rows[known], num_tokens[known], tokens[known]
         offset = num_tokens % self.block_size
-        self.unfinished[rows, offset] = tokens
-        self.num_known[rows] = num_tokens + 1
-        finished = rows[offset == self.block_size - 1]
-        for row in finished.tolist():
+        self.unfinished[rows[known], offset[known]] = tokens[known]
+        self.num_known[rows[known]] += 1
+        finished = np.flatnonzero(known & (offset == self.block_size - 1))
+        for row in rows[finished].tolist():
             digests = self.digests[row]
             digests += chain(digests[-1] if digests else self.root[row], self.unfinished[row], self.block_size)
         return finished

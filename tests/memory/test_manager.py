@@ -153,7 +153,7 @@ def test_a_fork_takes_no_block_and_frees_none():
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 16, 256])
 def test_a_batch_takes_the_steps_that_its_sequences_would_take_alone(block_size):
-    together, alone = (BlockManager(200, block_size=block_size, max_seqs=2, max_blocks_per_seq=1) for _ in range(2))
+    together, alone = (BlockManager(400, block_size=block_size, max_seqs=2, max_blocks_per_seq=1) for _ in range(2))
     for manager in (together, alone):
         for seq_id in range(9):
             manager.allocate(seq_id, 1 + 3 * seq_id)
