@@ -123,7 +123,7 @@ def test_freeing_nothing_is_nothing():
     [((-1,), ValueError), ((2.0,), TypeError), ((True,), TypeError), ((2**31,), ValueError), ((4, "lru"), ValueError)],
 )
 def test_a_bad_pool_is_refused(arguments, error):
-    with pytest.raises(error, match="num_blocks|order"):
+    with pytest.raises(error, match=r"num_blocks|order"):
         BlockAllocator(*arguments)
 
 

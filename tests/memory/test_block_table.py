@@ -111,5 +111,5 @@ def test_a_row_is_used_again_after_it_was_closed():
 
 @pytest.mark.parametrize("arguments", [(0,), (4, 0), (4, 1, 0), (-1,)])
 def test_sizes_must_be_positive(arguments):
-    with pytest.raises(ValueError, match="block_size|max_seqs|max_blocks"):
+    with pytest.raises(ValueError, match=r"block_size|max_seqs|max_blocks"):
         BlockTables(*arguments)

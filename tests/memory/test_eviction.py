@@ -192,7 +192,7 @@ def test_lru_keeps_its_order_over_many_compactions():
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match="eviction must be one of lru, fifo, lfu, priority, cost .* got 'mru'"):
+    with pytest.raises(ValueError, match=r"eviction must be one of lru, fifo, lfu, priority, cost .* got 'mru'"):
         BlockPool(4, eviction="mru")
 
 

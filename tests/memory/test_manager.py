@@ -183,7 +183,7 @@ def test_a_batch_notices_that_a_sequence_is_gone_and_its_row_another_ones():
     manager.free("b")
     manager.allocate("d", 1)
     before = state(manager)
-    with pytest.raises(ValueError, match="seq_id .* got 'b'"):
+    with pytest.raises(ValueError, match=r"seq_id .* got 'b'"):
         manager.append_batch(batch)
     assert state(manager) == before
 
@@ -451,7 +451,7 @@ def test_a_block_that_the_cpu_holds_already_is_not_copied_again():
 
 
 def test_slots_of_ten_million_blocks_do_not_overflow():
-    """vllm 1486: an offset of 32 bits. Block 10,000,000 of 256 slots begins at slot 2,560,000,000."""
+    """An offset of 32 bits (vllm 1486) does not reach. Block 10,000,000 of 256 slots begins at slot 2,560,000,000."""
     manager = BlockManager(10_000_001, block_size=256, order="fifo")
     manager.gpu.allocator.allocate(10_000_000)
     manager.allocate("x", 1)

@@ -23,7 +23,7 @@ from cupaged.memory.manager import Appended, BlockManager
 from cupaged.memory.preemption import CostModel, make_room
 from cupaged.memory.watermark import WatermarkEvictor
 
-NUM_PROGRAMS = 320
+NUM_PROGRAMS = 420
 OPERATIONS_A_PROGRAM = 700
 BYTES_AN_OPERATION = 5
 SEQ_IDS = range(8)
@@ -141,10 +141,11 @@ class Model:
     def append_batch(self) -> None:
         how, known = next(self.choices), next(self.choices) < 200
         seq_ids = [seq_id for seq_id in self.running() if how >> seq_id & 1]
-        tokens = [how % 3 for _ in seq_ids]
+        tokens = [[how % 3] for _ in seq_ids]
+        ids = np.array(tokens, int).ravel() if known else None
         self.attempt(None,
-                     lambda: self.manager.append_batch(seq_ids, tokens if known else None),
-                     lambda appended: self.appended(appended, seq_ids, [[token] for token in tokens], known))  # fmt: skip
+                     lambda: self.manager.append_batch(seq_ids, ids),
+                     lambda appended: self.appended(appended, seq_ids, tokens, known))  # fmt: skip
 
     def appended(self, appended: Appended, seq_ids: list[int], tokens: list[list[int]], known: bool) -> None:
         if not known:

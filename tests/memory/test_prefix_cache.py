@@ -264,7 +264,9 @@ def test_names_are_the_same_for_any_integer_type_and_any_stride():
     spread[::2] = tokens
     assert chain(b"", spread[::2], 4) == expected
     managers = [manager_of() for _ in range(3)]
-    for manager, text in zip(managers, (tokens.tolist(), tokens.astype(np.uint16), tokens.astype(np.int64)), strict=True):
+    for manager, text in zip(
+        managers, (tokens.tolist(), tokens.astype(np.uint16), tokens.astype(np.int64)), strict=True
+    ):
         manager.allocate("x", text)
     names = [manager.gpu.cache.digests(np.arange(8)) for manager in managers]
     assert names[0] == names[1] == names[2]
