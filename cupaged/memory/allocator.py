@@ -229,7 +229,7 @@ def as_index(ids: Ids) -> NDArray[np.intp]:
 
 def whole_number(name: str, value: Any, at_least: int) -> int:
     """Return `value` as an int, or raise an error that names the argument."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")

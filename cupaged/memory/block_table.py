@@ -112,9 +112,12 @@ class BlockTables:
     def push(self, rows: Rows, blocks: Ids) -> None:
         """Map one more block for each of `rows`, whose last block is full; ``blocks[i]`` goes to ``rows[i]``."""
         column = self.num_blocks[rows]
-        self._fit(int(column[column.argmax()]) + 1)
+        try:
+            self.ids[rows, column] = blocks
+        except IndexError:  # NumPy checks every index before it writes
+            self._fit(int(column.max()) + 1)
+            self.ids[rows, column] = blocks
         start = column * self._block_size
-        self.ids[rows, column] = blocks
         self.num_blocks[rows] = column + ONE
         self.writable[rows] = start + self._block_size
         self.tail_base[rows] = blocks * self._block_size - start
@@ -149,9 +152,9 @@ class BlockTables:
         """Return a copy of a row's blocks, int32 [num_blocks]."""
         return self.ids[row, : self.num_blocks[row]].copy()
 
-    def full(self, rows: Rows) -> NDArray[np.bool_]:
-        """Return which of `rows` have no room in their last block, bool [len(rows)]."""
-        return self.num_tokens[rows] == self.num_blocks[rows] * self._block_size
+    def capacity(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the slots in the blocks of each row, int64 [len(rows)]."""
+        return self.num_blocks[rows] * self._block_size
 
     def tails(self, rows: Rows) -> Ids:
         """Return the last block of each row, int32 [len(rows)]."""

@@ -39,6 +39,7 @@ __all__ = [
 
 Ids = NDArray[np.int32]
 Index = NDArray[np.intp]
+ONE = np.array(1)
 
 
 class BlockStats:
@@ -80,7 +81,7 @@ class BlockStats:
         """Note that the content of `blocks` was used once more, by a sequence of this priority."""
         self.clock += 1
         self.last_access[blocks] = self.clock
-        self.access_count[blocks] += 1
+        self.access_count[blocks] += ONE
         self.priority[blocks] = np.maximum(self.priority[blocks], priority)
 
     def released(self, blocks: Index) -> None:

@@ -285,7 +285,7 @@ class BlockManager:
             length = int(self.tables.num_tokens[row])
             copies = NO_PAIRS
             if length >= self.tables.writable[row]:
-                copies = self._open_tails(np.array([row]))
+                copies = self._open_tails(np.array([row]), np.array([length]))
             missing = self._num_blocks(length + count) - int(self.tables.num_blocks[row])
             if missing:
                 self.tables.push_run(row, self.gpu.acquire(missing))
@@ -329,8 +329,8 @@ class BlockManager:
         with self.lock:
             rows = self._current_rows(batch)
             lengths = tables.num_tokens[rows]
-            blocked = lengths >= tables.writable[rows]
-            copies = self._open_tails(rows[blocked]) if np.count_nonzero(blocked) else NO_PAIRS
+            (blocked,) = (lengths >= tables.writable[rows]).nonzero()
+            copies = self._open_tails(rows[blocked], lengths[blocked]) if len(blocked) else NO_PAIRS
             tables.num_tokens[rows] = lengths + ONE
             if text is not None:
                 for i in self._transcripts.extend_each(rows, lengths, text).tolist():
@@ -513,10 +513,10 @@ class BlockManager:
         partial = length % self.block_size != 0
         return new + int(partial and self.gpu.ref_count[self.tables.tails(np.array([row]))[0]] > 1)
 
-    def _open_tails(self, rows: Rows) -> Pairs:
+    def _open_tails(self, rows: Rows, lengths: NDArray[np.int64]) -> Pairs:
         """Let each of `rows` write its next token: map a block past a full one, copy a partial one that others read."""
         tables = self.tables
-        full = tables.full(rows)
+        full = lengths == tables.capacity(rows)
         if np.count_nonzero(full) == len(rows):
             tables.push(rows, self.gpu.acquire(len(rows)))
             return NO_PAIRS

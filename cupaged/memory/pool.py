@@ -102,18 +102,19 @@ class BlockPool:
         return self.num_blocks - self.num_available
 
     def acquire(self, n: int) -> Ids:
-        """Take `n` blocks for new content, evicting if too few are free, each with one reader.
+        """Take `n` blocks for new content, each with one reader: free ones, then evictable ones if these are too few.
 
         Raises
         ------
         OutOfBlocksError
             If fewer than `n` are free or evictable; nothing is evicted.
         """
-        missing = n - self.allocator.num_free
-        if missing > 0:
+        free = self.allocator.num_free
+        if n <= free:
+            blocks = self.allocator.allocate(n)
+        else:
             self.require(n)
-            self.evict(missing)
-        blocks = self.allocator.allocate(n)
+            blocks = np.concatenate([self.allocator.allocate(free), self._take_evictable(n - free)])
         self.ref_count[as_index(blocks)] = ONE
         self._note_use()
         return blocks
@@ -122,7 +123,7 @@ class BlockPool:
         """Raise `OutOfBlocksError` unless `n` blocks can be acquired and `besides`, cached ones, shared as well."""
         evictable = len(self.policy)
         if len(besides):
-            evictable -= int(np.count_nonzero(self.ref_count[besides] == 0))
+            evictable -= len(besides) - int(np.count_nonzero(self.ref_count[as_index(besides)]))
         if n > self.allocator.num_free + evictable:
             raise OutOfBlocksError(n, self.allocator.num_free, evictable)
 
@@ -130,7 +131,8 @@ class BlockPool:
         """Add a reader to each of `blocks`, which are used or evictable."""
         index = as_index(blocks)
         readers = self.ref_count[index]
-        self.policy.remove(blocks[readers == 0])
+        if np.count_nonzero(readers) < len(readers):
+            self.policy.remove(blocks[readers == 0])
         self.ref_count[index] = readers + ONE
         self.stats.hit(index, priority)
         self._note_use()
@@ -167,13 +169,8 @@ class BlockPool:
 
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""
-        blocks = self.policy.pop(min(n, len(self.policy)))
-        if len(blocks):
-            digests = self.cache.forget(blocks)
-            if self.on_evict is not None:
-                self.on_evict(blocks, digests)
-            self.allocator.free(blocks)
-            self.num_evicted += len(blocks)
+        blocks = self._take_evictable(min(n, len(self.policy)))
+        self.allocator.free(blocks)
         return blocks
 
     def check(self) -> None:
@@ -189,8 +186,20 @@ class BlockPool:
         digests = [digest for digest in self.cache.digests(blocks) if digest is not None]
         assert np.array_equal(self.cache.match(digests), blocks), "a name leads to another block"
 
+    def _take_evictable(self, n: int) -> Ids:
+        """Take `n` blocks from the policy, and end what their content was known for."""
+        blocks = self.policy.pop(n)
+        if len(blocks):
+            digests = self.cache.forget(blocks)
+            if self.on_evict is not None:
+                self.on_evict(blocks, digests)
+            self.num_evicted += len(blocks)
+        return blocks
+
     def _note_use(self) -> None:
         free = self.allocator.num_free
-        self.peak_used = max(self.peak_used, self.num_blocks - free - len(self.policy))
+        used = self.num_blocks - free - len(self.policy)
+        if used > self.peak_used:
+            self.peak_used = used
         if free < self.pressure_mark:
             self.pressure.set()

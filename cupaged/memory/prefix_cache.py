@@ -6,7 +6,7 @@ adapter, a tenant. Equal names mean equal content as far as BLAKE2b [1]_ goes, s
 can make up a prompt that is served another's blocks. Only full blocks have names: a partial one still changes.
 
 BLAKE2b with its native 64-byte digest is the fastest that hashlib has here: parent and 16 tokens are together 128
-bytes, one compression (0.46 us a block from Python; SHA-256 takes 0.60 even with SHA instructions).
+bytes, one compression (0.38 us a block from Python; SHA-256 takes 0.52 even with SHA instructions).
 
 References
 ----------
@@ -61,11 +61,11 @@ def _encode(item: str | bytes | int) -> tuple[bytes, bytes]:
 
 def chain(parent: bytes, tokens: Ids, block_size: int) -> list[bytes]:
     """Return the digest of each full block of `tokens`, int32 [num_tokens], that follows the block named `parent`."""
-    text = tokens.astype("<i4", copy=False).tobytes()
-    width = 4 * block_size
+    num_full = len(tokens) // block_size
+    text = np.ascontiguousarray(tokens[: num_full * block_size], "<i4")
     digests = []
-    for start in range(0, len(text) - width + 1, width):
-        parent = blake2b(parent + text[start : start + width]).digest()
+    for block in text.view(f"V{4 * block_size}").tolist():  # the bytes of each block: quicker than slicing
+        parent = blake2b(parent + block).digest()
         digests.append(parent)
     return digests
 
