@@ -17,7 +17,8 @@ from cupaged.errors import DoubleFreeError, ForeignBlockError, OutOfBlocksError
 __all__ = ["ORDERS", "BlockAllocator"]
 
 Ids = NDArray[np.int32]
-YES = np.array(True)  # NumPy stores an array without dimensions faster than a Python bool
+YES, NO = np.array(True), np.array(False)  # NumPy stores arrays without dimensions faster than Python bools
+INT32 = np.dtype(np.int32)
 
 
 class FreeList(Protocol):
@@ -207,7 +208,7 @@ class BlockAllocator:
             return
         self._check_owned(run)
         self._free.give(run)
-        self._allocated[as_index(run)] = False
+        self._allocated[as_index(run)] = NO
 
     def _check_owned(self, run: Ids) -> None:
         ordered = np.sort(run)
@@ -241,7 +242,7 @@ def block_ids(name: str, ids: ArrayLike) -> Ids:
     run = np.atleast_1d(np.asarray(ids))
     if run.ndim != 1:
         raise ValueError(f"{name} must be one id or a vector of ids, got shape {run.shape}")
-    if run.dtype == np.int32:
+    if run.dtype == INT32:
         return run
     if run.size and not np.issubdtype(run.dtype, np.integer):
         raise TypeError(f"{name} must be integers, got {run.dtype}")

@@ -130,13 +130,13 @@ class BlockTables:
         self._fit(stop)
         self.ids[row, start:stop] = blocks
         self.num_blocks[row] = stop
-        self._open_tail(row, stop - 1, blocks[-1])
+        self._open_tail(row, stop - 1, int(blocks[-1]))
 
     def replace_tail(self, rows: Rows, blocks: Ids) -> None:
         """Put private copies, ``blocks[i]`` for ``rows[i]``, in the place of shared last blocks."""
         column = self.num_blocks[rows] - 1
         self.ids[rows, column] = blocks
-        self._open_tail(rows, column, blocks)
+        self._open_tail(rows, column, blocks.astype(np.int64))
 
     def own_tail(self, rows: Rows) -> None:
         """Let `rows` write to their last blocks: no other sequence reads them any more."""
@@ -186,12 +186,12 @@ class BlockTables:
         self.num_blocks[row] = count
         self.num_tokens[row] = num_tokens
         if count:
-            self._open_tail(row, count - 1, blocks[-1])
+            self._open_tail(row, count - 1, int(blocks[-1]))
 
-    def _open_tail(self, rows: int | Rows, column: int | Rows, blocks: int | Ids) -> None:
+    def _open_tail(self, rows: int | Rows, column: int | Rows, blocks: int | Rows) -> None:
         """Make `blocks`, in logical place `column`, the last and writable blocks of `rows`."""
         self.writable[rows] = (column + 1) * self.block_size
-        self.tail_base[rows] = (np.asarray(blocks, np.int64) - column) * self.block_size
+        self.tail_base[rows] = (blocks - column) * self.block_size
         self.changed[rows] = True
 
     def _fit(self, num_blocks: int) -> None:

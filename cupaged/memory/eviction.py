@@ -39,7 +39,7 @@ __all__ = [
 
 Ids = NDArray[np.int32]
 Index = NDArray[np.intp]
-ONE = np.array(1)
+ONE, GONE = np.array(1), np.array(-1)
 
 
 class BlockStats:
@@ -48,9 +48,9 @@ class BlockStats:
     Attributes
     ----------
     clock : int
-        The pool's time: one tick for each operation that names, shares or releases blocks.
+        The pool's time: one tick for each operation that names or releases blocks.
     last_access, published : int64 [num_blocks]
-        When the block was last shared or released, and when its content could first be found.
+        When a reader of the block was last done with it, and when its content could first be found.
     access_count : int64 [num_blocks]
         How often its present content was put to use: 1 when it got its name, and 1 for each hit.
     depth : int32 [num_blocks]
@@ -79,13 +79,11 @@ class BlockStats:
 
     def hit(self, blocks: Index, priority: int = np.iinfo(np.int32).min) -> None:
         """Note that the content of `blocks` was used once more, by a sequence of this priority."""
-        self.clock += 1
-        self.last_access[blocks] = self.clock
         self.access_count[blocks] += ONE
         self.priority[blocks] = np.maximum(self.priority[blocks], priority)
 
-    def released(self, blocks: Index) -> None:
-        """Note that a reader of `blocks` is done."""
+    def accessed(self, blocks: Index) -> None:
+        """Note that a reader of `blocks` is done with them: until then they were in use."""
         self.clock += 1
         self.last_access[blocks] = self.clock
 
@@ -129,7 +127,7 @@ class LRU:
         """Take `blocks` out of the queue."""
         index = as_index(blocks)
         self._size -= int(np.count_nonzero(self._place[index] >= 0))
-        self._place[index] = -1
+        self._place[index] = GONE
 
     def pop(self, n: int) -> Ids:
         """Remove and return the `n` blocks at the head."""
@@ -141,8 +139,9 @@ class LRU:
             runs.append(self._queue[self._head : stop][current])
             missing -= len(current)
             self._head = stop if missing else self._head + int(current[-1]) + 1
-        popped = np.concatenate(runs) if runs else np.empty(0, np.int32)
-        self.remove(popped)
+        popped = runs[0] if len(runs) == 1 else np.concatenate([*runs, np.empty(0, np.int32)])
+        self._place[as_index(popped)] = GONE
+        self._size -= len(popped)
         return popped
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cupaged.errors import OutOfBlocksError
-from cupaged.memory.allocator import whole_number
+from cupaged.memory.allocator import INT32, whole_number
 from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
 from cupaged.memory.eviction import BlockStats, EvictionPolicy
 from cupaged.memory.metrics import Counters
@@ -566,7 +566,7 @@ class BlockManager:
         if len(new):
             names = [digests[i] for i in new]
             source, target = blocks[new], self.cpu.acquire(len(new))
-            self.cpu.publish(target, names, self.gpu.stats.depth[source], self.gpu.stats.priority[source])
+            self.cpu.publish(target, names, self.gpu.stats.depth[source])
             self.cpu.release(target)
             self._transfers.append(Transfer("offload", np.stack([source, target], axis=1)))
             self.counters.blocks_offloaded += len(new)
@@ -666,7 +666,7 @@ def _token_ids(name: str, tokens: ArrayLike, count: int | None = None) -> Ids:
     if text.ndim != 1 or (count is not None and len(text) != count):
         expected = "a vector" if count is None else f"of shape ({count},)"
         raise ValueError(f"{name} must be token ids, {expected}, got shape {text.shape}")
-    if text.dtype == np.int32:
+    if text.dtype == INT32:
         return text
     if len(text):
         if not np.issubdtype(text.dtype, np.integer):
@@ -677,7 +677,6 @@ def _token_ids(name: str, tokens: ArrayLike, count: int | None = None) -> Ids:
 
 
 def _int32(name: str, value: int) -> int:
-    limits = np.iinfo(np.int32)
-    if not limits.min <= whole_number(name, value, limits.min) <= limits.max:
+    if not -(2**31) <= whole_number(name, value, at_least=-(2**63)) < 2**31:
         raise ValueError(f"{name} must fit in int32, got {value}")
     return int(value)

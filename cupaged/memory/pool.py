@@ -25,7 +25,6 @@ from cupaged.memory.prefix_cache import PrefixCache
 __all__ = ["BlockPool"]
 
 Ids = NDArray[np.int32]
-IntOrInts = int | NDArray[Any]
 NO_BLOCKS = np.empty(0, np.int32)
 NO_BLOCKS.flags.writeable = False
 ONE = np.array(1, np.int32)
@@ -141,6 +140,7 @@ class BlockPool:
         """Note that the content of `blocks` was wanted, without a reader: evictable ones are queued anew."""
         index = as_index(blocks)
         self.stats.hit(index)
+        self.stats.accessed(index)
         self.policy.add(blocks[self.ref_count[index] == 0])
 
     def release(self, blocks: Ids) -> None:
@@ -152,7 +152,7 @@ class BlockPool:
         index = as_index(blocks)
         readers = self.ref_count[index] - ONE
         self.ref_count[index] = readers
-        self.stats.released(index)
+        self.stats.accessed(index)
         unread = readers == 0
         named = self.cache.named[index]
         self.policy.add(blocks[unread & named][::-1])
@@ -162,10 +162,11 @@ class BlockPool:
         """Take a reader from each of `blocks`, which may repeat and all keep another reader."""
         np.subtract.at(self.ref_count, blocks, 1)
 
-    def publish(self, blocks: Ids, digests: Sequence[bytes], depth: IntOrInts = 0, priority: IntOrInts = 0) -> None:
+    def publish(self, blocks: Ids, digests: Sequence[bytes], depth: NDArray[Any], priority: int = 0) -> None:
         """Let the content of `blocks`, at logical place `depth` of their sequence, be found by `digests`."""
-        self.stats.named(as_index(blocks), depth, priority)
-        self.cache.publish(blocks, digests)
+        new = self.cache.publish(blocks, digests)
+        if new:
+            self.stats.named(as_index(blocks[new]), depth[new], priority)
 
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""

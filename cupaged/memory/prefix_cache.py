@@ -21,7 +21,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from cupaged.memory.allocator import YES, as_index
+from cupaged.memory.allocator import NO, YES, as_index
 
 __all__ = ["PrefixCache", "Transcripts", "chain", "root_digest"]
 
@@ -105,21 +105,23 @@ class PrefixCache:
         """Return the block of each digest, int32 [len(digests)], -1 where it is not known."""
         return np.array([self._block_of.get(digest, -1) for digest in digests], np.int32)
 
-    def publish(self, blocks: Ids, digests: Sequence[bytes]) -> Ids:
-        """Let `blocks` be found by `digests`, and return those that now can be.
+    def publish(self, blocks: Ids, digests: Sequence[bytes]) -> slice | list[int]:
+        """Let `blocks` be found by `digests`, and return which of them now are, as an index.
 
         A digest that is known keeps its block: the other one, computed at the same time, stays nameless and is freed
         with its last reader.
         """
         ids = blocks.tolist()
         owners = list(map(self._block_of.setdefault, digests, ids))
+        new: slice | list[int] = slice(None)
         if owners != ids:
-            mine = [i for i, owner in enumerate(owners) if owner == ids[i]]
-            blocks, digests = blocks[mine], [digests[i] for i in mine]
-        index = as_index(blocks)
-        self._digest_of[index] = digests
-        self.named[index] = YES
-        return blocks
+            new = [i for i, owner in enumerate(owners) if owner == ids[i]]
+            digests = [digests[i] for i in new]
+        if digests:
+            index = as_index(blocks[new])
+            self._digest_of[index] = digests
+            self.named[index] = YES
+        return new
 
     def forget(self, blocks: Ids) -> list[bytes]:
         """Make `blocks`, all of them named, unfindable, and return their digests: they will hold something else."""
@@ -128,7 +130,7 @@ class PrefixCache:
         for digest in digests:
             del self._block_of[digest]
         self._digest_of[index] = None
-        self.named[index] = False
+        self.named[index] = NO
         return digests
 
     def digests(self, blocks: Ids) -> list[bytes | None]:

@@ -56,8 +56,8 @@ def test_lfu_evicts_the_content_with_the_fewest_uses_then_the_least_recent():
     stats.hit(ids(0, 2))
     stats.hit(ids(2))
     stats.hit(ids(0))
-    stats.released(ids(2))
-    stats.released(ids(0))
+    stats.accessed(ids(2))
+    stats.accessed(ids(0))
     policy.add(ids(0, 1, 2))
     assert policy.pop(3).tolist() == [1, 2, 0]
 
@@ -65,8 +65,8 @@ def test_lfu_evicts_the_content_with_the_fewest_uses_then_the_least_recent():
 def test_priority_evicts_the_lowest_then_the_least_recent():
     stats, policy = policy_of("priority")
     stats.named(ids(0, 1, 2), 0, np.array([1, -2, 1]))
-    stats.released(ids(2))
-    stats.released(ids(0))
+    stats.accessed(ids(2))
+    stats.accessed(ids(0))
     policy.add(ids(0, 1, 2))
     assert policy.pop(3).tolist() == [1, 2, 0]
 
@@ -232,7 +232,7 @@ def cached_pool(num_blocks: int = 4, eviction: str = "lru") -> BlockPool:
     """Return a pool full of cached blocks 0, 1, 2 …, released in this order."""
     pool = BlockPool(num_blocks, eviction=eviction)
     blocks = pool.acquire(num_blocks)
-    pool.publish(blocks, [bytes([block]) for block in blocks])
+    pool.publish(blocks, [bytes([block]) for block in blocks], np.zeros(num_blocks))
     for block in blocks:
         pool.release(ids(block))
     return pool
@@ -273,7 +273,7 @@ def test_eviction_forgets_the_name_before_the_block_is_used_again():
 def test_the_end_of_a_text_goes_before_its_beginning():
     pool = BlockPool(3)
     blocks = pool.acquire(3)
-    pool.publish(blocks, [b"beginning", b"middle", b"end"])
+    pool.publish(blocks, [b"beginning", b"middle", b"end"], np.arange(3))
     pool.release(blocks)
     assert [pool.evict(1).tolist() for _ in range(4)] == [[2], [1], [0], []]
 
