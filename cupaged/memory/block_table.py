@@ -3,11 +3,10 @@
 One row a sequence. Everything that an append must know is an array over rows, so that a whole batch takes its step in
 a few NumPy calls:
 
-- ``ids[row, i]`` is the physical block of logical block `i`, -1 where none is mapped;
-- ``num_tokens[row]`` tokens are stored, in ``num_blocks[row]`` blocks;
-- the token at position `p` of the last block has slot ``tail_base[row] + p``;
-- positions below ``writable[row]`` in the last block may be written now; past them the manager must first map a block,
-  or copy a last block that another sequence reads too.
+- ``ids[row, i]`` is the physical block of logical block `i`, of which there are ``num_blocks[row]``; -1 is unmapped;
+- ``room[row]`` slots of the last block are empty, and the next token goes to slot ``tail_end[row] - room[row]``;
+- ``room[row] <= 0`` means: ask before you write. 0 is a full block, past which the manager must map another; a
+  negative number counts the empty slots of a block that another sequence may read, which must then be copied.
 """
 
 from __future__ import annotations
@@ -40,8 +39,10 @@ class BlockTables:
     ----------
     ids : int32 [max_seqs, max_blocks]
         The dense table that kernels index; -1 is unmapped. Read it, or mirror it on a device; do not write to it.
-    num_blocks, num_tokens : int64 [max_seqs]
-        Blocks mapped and tokens stored, 0 for a row that no sequence has.
+    num_blocks : int64 [max_seqs]
+        Blocks mapped, 0 for a row that no sequence has.
+    room, tail_end : int64 [max_seqs]
+        Empty slots in the last block, negative while others may read it, and the slot that follows that block.
     priority : int32 [max_seqs]
         What the sequence is worth: under pressure the lowest gives way first.
     changed : bool [max_seqs]
@@ -55,10 +56,9 @@ class BlockTables:
         columns = whole_number("max_blocks", max_blocks, at_least=1)
         self.ids = np.full((rows, columns), UNMAPPED, np.int32)
         self.num_blocks = np.zeros(rows, np.int64)
-        self.num_tokens = np.zeros(rows, np.int64)
+        self.room = np.zeros(rows, np.int64)
+        self.tail_end = np.zeros(rows, np.int64)
         self.priority = np.zeros(rows, np.int32)
-        self.writable = np.zeros(rows, np.int64)
-        self.tail_base = np.zeros(rows, np.int64)
         self.changed = np.zeros(rows, bool)
         self._unused = list(range(rows - 1, -1, -1))
 
@@ -79,35 +79,35 @@ class BlockTables:
             self._double_rows()
         row = self._unused.pop()
         self.priority[row] = priority
-        self._map(row, blocks, num_tokens)
+        self.map(row, blocks, num_tokens)
         return row
 
     def close(self, row: int) -> Ids:
         """Unmap a row for another sequence to use, and return the blocks that it had."""
         blocks = self.unmap(row)
-        self.num_tokens[row] = self.priority[row] = 0
+        self.priority[row] = 0
         self._unused.append(row)
         return blocks
 
     def fork(self, row: int) -> int:
         """Give a second sequence the same blocks; neither may then write to the last one unasked."""
-        twin = self.open(self.blocks(row), int(self.num_tokens[row]))
-        self.priority[twin] = self.priority[row]
-        self.writable[row] = self.writable[twin] = self.num_tokens[row]
+        twin = self.open(self.blocks(row), self.num_tokens(row), int(self.priority[row]))
+        self.guard(row)
+        self.guard(twin)
         return twin
 
+    def map(self, row: int, blocks: Ids, num_tokens: int) -> None:
+        """Let an unmapped row store `num_tokens` tokens in `blocks`."""
+        self.push_run(row, blocks)
+        self.room[row] = len(blocks) * self.block_size - num_tokens
+
     def unmap(self, row: int) -> Ids:
-        """Unmap a row's blocks but keep it and its count of tokens; return the blocks."""
+        """Take a row's blocks away, but keep the row; return the blocks."""
         blocks = self.blocks(row)
         self.ids[row, : len(blocks)] = UNMAPPED
-        self.num_blocks[row] = self.writable[row] = 0
+        self.num_blocks[row] = self.room[row] = 0
         self.changed[row] = True
         return blocks
-
-    def remap(self, row: int, blocks: Ids) -> None:
-        """Give the tokens of an unmapped row `blocks`, of which the last may have other readers."""
-        self._map(row, blocks, int(self.num_tokens[row]))
-        self.writable[row] = self.num_tokens[row]
 
     def push(self, rows: Rows, blocks: Ids) -> None:
         """Map one more block for each of `rows`, whose last block is full; ``blocks[i]`` goes to ``rows[i]``."""
@@ -117,44 +117,54 @@ class BlockTables:
         except IndexError:  # NumPy checks every index before it writes
             self._fit(int(column.max()) + 1)
             self.ids[rows, column] = blocks
-        start = column * self._block_size
         self.num_blocks[rows] = column + ONE
-        self.writable[rows] = start + self._block_size
-        self.tail_base[rows] = blocks * self._block_size - start
+        self.room[rows] = self._block_size
+        self.tail_end[rows] = (blocks + ONE) * self._block_size
         self.changed[rows] = YES
 
     def push_run(self, row: int, blocks: Ids) -> None:
-        """Map a run of further blocks for one row, whose last block is full, or about to be."""
+        """Map a run of further blocks for one row; all that it has is its own, or full."""
         start = int(self.num_blocks[row])
         stop = start + len(blocks)
         self._fit(stop)
         self.ids[row, start:stop] = blocks
         self.num_blocks[row] = stop
-        self._open_tail(row, stop - 1, int(blocks[-1]))
+        self.room[row] += len(blocks) * self.block_size
+        self.tail_end[row] = (int(blocks[-1]) + 1) * self.block_size
+        self.changed[row] = True
 
     def replace_tail(self, rows: Rows, blocks: Ids) -> None:
         """Put private copies, ``blocks[i]`` for ``rows[i]``, in the place of shared last blocks."""
-        column = self.num_blocks[rows] - 1
-        self.ids[rows, column] = blocks
-        self._open_tail(rows, column, blocks.astype(np.int64))
+        self.ids[rows, self.num_blocks[rows] - 1] = blocks
+        self.tail_end[rows] = (blocks + ONE) * self._block_size
+        self.changed[rows] = True
+        self.unguard(rows)
 
-    def own_tail(self, rows: Rows) -> None:
-        """Let `rows` write to their last blocks: no other sequence reads them any more."""
-        self.writable[rows] = self.num_blocks[rows] * self.block_size
+    def guard(self, row: int) -> None:
+        """Have a row ask before it writes to its last block, which another sequence may read."""
+        self.room[row] = -abs(self.room[row])
+
+    def unguard(self, rows: Rows) -> None:
+        """Let `rows` write to their last blocks, which no other sequence reads."""
+        self.room[rows] = abs(self.room[rows])
 
     def advance(self, row: int, n: int) -> NDArray[np.int64]:
         """Count `n` more tokens, for which blocks are mapped, and return their slots, int64 [n]."""
-        start = int(self.num_tokens[row])
-        self.num_tokens[row] = start + n
+        start = self.num_tokens(row)
+        self.room[row] -= n
         return self.slots(row, start, start + n)
 
     def blocks(self, row: int) -> Ids:
         """Return a copy of a row's blocks, int32 [num_blocks]."""
         return self.ids[row, : self.num_blocks[row]].copy()
 
-    def capacity(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the slots in the blocks of each row, int64 [len(rows)]."""
-        return self.num_blocks[rows] * self._block_size
+    def num_tokens(self, row: int) -> int:
+        """Return the number of tokens that a row stores."""
+        return int(self.num_blocks[row]) * self.block_size - abs(int(self.room[row]))
+
+    def lengths(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the number of tokens that each of `rows` stores, int64 [len(rows)]."""
+        return self.num_blocks[rows] * self._block_size - abs(self.room[rows])
 
     def tails(self, rows: Rows) -> Ids:
         """Return the last block of each row, int32 [len(rows)]."""
@@ -162,7 +172,7 @@ class BlockTables:
 
     def tail_tokens(self, row: int) -> int:
         """Return the number of tokens in a row's last block, from 1 to block_size."""
-        return int(self.num_tokens[row] - (self.num_blocks[row] - 1) * self.block_size)
+        return self.block_size - abs(int(self.room[row]))
 
     def slot(self, row: int, position: int) -> int:
         """Return the slot of the token at `position`: block id * block_size + offset."""
@@ -180,20 +190,6 @@ class BlockTables:
         width = max(1, int(self.num_blocks[rows].max(initial=0)))
         return self.ids[rows, :width]
 
-    def _map(self, row: int, blocks: Ids, num_tokens: int) -> None:
-        count = len(blocks)
-        self.ids[row, :count] = blocks
-        self.num_blocks[row] = count
-        self.num_tokens[row] = num_tokens
-        if count:
-            self._open_tail(row, count - 1, int(blocks[-1]))
-
-    def _open_tail(self, rows: int | Rows, column: int | Rows, blocks: int | Rows) -> None:
-        """Make `blocks`, in logical place `column`, the last and writable blocks of `rows`."""
-        self.writable[rows] = (column + 1) * self.block_size
-        self.tail_base[rows] = (blocks - column) * self.block_size
-        self.changed[rows] = True
-
     def _fit(self, num_blocks: int) -> None:
         """Widen the table until a row of `num_blocks` fits."""
         if num_blocks <= self.max_blocks:
@@ -206,7 +202,7 @@ class BlockTables:
     def _double_rows(self) -> None:
         rows = self.max_seqs
         self.ids = np.concatenate([self.ids, np.full_like(self.ids, UNMAPPED)])
-        for name in ("num_blocks", "num_tokens", "priority", "writable", "tail_base", "changed"):
+        for name in ("num_blocks", "room", "tail_end", "priority", "changed"):
             column = getattr(self, name)
             setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         self._unused.extend(range(2 * rows - 1, rows - 1, -1))

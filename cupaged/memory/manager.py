@@ -35,6 +35,7 @@ Pairs = NDArray[np.int32]
 
 NO_PAIRS: Pairs = np.empty((0, 2), np.int32)
 NO_PAIRS.flags.writeable = False
+NONE = np.array(0)
 
 
 class Appended(NamedTuple):
@@ -63,7 +64,8 @@ class SequenceState:
     num_cached: int  # tokens that a cached prefix held when it was admitted
     num_published: int  # leading blocks that can be found by others, as far as we are concerned
     publishes: bool  # whether blocks are published as soon as they are full
-    cpu_blocks: Ids | None = None  # where it lies while it is swapped out
+    cpu_blocks: Ids | None = None  # where it lies while it is swapped out,
+    cpu_tokens: int = 0  # and how long it is
 
 
 class Batch:
@@ -246,7 +248,7 @@ class BlockManager:
             row = self.tables.fork(parent.row)
             self._transcripts.fork(parent.row, row)
             self.gpu.share(self.tables.blocks(row), int(self.tables.priority[row]))
-            num_cached = int(self.tables.num_tokens[row])
+            num_cached = self.tables.num_tokens(row)
             self._sequences[child_id] = SequenceState(row, num_cached, parent.num_published, parent.publishes)
 
     # ---- grow -------------------------------------------------------------------------------------------------------
@@ -282,10 +284,8 @@ class BlockManager:
             row = self._resident(seq_id).row
             self.gpu.require(self._blocks_to_append(row, count))
 
-            length = int(self.tables.num_tokens[row])
-            copies = NO_PAIRS
-            if length >= self.tables.writable[row]:
-                copies = self._open_tails(np.array([row]), np.array([length]))
+            length = self.tables.num_tokens(row)
+            copies = self._open_tails(np.array([row])) if self.tables.room[row] <= 0 else NO_PAIRS
             missing = self._num_blocks(length + count) - int(self.tables.num_blocks[row])
             if missing:
                 self.tables.push_run(row, self.gpu.acquire(missing))
@@ -328,14 +328,17 @@ class BlockManager:
         tables = self.tables
         with self.lock:
             rows = self._current_rows(batch)
-            lengths = tables.num_tokens[rows]
-            (blocked,) = (lengths >= tables.writable[rows]).nonzero()
-            copies = self._open_tails(rows[blocked], lengths[blocked]) if len(blocked) else NO_PAIRS
-            tables.num_tokens[rows] = lengths + ONE
+            copies = NO_PAIRS
+            room = tables.room[rows]
+            (blocked,) = (room <= NONE).nonzero()
+            if len(blocked):
+                copies = self._open_tails(rows[blocked])
+                room = tables.room[rows]
+            tables.room[rows] = room - ONE
             if text is not None:
-                for i in self._transcripts.extend_each(rows, lengths, text).tolist():
+                for i in self._transcripts.extend_each(rows, tables.lengths(rows) - 1, text).tolist():
                     self._publish_if_wanted(batch.seq_ids[i])
-            return Appended(tables.tail_base[rows] + lengths, copies)
+            return Appended(tables.tail_end[rows] - room, copies)
 
     # ---- share ------------------------------------------------------------------------------------------------------
 
@@ -383,9 +386,9 @@ class BlockManager:
             on_gpu = [self.tables.blocks(sequence.row) for sequence in sequences]
             pairs, on_cpu = _duplicate(on_gpu, self.cpu)
             for sequence, source, target in zip(sequences, on_gpu, on_cpu, strict=True):
+                sequence.cpu_blocks, sequence.cpu_tokens = target, self.tables.num_tokens(sequence.row)
                 self.tables.unmap(sequence.row)
                 self.gpu.release(source)
-                sequence.cpu_blocks = target
             self.counters.blocks_swapped_out += len(pairs)
             self._epoch += 1
             return pairs
@@ -412,7 +415,8 @@ class BlockManager:
             swapped = {seq_id: self._swapped(seq_id) for seq_id in seq_ids}
             pairs, on_gpu = _duplicate([blocks for _, blocks in swapped.values()], self.gpu)
             for (seq_id, (sequence, source)), target in zip(swapped.items(), on_gpu, strict=True):
-                self.tables.remap(sequence.row, target)
+                self.tables.map(sequence.row, target, sequence.cpu_tokens)
+                self.tables.guard(sequence.row)
                 self.cpu.release(source)
                 sequence.cpu_blocks = None
                 published, sequence.num_published = sequence.num_published, 0
@@ -442,7 +446,7 @@ class BlockManager:
         """Return the number of tokens that each of some sequences stores, int32 [num_seqs]."""
         batch = seq_ids if isinstance(seq_ids, Batch) else self.batch(seq_ids)
         with self.lock:
-            return self.tables.num_tokens[self._current_rows(batch)].astype(np.int32)
+            return self.tables.lengths(self._current_rows(batch)).astype(np.int32)
 
     def blocks(self, seq_id: SeqId) -> Ids:
         """Return the blocks of a sequence in logical order, int32 [num_blocks]: CPU blocks if it is swapped out."""
@@ -454,7 +458,7 @@ class BlockManager:
         """Return the slots of the tokens at positions `start` to `stop - 1` (default: all), int64 [stop - start]."""
         with self.lock:
             row = self._resident(seq_id).row
-            length = int(self.tables.num_tokens[row])
+            length = self.tables.num_tokens(row)
             stop = length if stop is None else stop
             if not 0 <= start <= stop <= length:
                 raise ValueError(f"start and stop must lie in 0 to {length}, in this order, got {start} and {stop}")
@@ -463,7 +467,8 @@ class BlockManager:
     def num_tokens(self, seq_id: SeqId) -> int:
         """Return the number of tokens that a sequence stores."""
         with self.lock:
-            return int(self.tables.num_tokens[self._known(seq_id).row])
+            sequence = self._known(seq_id)
+            return self.tables.num_tokens(sequence.row) if sequence.cpu_blocks is None else sequence.cpu_tokens
 
     def cached_tokens(self, seq_id: SeqId) -> int:
         """Return how many of a sequence's first tokens were there when it was admitted, or all if it was forked."""
@@ -508,19 +513,20 @@ class BlockManager:
 
     def _blocks_to_append(self, row: int, n: int) -> int:
         """Return the blocks that `n` more tokens need, a copy of a shared last block among them."""
-        length = int(self.tables.num_tokens[row])
+        length = self.tables.num_tokens(row)
         new = self._num_blocks(length + n) - int(self.tables.num_blocks[row])
-        partial = length % self.block_size != 0
-        return new + int(partial and self.gpu.ref_count[self.tables.tails(np.array([row]))[0]] > 1)
+        copies_tail = self.tables.room[row] < 0 and self.gpu.ref_count[self.tables.tails(np.array([row]))[0]] > 1
+        return new + int(copies_tail)
 
-    def _open_tails(self, rows: Rows, lengths: NDArray[np.int64]) -> Pairs:
+    def _open_tails(self, rows: Rows) -> Pairs:
         """Let each of `rows` write its next token: map a block past a full one, copy a partial one that others read."""
         tables = self.tables
-        full = lengths == tables.capacity(rows)
-        if np.count_nonzero(full) == len(rows):
+        room = tables.room[rows]
+        if not np.count_nonzero(room):
             tables.push(rows, self.gpu.acquire(len(rows)))
             return NO_PAIRS
 
+        full = room == 0
         tails = tables.tails(rows)
         readers_left = self.gpu.ref_count[tails] - _occurrences_before(tails)  # the last one may keep the block
         copied = ~full & (readers_left > 1)
@@ -528,7 +534,7 @@ class BlockManager:
         blocks = np.empty(len(rows), np.int32)
         blocks[wanting] = self.gpu.acquire(int(np.count_nonzero(wanting)))
 
-        tables.own_tail(rows[~wanting])
+        tables.unguard(rows[~wanting])
         if full.any():
             tables.push(rows[full], blocks[full])
         tables.replace_tail(rows[copied], blocks[copied])

@@ -163,8 +163,7 @@ def _tail_waste(manager: BlockManager) -> int:
     tables = manager.tables
     rows = np.flatnonzero(tables.num_blocks)
     _, first = np.unique(tables.tails(rows), return_index=True)
-    rows = rows[first]
-    return int((tables.num_blocks[rows] * manager.block_size - tables.num_tokens[rows]).sum())
+    return int(abs(tables.room[rows[first]]).sum())
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -32,7 +32,7 @@ def test_slots_of_a_large_cache_do_not_overflow_int32():
     assert tables.slots(row, 0, 1).tolist() == [(2**31 - 1) * 256]
     assert tables.slots(row, 0, 1).dtype == np.int64
     tables.push(rows(row), ids(2**31 - 2))
-    assert tables.tail_base[row] == (2**31 - 2) * 256 - 256
+    assert tables.tail_end[row] == (2**31 - 1) * 256
 
 
 def test_unmapped_entries_are_minus_one_before_and_after_use():
@@ -42,7 +42,7 @@ def test_unmapped_entries_are_minus_one_before_and_after_use():
     assert tables.ids[row].tolist() == [3, 1, -1, -1]
     assert tables.close(row).tolist() == [3, 1]
     assert (tables.ids == -1).all()
-    assert tables.num_tokens[row] == tables.num_blocks[row] == 0
+    assert tables.num_tokens(row) == tables.num_blocks[row] == 0
 
 
 def test_export_is_as_wide_as_the_longest_and_a_copy():
@@ -60,7 +60,8 @@ def test_push_maps_one_block_for_each_row():
     first, second = tables.open(ids(3), 4), tables.open(ids(5, 6), 8)
     tables.push(rows(second, first), ids(8, 9))
     assert tables.export(rows(first, second)).tolist() == [[3, 9, -1], [5, 6, 8]]
-    assert tables.writable[[first, second]].tolist() == [8, 12]
+    assert tables.room[[first, second]].tolist() == [4, 4]
+    assert tables.lengths(rows(first, second)).tolist() == [4, 8]
 
 
 def test_neither_twin_may_write_to_a_partial_last_block_after_a_fork():
@@ -68,11 +69,14 @@ def test_neither_twin_may_write_to_a_partial_last_block_after_a_fork():
     row = tables.open(ids(3, 1), 6)
     twin = tables.fork(row)
     assert tables.blocks(twin).tolist() == [3, 1]
-    assert tables.writable[[row, twin]].tolist() == [6, 6]
+    assert tables.room[[row, twin]].tolist() == [-2, -2]
+    assert tables.lengths(rows(row, twin)).tolist() == [6, 6]
     tables.replace_tail(rows(twin), ids(9))
     assert tables.blocks(twin).tolist() == [3, 9]
     assert tables.blocks(row).tolist() == [3, 1]
-    assert tables.writable[[row, twin]].tolist() == [6, 8]
+    assert tables.room[[row, twin]].tolist() == [-2, 2]
+    tables.unguard(rows(row))
+    assert tables.room[row] == 2
 
 
 def test_the_table_grows_in_both_directions_and_keeps_what_it_holds():

@@ -23,7 +23,7 @@ def state(manager: BlockManager) -> tuple:
         for pool in (manager.gpu, manager.cpu)
     ]
     tables = manager.tables
-    rows = tables.ids.tolist(), tables.num_tokens.tolist(), tables.writable.tolist()
+    rows = tables.ids.tolist(), tables.num_blocks.tolist(), tables.room.tolist()
     return pools, rows, manager.seq_ids, [manager.blocks(seq_id).tolist() for seq_id in manager.seq_ids]
 
 

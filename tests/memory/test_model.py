@@ -237,7 +237,7 @@ class Model:
             (pool.ref_count.tobytes(), pool.allocator.allocated.tobytes(), pool.num_free, len(pool.policy))
             for pool in (manager.gpu, manager.cpu)
         ]
-        return pools, manager.tables.ids.tobytes(), manager.tables.num_tokens.tobytes(), manager.seq_ids
+        return pools, manager.tables.ids.tobytes(), manager.tables.room.tobytes(), manager.seq_ids
 
     def compare(self) -> None:
         """Every sequence reads back what it said, and nobody else holds a block that it may write to."""
