@@ -247,12 +247,13 @@ class Priority(KeyedPolicy):
 
 
 class Cost(KeyedPolicy):
-    """The block that is cheapest to compute again goes first, and a block that waits grows cheaper (GreedyDual).
+    """The text that is cheapest to compute again goes first, and one that waits grows cheaper (GreedyDual).
 
     A token's computation has a part that is the same for every token and a part, attention, that grows with the tokens
-    before it. Blocks deep in a long context therefore cost more. A pure order by cost would keep an expensive block
-    that nobody wants for ever; GreedyDual [1]_ adds to each key the key of the block evicted last, so that a block
-    lives on after its last use for a time that its cost earns.
+    before it. Blocks deep in a long context therefore cost more. What follows a block in its text cannot be found
+    without it, so no block counts for less than those that follow it: a text goes from its end. A pure order by cost
+    would keep an expensive block that nobody wants for ever; GreedyDual [1]_ adds to each key the key of the block
+    evicted last, so that a block lives on after its last use for a time that its cost earns.
 
     Parameters
     ----------
@@ -275,9 +276,12 @@ class Cost(KeyedPolicy):
         self._inflation = 0.0
 
     def key(self, blocks: Ids) -> list[float]:
-        """Return the inflation of now plus the block's cost, where a block without context costs 1."""
+        """Return the inflation of now plus the block's cost, where a block without context costs 1.
+
+        Blocks that are added together come from the end of their text to its beginning, see `BlockPool.release`.
+        """
         context = self.stats.depth[blocks].astype(np.float64) * self.stats.block_size
-        return (self._inflation + 1.0 + context / self.par_context).tolist()
+        return (self._inflation + 1.0 + np.maximum.accumulate(context) / self.par_context).tolist()
 
     def _evicted(self, key: float) -> None:
         self._inflation = key

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from types import TracebackType
 
 from cupaged.memory.allocator import whole_number
@@ -33,15 +34,25 @@ class WatermarkEvictor:
         Shares of the pool that are not free, ``0 <= low < high <= 1``: eviction begins at `high` and ends at `low`.
     blocks_per_step : int
         The most that one step evicts; no operation of the manager waits longer than that takes.
+    pause : float
+        Seconds that the thread sleeps after each step. Without a pause it would take the lock again before a waiting
+        thread is awake, and keep the interpreter for as long as that lets it, 5 ms by default.
     """
 
     def __init__(
-        self, manager: BlockManager, high: float = 0.9, low: float = 0.8, *, blocks_per_step: int = 256
+        self,
+        manager: BlockManager,
+        high: float = 0.9,
+        low: float = 0.8,
+        *,
+        blocks_per_step: int = 128,
+        pause: float = 1e-4,
     ) -> None:
         if not 0 <= low < high <= 1:
             raise ValueError(f"low and high must be shares with 0 <= low < high <= 1, got {low} and {high}")
         self.manager = manager
         self.blocks_per_step = whole_number("blocks_per_step", blocks_per_step, at_least=1)
+        self.pause = pause
         num_blocks = manager.gpu.num_blocks
         self.start_below = math.floor((1 - high) * num_blocks + 1e-9) + 1
         """Eviction begins when fewer blocks than this are free."""
@@ -99,4 +110,4 @@ class WatermarkEvictor:
             pressure.wait()
             pressure.clear()
             while not self._stop and self.step():
-                pass
+                time.sleep(self.pause)

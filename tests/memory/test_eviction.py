@@ -74,8 +74,18 @@ def test_priority_evicts_the_lowest_then_the_least_recent():
 def test_cost_evicts_the_block_that_is_cheapest_to_compute_again():
     stats, policy = policy_of("cost")
     stats.named(ids(0, 1, 2), np.array([100, 5, 20]), 0)
-    policy.add(ids(0, 1, 2))
+    for block in range(3):
+        policy.add(ids(block))
     assert policy.pop(3).tolist() == [1, 2, 0]
+
+
+def test_cost_takes_a_text_from_its_end_though_its_beginning_is_cheaper():
+    stats, policy = policy_of("cost")
+    stats.named(ids(0, 1, 2), np.arange(3), 0)
+    policy.add(ids(2, 1, 0))
+    stats.named(ids(3), 1, 0)
+    policy.add(ids(3))
+    assert policy.pop(4).tolist() == [3, 2, 1, 0]
 
 
 def test_cost_lets_an_expensive_block_that_nobody_wants_go_in_the_end():
