@@ -162,6 +162,9 @@ class Workload:
         self.manager.allocate(self.newest, self.config.prompt_tokens)  # unnamed, so that it frees what it takes
         spent = seconds(lambda: self.manager.evict(self.blocks_a_prompt))
         self.manager.free(self.newest)
+        for _ in range(2):  # what was evicted and taken is cached again
+            self.admit()
+            self.manager.free(self.newest)
         return spent
 
 

@@ -223,7 +223,7 @@ EXPECTATION = (
     "Expect: n samples of a prompt of p blocks with outputs of q blocks need p + n q blocks instead of n (p + q), so a "
     "share of (n - 1) p / (n (p + q)) is saved: 16 % for two samples at the end of ShareGPT's mean output, more before "
     "it, and less for Alpaca, whose prompts fill one or two blocks of which the last, partial one is copied. Beams "
-    "share their outputs too, for as long as they have a common ancestor, so they save most, and more the wider. A system "
+    "share their outputs too, as long as they have a common ancestor, so they save most, and more the wider. A system "
     "prompt of s blocks saves (n - 1) s of n (s + rest): towards s / (s + rest). A conversation finds all but the new "
     "question."
 )

@@ -73,6 +73,10 @@ def chain(parent: bytes, tokens: Ids, block_size: int) -> list[bytes]:
 class PrefixCache:
     """The content of a pool's blocks, by name: digest -> block, and block -> digest to forget it by.
 
+    The first is a Python dict. A hash table in NumPy arrays was tried in its place: its dozen of gathers and comparisons
+    a prompt took 40 us more than the dict up to a million blocks, and gained only a tenth at ten million, where the
+    dict's cache misses weigh most.
+
     Parameters
     ----------
     num_blocks : int
@@ -95,7 +99,7 @@ class PrefixCache:
 
     def match(self, digests: Sequence[bytes]) -> Ids:
         """Return the blocks of the longest known run from the first digest on, int32 [num_hits]."""
-        if not digests or digests[0] not in self._block_of:
+        if not digests or digests[0] not in self._block_of:  # most often all or nothing is new
             return np.empty(0, np.int32)
         found = list(map(self._block_of.get, digests))
         known = found.index(None) if None in found else len(found)
