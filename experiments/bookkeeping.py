@@ -35,7 +35,7 @@ class Config:
     block_size: int = 16
     prompt_tokens: int = 2048
     batch: int = 256
-    repeats: int = 40
+    repeats: int = 60
 
 
 SMOKE = Config(block_counts=(10**3, 10**4), repeats=3)
@@ -80,22 +80,25 @@ class Workload:
         self.manager.allocate(self.newest, self.prompts[self.newest])
 
     def measure(self) -> Iterator[tuple[str, str, int, list[float]]]:
-        """Yield each operation with its unit, the units in one timing, and the timings in seconds."""
-        tokens, blocks, batch = self.config.prompt_tokens, self.blocks_a_prompt, self.config.batch
-        yield "hash alone", "tokens", tokens, self.repeat(self.time_hash)
-        yield "admit", "tokens", tokens, self.repeat(self.time_admit)
-        yield "admit, evicting", "tokens", tokens, self.repeat(self.time_admit_evicting)
-        yield "take cached prefix", "tokens", tokens, self.repeat(self.time_cached)
-        yield "append", "sequence-steps", batch * self.config.block_size, self.time_append_batch()
-        yield "append, one call each", "sequence-steps", 64, self.repeat(self.time_append)
-        yield "fork", "blocks", blocks, self.repeat(self.time_fork)
-        yield "free", "blocks", blocks, self.repeat(self.time_free)
-        yield "evict", "blocks", blocks, self.repeat(self.time_evict)
+        """Yield each operation with its unit, the units in one timing, and the timings in seconds.
 
-    def repeat(self, timing: Callable[[], float]) -> list[float]:
-        """Return timings after one that does not count."""
-        timing()
-        return [timing() for _ in range(self.config.repeats)]
+        The operations take turns, so that a spell in which the machine is slow does not fall on one of them.
+        """
+        tokens, blocks = self.config.prompt_tokens, self.blocks_a_prompt
+        operations = (
+            ("hash alone", "tokens", tokens, self.time_hash),
+            ("admit", "tokens", tokens, self.time_admit),
+            ("admit, evicting", "tokens", tokens, self.time_admit_evicting),
+            ("take cached prefix", "tokens", tokens, self.time_cached),
+            ("append", "sequence-steps", self.config.batch * self.config.block_size, self.time_append_batch),
+            ("append, one call each", "sequence-steps", 64, self.time_append),
+            ("fork", "blocks", blocks, self.time_fork),
+            ("free", "blocks", blocks, self.time_free),
+            ("evict", "blocks", blocks, self.time_evict),
+        )
+        rounds = [[timing() for *_, timing in operations] for _ in range(self.config.repeats + 1)]
+        for (operation, unit, count, _), timings in zip(operations, zip(*rounds[1:], strict=True), strict=True):
+            yield operation, unit, count, list(timings)
 
     def time_hash(self) -> float:
         prompt = self.prompts[0]
@@ -122,19 +125,17 @@ class Workload:
         self.manager.free("probe")
         return spent
 
-    def time_append_batch(self) -> list[float]:
+    def time_append_batch(self) -> float:
         """Take block_size steps of a batch whose sequences fill their blocks at different times."""
         names = [("running", i) for i in range(self.config.batch)]
-        timings = []
-        for _ in range(self.config.repeats + 1):
-            for i, name in enumerate(names):
-                self.manager.allocate(name, 1 + i % self.config.block_size)
-            self.manager.evict(max(0, self.config.batch - self.manager.gpu.num_free))
-            batch = self.manager.batch(names)
-            timings.append(seconds(lambda batch=batch: self.steps(batch)))
-            for name in names:
-                self.manager.free(name)
-        return timings[1:]
+        for i, name in enumerate(names):
+            self.manager.allocate(name, 1 + i % self.config.block_size)
+        self.manager.evict(max(0, self.config.batch - self.manager.gpu.num_free))
+        batch = self.manager.batch(names)
+        spent = seconds(lambda: self.steps(batch))
+        for name in names:
+            self.manager.free(name)
+        return spent
 
     def steps(self, batch: Any) -> None:
         for _ in range(self.config.block_size):
@@ -208,17 +209,21 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     parts = []
     for operation in ("admit", "admit, evicting", "take cached prefix", "append"):
         rates = rate(rows, operation)
-        verdict = "reaches" if min(rates) >= AIM else "reaches in part" if max(rates) >= AIM else "misses"
-        compared = NANO_VLLM.get(operation.split(",")[0], 0)
+        best = rate(rows, operation, "per_second_best")
+        reached = sum(value >= AIM for value in rates)
+        compared = NANO_VLLM[operation.split(",")[0]]
         parts.append(
-            f"{operation} {verdict} 20 M/s ({min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} M/s, "
-            f"{min(rates) / compared:.0f} times nano-vllm's at least)"
+            f"{operation} runs at {min(rates) / 1e6:.1f} to {max(rates) / 1e6:.1f} M/s, {max(best) / 1e6:.1f} at best, "
+            f"reaches 20 M/s on {reached} of {len(rates)} pool sizes and is {min(rates) / compared:.1f} times "
+            f"nano-vllm's or more"
         )
-    growth = max(max(rate(rows, name)) / min(rate(rows, name)) for name in {row["operation"] for row in rows})
+    managed = {row["operation"] for row in rows} - {"hash alone"}
+    growth = {name: rate(rows, name)[0] / rate(rows, name)[-1] for name in managed}
+    slowest = max(growth, key=growth.__getitem__)
     sizes = sorted({row["num_blocks"] for row in rows})
     return (
-        f"Found: {'; '.join(parts)}. Between {sizes[0]:,} and {sizes[-1]:,} blocks no operation changes by more than "
-        f"a factor of {growth:.1f}."
+        f"Found: {'; '.join(parts)}. From {sizes[0]:,} to {sizes[-1]:,} blocks, {slowest} grows most, by a factor of "
+        f"{growth[slowest]:.1f}; append grows by {growth['append']:.2f}."
     )
 
 
