@@ -271,7 +271,7 @@ def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], p
     axis.set_xticks(
         range(len(workloads)), [workload.replace(" by ", "\nby ").replace(" and ", "\nand ") for workload in workloads]
     )
-    axis.set(ylabel="hits, % of Belady's", title="mean over pool sizes", ylim=(0, 105))
+    axis.set(ylabel="hits, % of Belady's", title="mean over pool sizes", ylim=(0, 118))
     axis.legend(fontsize=8, ncols=5, loc="upper center", handlelength=0.8, columnspacing=0.8)
     figure.savefig(path)
 
