@@ -246,7 +246,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     left.axhline(AIM, color="black", ls="--", lw=1)
     left.text(sizes[-1], AIM * 1.1, "aim: 20 M/s", ha="right", va="bottom", fontsize=8)
     left.set(xscale="log", yscale="log", ylim=(1e4, 2e8), xlabel="blocks in the pool, all of them cached content",
-             ylabel="tokens/s, or sequence-steps/s", title="In a second: best, and bars down to the median")  # fmt: skip
+             ylabel="tokens/s, or sequence-steps/s", title="Rates: best, and bars down to the median")  # fmt: skip
     left.legend(loc="lower right", bbox_to_anchor=(1, 0.13), fontsize=8)
     for operation in ("admit, evicting", "admit", "take cached prefix", "free", "evict", "fork"):
         color = shown.get(operation) or {"free": "C4", "evict": "C5", "fork": "C6"}[operation]

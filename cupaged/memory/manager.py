@@ -160,7 +160,7 @@ class BlockManager:
     def can_allocate(self, tokens: int | ArrayLike, *, extra: ExtraKeys = ()) -> bool:
         """Return whether `allocate` would find the blocks that it needs."""
         num_tokens, text = self._text("tokens", tokens)
-        digests = self._names(text, extra)
+        digests = self._names(text, self._root(extra))
         with self.lock:
             hits, _ = self._match(digests, num_tokens)
             return self._can_take(self._num_blocks(num_tokens) - len(hits), besides=hits)
@@ -204,7 +204,8 @@ class BlockManager:
             If the blocks that it must have for itself are not to be had.
         """
         num_tokens, text = self._text("tokens", tokens)
-        digests = self._names(text, extra)
+        root = self._root(extra)
+        digests = self._names(text, root)
         priority = _int32("priority", priority)
         with self.lock:
             self._check_new("seq_id", seq_id)
@@ -219,10 +220,10 @@ class BlockManager:
 
             num_found = len(hits) + len(on_cpu)
             row = self.tables.open(blocks, num_tokens, priority)
-            self._transcripts.start(row, self._root(extra), text if self.prefix_caching else None, digests)
+            self._transcripts.start(row, root, text if self.prefix_caching else None, digests)
             self._sequences[seq_id] = SequenceState(row, num_found * self.block_size, len(hits), publish)
             self._publish(seq_id, len(digests) if publish else num_found)
-            if digests:
+            if text is not None and self.prefix_caching:
                 self.counters.prompt_tokens += num_tokens
                 self.counters.cached_tokens += num_found * self.block_size
             return blocks
@@ -591,11 +592,11 @@ class BlockManager:
     def _root(self, extra: ExtraKeys) -> bytes:
         return root_digest(self.block_size, self._salt, extra) if extra else self._no_extra
 
-    def _names(self, text: Ids | None, extra: ExtraKeys) -> list[bytes]:
+    def _names(self, text: Ids | None, root: bytes) -> list[bytes]:
         """Return the names of a text's full blocks; none if the text is not known or not to be cached."""
         if text is None or not self.prefix_caching:
             return []
-        return chain(self._root(extra), text, self.block_size)
+        return chain(root, text, self.block_size)
 
     def _text(self, name: str, tokens: int | ArrayLike) -> tuple[int, Ids | None]:
         """Return the number of tokens, at least one, and their ids if these were given."""

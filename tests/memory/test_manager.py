@@ -297,6 +297,7 @@ def test_a_swap_that_does_not_fit_changes_nothing():
         (lambda m: m.allocate("x", [2**31]), ValueError, "tokens must fit in int32, got 2147483648"),
         (lambda m: m.allocate("x", [1], priority=2**31), ValueError, "priority must fit in int32"),
         (lambda m: m.allocate("x", [1], priority=0.5), TypeError, "priority must be an integer"),
+        (lambda m: m.allocate("x", 3, extra=(0.5,)), TypeError, "extra must hold str, bytes or int"),
         (lambda m: m.append("x"), ValueError, "seq_id must be a sequence that was admitted and not freed, got 'x'"),
         (lambda m: m.append("a", 0), ValueError, "n must be at least 1"),
         (lambda m: m.append("swapped"), ValueError, "'swapped' is swapped out"),
