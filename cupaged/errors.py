@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailableError", "KernelBuildError", "KernelLaunchError", "OutOfBlocksError", "UnsupportedError"]
+__all__ = [
+    "BackendUnavailableError",
+    "DoubleFreeError",
+    "ForeignBlockError",
+    "KernelBuildError",
+    "KernelLaunchError",
+    "OutOfBlocksError",
+    "UnsupportedError",
+]
 
 
 class UnsupportedError(ValueError):
@@ -19,6 +27,14 @@ class KernelBuildError(RuntimeError):
 
 class KernelLaunchError(RuntimeError):
     """A kernel broke a rule of the CUDA model while it ran, a divergent barrier for example."""
+
+
+class ForeignBlockError(ValueError):
+    """A block id that the pool does not own; nothing was changed."""
+
+
+class DoubleFreeError(ValueError):
+    """A block was freed that is free already, or twice in one call; nothing was changed."""
 
 
 class OutOfBlocksError(RuntimeError):

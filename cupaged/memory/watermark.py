@@ -1,0 +1,113 @@
+"""Evict ahead of need: a background evictor that keeps blocks free, between a high and a low watermark.
+
+An `allocate` that finds too few free blocks evicts on the spot, and its caller waits. The evictor does that work early:
+when the share of blocks that are not free reaches the high mark, it evicts, a few blocks at a time, until the share is
+down to the low mark or nothing is left that could go. What it costs is cached content that might have been used again.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from types import TracebackType
+
+from cupaged.memory.allocator import whole_number
+from cupaged.memory.manager import BlockManager
+
+__all__ = ["WatermarkEvictor"]
+
+
+class WatermarkEvictor:
+    """Evicts a manager's cached GPU blocks between two watermarks.
+
+    Call `step` from a loop of your own, or use it as a context manager, which runs a thread::
+
+        with WatermarkEvictor(manager, high=0.9, low=0.8):
+            serve(manager)
+
+    Parameters
+    ----------
+    manager : BlockManager
+        Whose blocks to keep free.
+    high, low : float
+        Shares of the pool that are not free, ``0 <= low < high <= 1``: eviction begins at `high` and ends at `low`.
+    blocks_per_step : int
+        The most that one step evicts; no operation of the manager waits longer than that takes.
+    pause : float
+        Seconds that the thread sleeps after each step. Without a pause it would take the lock again before a waiting
+        thread is awake, and keep the interpreter for as long as that lets it, 5 ms by default.
+    """
+
+    def __init__(
+        self,
+        manager: BlockManager,
+        high: float = 0.9,
+        low: float = 0.8,
+        *,
+        blocks_per_step: int = 128,
+        pause: float = 1e-4,
+    ) -> None:
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"low and high must be shares with 0 <= low < high <= 1, got {low} and {high}")
+        self.manager = manager
+        self.blocks_per_step = whole_number("blocks_per_step", blocks_per_step, at_least=1)
+        self.pause = pause
+        num_blocks = manager.gpu.num_blocks
+        self.start_below = math.floor((1 - high) * num_blocks + 1e-9) + 1
+        """Eviction begins when fewer blocks than this are free."""
+        self.stop_at = math.ceil((1 - low) * num_blocks - 1e-9)
+        """Eviction ends when this many are free."""
+        self.evicting = False
+        self._thread: threading.Thread | None = None
+        self._stop = False
+
+    def step(self) -> int:
+        """Evict a few blocks if it is time to, and return how many; 0 means that there is nothing to do."""
+        pool = self.manager.gpu
+        with self.manager.lock:
+            self.evicting = self.evicting or pool.num_free < self.start_below
+            if not self.evicting:
+                return 0
+            evicted = self.manager.evict(max(0, min(self.blocks_per_step, self.stop_at - pool.num_free)))
+            self.evicting = evicted > 0 and pool.num_free < self.stop_at
+            return evicted
+
+    def start(self) -> None:
+        """Run in a thread, which sleeps until the pool runs short of free blocks."""
+        if self._thread is not None:
+            raise RuntimeError("the evictor runs already")
+        self._stop = False
+        self.manager.gpu.pressure_mark = self.start_below
+        self.manager.gpu.pressure.set()
+        self._thread = threading.Thread(target=self._run, name="cupaged watermark evictor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait until it has ended."""
+        if self._thread is None:
+            return
+        self._stop = True
+        self.manager.gpu.pressure_mark = 0
+        self.manager.gpu.pressure.set()
+        self._thread.join()
+        self._thread = None
+
+    def __enter__(self) -> WatermarkEvictor:
+        """Start the thread."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the thread."""
+        self.stop()
+
+    def _run(self) -> None:
+        pressure = self.manager.gpu.pressure
+        while not self._stop:
+            pressure.wait()
+            pressure.clear()
+            while not self._stop and self.step():
+                time.sleep(self.pause)
