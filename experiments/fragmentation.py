@@ -96,7 +96,7 @@ def power_of_two(n: np.ndarray) -> np.ndarray:
 def measure(requests: Requests, config: Config) -> tuple[list[Row], dict[str, Replay]]:
     """Return a row for each system, and what happened in those that the picture shows."""
     last = int(requests.arrival[-1])
-    window = slice(int(config.warmup * last), last)
+    window = slice(int(config.warmup * last), last + 1)
     middle = range(last // 2, last // 2 + 3 * MAP_COLUMNS, 3)
     rows, shown = [], {}
     for system in tqdm(systems(requests, config), unit="system", leave=False):
@@ -119,14 +119,14 @@ def averages(system: System, outcome: Replay, window: slice) -> Row:
         **dict(zip(STATES, shares.tolist(), strict=True)),
         "running": float(running.mean()),
         "running_max": int(running.max()),
-        "refused": outcome.refused,
-        "preempted": outcome.preempted,
-        "completed": outcome.completed,
+        "refused": int(outcome.refused[-1]),
+        "preempted": int(outcome.preempted[-1]),
+        "completed": int(outcome.completed[-1]),
     }
 
 
 def stretches(outcome: Replay, points: int = 80) -> list[Row]:
-    """Return a replay over time: averages over stretches of equal length."""
+    """Return a replay over time: averages over stretches of equal length, and the counts at the end of each."""
     edges = np.unique(np.linspace(0, len(outcome.usage), points + 1).astype(int)).tolist()
     return [
         {
@@ -134,6 +134,8 @@ def stretches(outcome: Replay, points: int = 80) -> list[Row]:
             **dict(zip(STATES, outcome.usage[begin:end].mean(axis=0).round().astype(int).tolist(), strict=True)),
             "running": round(float(outcome.running[begin:end].mean()), 1),
             "waiting": round(float(outcome.waiting[begin:end].mean()), 1),
+            "refused": int(outcome.refused[end - 1]),
+            "preempted": int(outcome.preempted[end - 1]),
         }
         for begin, end in pairwise(edges)
     ]

@@ -196,17 +196,20 @@ class PagedMemory:
 
 
 class Replay(NamedTuple):
-    """What happened, at the end of every step and in total."""
+    """What there was at the end of every step; the counts are of requests, int64 [num_steps]."""
 
     usage: IntArray
     """int64 [num_steps, 5]: slots in each of `STATES`."""
     running: IntArray
-    """int64 [num_steps]: requests running at once."""
+    """At once."""
     waiting: IntArray
-    """int64 [num_steps]: requests in line."""
-    refused: int
-    preempted: int
-    completed: int
+    """In line."""
+    refused: IntArray
+    """Until then."""
+    preempted: IntArray
+    """Until then; a request preempted twice counts twice."""
+    completed: IntArray
+    """Until then."""
     painted: SlotStates
     """uint8 [num_painted, num_slots]: the memory at the steps asked for."""
 
@@ -233,7 +236,7 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     if max_waiting < 1:
         raise ValueError(f"max_waiting: expected at least 1, came {max_waiting}")
     engine = _Engine(requests, memory, max_waiting)
-    usage, running, waiting, painted = [], [], [], []
+    usage, counts, painted = [], [], []
     for step in count():
         if not engine.busy():
             break
@@ -241,15 +244,12 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
         engine.arrive(step)
         engine.admit()
         usage.append(memory.usage(engine.running, engine.held, engine.upcoming()))
-        running.append(len(engine.running))
-        waiting.append(len(engine.waiting))
+        counts.append(engine.counts())
         if step in paint_at:
             painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
-    return Replay(
-        np.array(usage, np.int64), np.array(running), np.array(waiting),
-        engine.refused, engine.preempted, engine.completed,
-        np.array(painted, np.uint8).reshape(-1, memory.num_slots),
-    )  # fmt: skip
+    running, waiting, refused, preempted, completed = np.array(counts, np.int64).T
+    pictures = np.array(painted, np.uint8).reshape(-1, memory.num_slots)
+    return Replay(np.array(usage, np.int64), running, waiting, refused, preempted, completed, pictures)
 
 
 class _Engine:
@@ -265,6 +265,10 @@ class _Engine:
 
     def busy(self) -> bool:
         return self.arrived < len(self.arrivals) or bool(self.waiting) or bool(len(self.running))
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the counts of `Replay`, in its order."""
+        return len(self.running), len(self.waiting), self.refused, self.preempted, self.completed
 
     def upcoming(self) -> int | None:
         """Return the next request in line, or else the next to arrive."""
