@@ -148,7 +148,7 @@ def documents_example() -> list[Row]:
     for request, used in enumerate(EXAMPLE_TOKENS):
         reserved.allocate(request, tokens=used, reserve=EXAMPLE_MAX_LEN, final=used)
         paged.allocate(request, used)
-    allocated = {"reserve-max 2048": reserved.usage().allocated, "paged 16": slots - paged.num_free * 16}
+    allocated = {"reserve-max 2048": reserved.usage().allocated, "paged 16": slots - paged.gpu.num_free * 16}
     return [
         {"system": name, "slots": count, "tokens": tokens, "occupancy": tokens / count}
         for name, count in allocated.items()

@@ -17,12 +17,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from cupaged.errors import NoHoleError
+from cupaged.memory.allocator import whole_number
 
 __all__ = ["Buddy", "ContiguousAllocator", "FirstFit", "Regions", "ReserveMax", "Usage"]
 
@@ -73,7 +74,7 @@ class ContiguousAllocator(ABC):
     """
 
     def __init__(self, num_slots: int) -> None:
-        self.num_slots = _at_least("num_slots", num_slots, 1)
+        self.num_slots = whole_number("num_slots", num_slots, at_least=1)
         self._rows: dict[Hashable, int] = {}
         self._vacant: list[int] = []
         self._table = np.zeros((len(Regions._fields), 0), np.int64)
@@ -136,12 +137,12 @@ class ContiguousAllocator(ABC):
             No hole is large enough.
         """
         if request_id in self._rows:
-            raise ValueError(f"request_id: expected one that is not in use, came {request_id!r}")
-        tokens = _at_least("tokens", tokens, 0)
-        reserve = _at_least("reserve", reserve, max(tokens, 1))
-        final = reserve if final is None else _at_least("final", final, tokens)
+            raise ValueError(f"request_id must not be in use, got {request_id!r}")
+        tokens = whole_number("tokens", tokens, at_least=0)
+        reserve = whole_number("reserve", reserve, at_least=max(tokens, 1))
+        final = reserve if final is None else whole_number("final", final, at_least=tokens)
         if final > reserve:
-            raise ValueError(f"final: expected at most the {reserve} slots reserved, came {final}")
+            raise ValueError(f"final must be at most the {reserve} slots reserved, got {final}")
         size = self.region_size(reserve)
         start = self._take(size)
         if start is None:
@@ -159,17 +160,17 @@ class ContiguousAllocator(ABC):
         ValueError
             A request is unknown or named twice, or its region has no room; nothing was written.
         """
-        n = _at_least("n", n, 1)
+        n = whole_number("n", n, at_least=1)
         rows = [self._row_of(request_id) for request_id in request_ids]
         if len(set(rows)) < len(rows):
-            raise ValueError("request_ids: expected each request once, came one twice")
+            raise ValueError("request_ids must name each request once")
         _, sizes, tokens, finals = self._table
         after = tokens[rows] + n
         if (after > sizes[rows]).any():
             full = int(np.argmax(after > sizes[rows]))
             raise ValueError(
-                f"n: expected at most {sizes[rows[full]] - tokens[rows[full]]} more tokens for request "
-                f"{request_ids[full]!r}, whose region has {sizes[rows[full]]} slots, came {n}"
+                f"n must be at most {sizes[rows[full]] - tokens[rows[full]]} more tokens for request "
+                f"{request_ids[full]!r}, whose region has {sizes[rows[full]]} slots, got {n}"
             )
         tokens[rows] = after
         finals[rows] = np.maximum(finals[rows], after)
@@ -209,7 +210,7 @@ class ContiguousAllocator(ABC):
 
     def _row_of(self, request_id: Hashable) -> int:
         if request_id not in self._rows:
-            raise ValueError(f"request_id: expected one in use, came {request_id!r}")
+            raise ValueError(f"request_id must be in use, got {request_id!r}")
         return self._rows[request_id]
 
     def _new_row(self) -> int:
@@ -230,7 +231,7 @@ class FirstFit(ContiguousAllocator):
         self._sizes = [self.num_slots]
 
     def region_size(self, reserve: int) -> int:
-        return _at_least("reserve", reserve, 1)
+        return whole_number("reserve", reserve, at_least=1)
 
     def holes(self) -> tuple[IntArray, IntArray]:
         return np.array(self._starts, np.int64), np.array(self._sizes, np.int64)
@@ -269,11 +270,11 @@ class ReserveMax(FirstFit):
 
     def __init__(self, num_slots: int, max_len: int) -> None:
         super().__init__(num_slots)
-        self.max_len = _at_least("max_len", max_len, 1)
+        self.max_len = whole_number("max_len", max_len, at_least=1)
 
     def region_size(self, reserve: int) -> int:
-        if _at_least("reserve", reserve, 1) > self.max_len:
-            raise ValueError(f"reserve: expected at most max_len = {self.max_len}, came {reserve}")
+        if whole_number("reserve", reserve, at_least=1) > self.max_len:
+            raise ValueError(f"reserve must be at most max_len = {self.max_len}, got {reserve}")
         return self.max_len
 
 
@@ -294,7 +295,7 @@ class Buddy(ContiguousAllocator):
                 start += 1 << order
 
     def region_size(self, reserve: int) -> int:
-        return 1 << (_at_least("reserve", reserve, 1) - 1).bit_length()
+        return 1 << (whole_number("reserve", reserve, at_least=1) - 1).bit_length()
 
     def holes(self) -> tuple[IntArray, IntArray]:
         holes = sorted((start, 1 << order) for order, starts in enumerate(self._free) for start in starts)
@@ -322,11 +323,3 @@ class Buddy(ContiguousAllocator):
             start = min(start, buddy)
             order += 1
         self._free[order].add(start)
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: expected an int, came {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, came {value}")
-    return int(value)

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cupaged.errors import OutOfBlocksError
+from cupaged.memory.allocator import whole_number
 from cupaged.memory.contiguous import ContiguousAllocator, Usage
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.sampler import Trace
@@ -57,11 +58,11 @@ class Requests(NamedTuple):
             pattern.
         """
         if len(trace) < 2 or trace.arrival[-1] == trace.arrival[0]:
-            raise ValueError("trace: expected at least two requests that arrive over time")
+            raise ValueError("trace must hold at least two requests that arrive over time")
         if (trace.output_tokens == 0).any():
-            raise ValueError("trace: expected requests that generate at least one token, came one that generates none")
+            raise ValueError("trace must hold requests that generate at least one token, got one that generates none")
         if not offered_tokens > 0:
-            raise ValueError(f"offered_tokens: expected a positive number, came {offered_tokens}")
+            raise ValueError(f"offered_tokens must be positive, got {offered_tokens}")
         elapsed = (trace.arrival - trace.arrival[0]) / (trace.arrival[-1] - trace.arrival[0])
         arrival = np.floor(elapsed * trace.token_steps().sum() / offered_tokens).astype(np.int64)
         return cls(arrival, trace.prompt_tokens, trace.output_tokens)
@@ -159,14 +160,14 @@ class PagedMemory:
         self._final = requests.final
 
     def admit(self, request: int, tokens: int) -> bool:
-        if self.manager.num_free - self._blocks(tokens) < self._kept_free:
+        if self.manager.gpu.num_free - self._blocks(tokens) < self._kept_free:
             return False
         self.manager.allocate(request, tokens)
         return True
 
     def grow(self, running: IntArray) -> bool:
         try:
-            self.manager.append_batch(running)
+            self.manager.append_batch(running.tolist())
         except OutOfBlocksError:
             return False
         return True
@@ -175,7 +176,7 @@ class PagedMemory:
         self.manager.free(request)
 
     def usage(self, running: IntArray, held: IntArray, upcoming: int | None) -> Usage:
-        allocated = (self.num_blocks - self.manager.num_free) * self.block_size
+        allocated = self.manager.gpu.num_used * self.block_size
         filled = held[running]
         filled_later = np.minimum(self._final[running], self._blocks(filled) * self.block_size) - filled
         tokens, reservation = int(filled.sum()), int(filled_later.sum())
@@ -233,9 +234,7 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     ValueError
         A request does not fit into the memory although it is alone there.
     """
-    if max_waiting < 1:
-        raise ValueError(f"max_waiting: expected at least 1, came {max_waiting}")
-    engine = _Engine(requests, memory, max_waiting)
+    engine = _Engine(requests, memory, whole_number("max_waiting", max_waiting, at_least=1))
     usage, counts, painted = [], [], []
     for step in count():
         if not engine.busy():
@@ -309,4 +308,4 @@ class _Engine:
         self.running = np.append(self.running, np.array(admitted, np.int64))
         if self.waiting and not len(self.running):
             request, held = self.waiting[0], self.held[self.waiting[0]]
-            raise ValueError(f"memory: expected room for request {request} alone, which holds {held} tokens")
+            raise ValueError(f"memory must have room for request {request} alone, which holds {held} tokens")

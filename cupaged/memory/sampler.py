@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import numpy.typing as npt
 
+from cupaged.memory.allocator import whole_number
+
 __all__ = ["FORMS", "WORKLOADS", "Trace", "TraceForm", "Workload", "load_trace", "sample_trace"]
 
 IntArray = npt.NDArray[np.int64]
@@ -56,14 +58,14 @@ class Trace:
         output = _column("output_tokens", self.output_tokens, np.int64)
         if not len(arrival) == len(prompt) == len(output):
             raise ValueError(
-                "arrival, prompt_tokens and output_tokens: expected equal lengths, "
-                f"came {len(arrival)}, {len(prompt)} and {len(output)}"
+                "arrival, prompt_tokens and output_tokens must have equal lengths, "
+                f"got {len(arrival)}, {len(prompt)} and {len(output)}"
             )
         if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any():
-            raise ValueError("arrival: expected finite seconds that never fall")
+            raise ValueError("arrival must be finite seconds that never fall")
         for name, column, least in (("prompt_tokens", prompt, 1), ("output_tokens", output, 0)):
             if (column < least).any():
-                raise ValueError(f"{name}: expected at least {least} everywhere, came {column.min()}")
+                raise ValueError(f"{name} must be at least {least} everywhere, got {column.min()}")
         for name, column in (("arrival", arrival), ("prompt_tokens", prompt), ("output_tokens", output)):
             column.setflags(write=False)
             object.__setattr__(self, name, column)
@@ -74,7 +76,7 @@ class Trace:
     def __getitem__(self, which: slice | npt.NDArray[Any]) -> Trace:
         """Return the requests that a slice, a mask or rising indices select, as a trace."""
         if not isinstance(which, slice | np.ndarray):
-            raise TypeError(f"index: expected a slice, a mask or indices, came {type(which).__name__}")
+            raise TypeError(f"index must be a slice, a mask or indices, got {type(which).__name__}")
         return Trace(self.arrival[which], self.prompt_tokens[which], self.output_tokens[which], self.name)
 
     @property
@@ -91,8 +93,7 @@ class Trace:
 
     def slot_steps(self, block_size: int) -> IntArray:
         """Return the slots of the blocks behind `token_steps`, summed alike, int64 [num_requests]."""
-        if block_size < 1:
-            raise ValueError(f"block_size: expected at least 1, came {block_size}")
+        block_size = whole_number("block_size", block_size, at_least=1)
         return _block_triangle(self.total_tokens - 1, block_size) - _block_triangle(self.prompt_tokens - 1, block_size)
 
     def paged_occupancy(self, block_size: int) -> float:
@@ -106,9 +107,9 @@ class Trace:
 def _column(name: str, values: Any, dtype: type) -> npt.NDArray[Any]:
     column = np.array(values)
     if column.ndim != 1:
-        raise ValueError(f"{name}: expected one dimension, came {column.ndim}")
+        raise ValueError(f"{name} must have one dimension, got {column.ndim}")
     if not np.can_cast(column.dtype, dtype, "same_kind") and column.size:
-        raise TypeError(f"{name}: expected {np.dtype(dtype).name}, came {column.dtype}")
+        raise TypeError(f"{name} must be {np.dtype(dtype).name}, got {column.dtype}")
     return column.astype(dtype)
 
 
@@ -177,14 +178,13 @@ def sample_trace(
     seed : int
         The same seed gives the same trace.
     """
-    if num_requests < 1:
-        raise ValueError(f"num_requests: expected at least 1, came {num_requests}")
+    num_requests = whole_number("num_requests", num_requests, at_least=1)
     if workload not in WORKLOADS:
-        raise ValueError(f"workload: expected one of {', '.join(WORKLOADS)}, came {workload!r}")
+        raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
     source = WORKLOADS[workload]
     rate = source.requests_per_second if requests_per_second is None else requests_per_second
     if not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"requests_per_second: expected a positive number, came {requests_per_second!r}")
+        raise ValueError(f"requests_per_second must be a positive number, got {requests_per_second!r}")
     random = np.random.default_rng(seed)
     gaps = random.exponential(1 / rate, num_requests)
     return Trace(
@@ -218,7 +218,7 @@ class TraceForm(NamedTuple):
 
 
 class _Malformed(ValueError):
-    """What was expected of a value; the loader adds the file, the line, the column and what came."""
+    """What was expected of a value; the loader adds the file, the line, the column and what was found."""
 
 
 def _seconds(value: Any) -> float:
@@ -278,10 +278,10 @@ def load_trace(path: str | PathLike[str], *, limit: int | None = None) -> Trace:
     Raises
     ------
     ValueError
-        The file is malformed: the message names file, line and column, what was expected and what came.
+        The file is malformed: the message names file, line and column, what was expected and what was found.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected at least 1, came {limit}")
+    if limit is not None:
+        limit = whole_number("limit", limit, at_least=1)
     path = Path(path)
     columns: tuple[list[float], list[int], list[int]] = ([], [], [])
     with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
@@ -292,7 +292,7 @@ def load_trace(path: str | PathLike[str], *, limit: int | None = None) -> Trace:
             columns[1].append(_read(path, line, record, form.prompt, lambda value: _tokens(value, 1)))
             columns[2].append(_read(path, line, record, form.output, lambda value: _tokens(value, 0)))
     if form is None:
-        raise ValueError(f"{path}: expected a header and at least one request, came none")
+        raise ValueError(f"{path}: expected a header and at least one request, got none")
     arrival = np.array(columns[0])
     order = np.argsort(arrival, kind="stable")
     prompt, output = (np.array(column, np.int64)[order] for column in columns[1:])
@@ -312,8 +312,8 @@ def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]
         for record in reader:
             if None in record:
                 width = len(reader.fieldnames or ())
-                came = width + len(record[None])
-                raise ValueError(f"{path}, line {reader.line_num}: expected {width} columns, came {came}")
+                got = width + len(record[None])
+                raise ValueError(f"{path}, line {reader.line_num}: expected {width} columns, got {got}")
             yield reader.line_num, record
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
@@ -328,7 +328,7 @@ def _json_records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {line}: expected a JSON object, came {type(record).__name__}")
+            raise ValueError(f"{path}, line {line}: expected a JSON object, got {type(record).__name__}")
         yield line, record
 
 
@@ -337,7 +337,7 @@ def _form_of(path: Path, record: Mapping[str, Any]) -> TraceForm:
         if record.keys() >= {form.arrival, form.prompt, form.output}:
             return form
     known = "; ".join(f"{name} ({', '.join(form[:3])})" for name, form in FORMS.items())
-    raise ValueError(f"{path}: expected the columns of one of {known}; came {', '.join(record)}")
+    raise ValueError(f"{path}: expected the columns of one of {known}; got {', '.join(record)}")
 
 
 def _read(path: Path, line: int, record: Mapping[str, Any], column: str, parse: Callable[[Any], Any]) -> Any:
@@ -345,5 +345,5 @@ def _read(path: Path, line: int, record: Mapping[str, Any], column: str, parse: 
     try:
         return parse(value)
     except _Malformed as expected:
-        came = "nothing" if value in (None, "") else repr(value)
-        raise ValueError(f"{path}, line {line}, column {column!r}: expected {expected}, came {came}") from None
+        got = "nothing" if value in (None, "") else repr(value)
+        raise ValueError(f"{path}, line {line}, column {column!r}: expected {expected}, got {got}") from None

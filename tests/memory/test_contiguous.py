@@ -39,7 +39,7 @@ def test_reserve_max_gives_every_request_the_same_region() -> None:
     with pytest.raises(NoHoleError) as caught:
         memory.allocate(3, 1, 1)
     assert (caught.value.needed, caught.value.free, caught.value.largest) == (30, 10, 10)
-    with pytest.raises(ValueError, match="reserve: expected at most max_len = 30, came 31"):
+    with pytest.raises(ValueError, match="reserve must be at most max_len = 30, got 31"):
         memory.allocate(3, 1, 31)
 
 
@@ -136,23 +136,23 @@ def test_bad_input_changes_nothing(make) -> None:
     before = (holes(memory), memory.usage(5))
     size = int(memory.regions().size[0])
     mistakes = [
-        (lambda: memory.allocate("a", 1, 1), ValueError, "request_id: expected one that is not in use, came 'a'"),
-        (lambda: memory.allocate("b", 5, 4), ValueError, "reserve: expected at least 5, came 4"),
-        (lambda: memory.allocate("b", -1, 4), ValueError, "tokens: expected at least 0, came -1"),
-        (lambda: memory.allocate("b", 2, 4, final=1), ValueError, "final: expected at least 2, came 1"),
-        (lambda: memory.allocate("b", 2, 4, final=5), ValueError, "final: expected at most the 4 slots reserved"),
-        (lambda: memory.allocate("b", 2.0, 4), TypeError, "tokens: expected an int, came float"),
-        (lambda: memory.append(["a", "b"]), ValueError, "request_id: expected one in use, came 'b'"),
-        (lambda: memory.append(["a", "a"]), ValueError, "request_ids: expected each request once"),
-        (lambda: memory.append(["a"], 0), ValueError, "n: expected at least 1, came 0"),
-        (lambda: memory.append(["a"], size), ValueError, f"n: expected at most {size - 2} more tokens for request 'a'"),
-        (lambda: memory.free("b"), ValueError, "request_id: expected one in use, came 'b'"),
+        (lambda: memory.allocate("a", 1, 1), ValueError, "request_id must not be in use, got 'a'"),
+        (lambda: memory.allocate("b", 5, 4), ValueError, "reserve must be at least 5, got 4"),
+        (lambda: memory.allocate("b", -1, 4), ValueError, "tokens must be at least 0, got -1"),
+        (lambda: memory.allocate("b", 2, 4, final=1), ValueError, "final must be at least 2, got 1"),
+        (lambda: memory.allocate("b", 2, 4, final=5), ValueError, "final must be at most the 4 slots reserved"),
+        (lambda: memory.allocate("b", 2.0, 4), TypeError, "tokens must be an integer, got float"),
+        (lambda: memory.append(["a", "b"]), ValueError, "request_id must be in use, got 'b'"),
+        (lambda: memory.append(["a", "a"]), ValueError, "request_ids must name each request once"),
+        (lambda: memory.append(["a"], 0), ValueError, "n must be at least 1, got 0"),
+        (lambda: memory.append(["a"], size), ValueError, f"n must be at most {size - 2} more tokens for request 'a'"),
+        (lambda: memory.free("b"), ValueError, "request_id must be in use, got 'b'"),
     ]
     for mistake, kind, message in mistakes:
         with pytest.raises(kind, match=message):
             mistake()
         assert (holes(memory), memory.usage(5)) == before
-    with pytest.raises(ValueError, match="num_slots: expected at least 1, came 0"):
+    with pytest.raises(ValueError, match="num_slots must be at least 1, got 0"):
         make(0)
 
 

@@ -73,7 +73,7 @@ def test_blocks_kept_free_hold_an_admission_back() -> None:
 
 def test_a_request_that_never_fits_is_an_error() -> None:
     these = requests((0, 3, 2), (1, 9, 1))
-    with pytest.raises(ValueError, match="memory: expected room for request 1 alone, which holds 9 tokens"):
+    with pytest.raises(ValueError, match="memory must have room for request 1 alone, which holds 9 tokens"):
         replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
 
 
@@ -125,10 +125,10 @@ def test_offered_tokens_are_what_an_ample_memory_holds() -> None:
 @pytest.mark.parametrize(
     ("trace", "offered", "message"),
     [
-        (Trace([0.0], [1], [1]), 10, "trace: expected at least two requests that arrive over time"),
-        (Trace([1.0, 1.0], [1, 1], [1, 1]), 10, "trace: expected at least two requests that arrive over time"),
-        (Trace([0.0, 1.0], [1, 1], [1, 0]), 10, "trace: expected requests that generate at least one token"),
-        (Trace([0.0, 1.0], [1, 1], [1, 1]), 0, "offered_tokens: expected a positive number, came 0"),
+        (Trace([0.0], [1], [1]), 10, "trace must hold at least two requests that arrive over time"),
+        (Trace([1.0, 1.0], [1, 1], [1, 1]), 10, "trace must hold at least two requests that arrive over time"),
+        (Trace([0.0, 1.0], [1, 1], [1, 0]), 10, "trace must hold requests that generate at least one token"),
+        (Trace([0.0, 1.0], [1, 1], [1, 1]), 0, "offered_tokens must be positive, got 0"),
     ],
 )
 def test_requests_refuse(trace: Trace, offered: float, message: str) -> None:

@@ -50,10 +50,10 @@ def test_arrivals_come_at_the_rate_asked_for() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_requests": 0}, "num_requests: expected at least 1, came 0"),
-        ({"num_requests": 1, "workload": "poetry"}, "workload: expected one of conversation, code, came 'poetry'"),
-        ({"num_requests": 1, "requests_per_second": 0.0}, "requests_per_second: expected a positive number, came 0.0"),
-        ({"num_requests": 1, "requests_per_second": float("inf")}, "requests_per_second: expected a positive number"),
+        ({"num_requests": 0}, "num_requests must be at least 1, got 0"),
+        ({"num_requests": 1, "workload": "poetry"}, "workload must be one of conversation, code, got 'poetry'"),
+        ({"num_requests": 1, "requests_per_second": 0.0}, "requests_per_second must be a positive number, got 0.0"),
+        ({"num_requests": 1, "requests_per_second": float("inf")}, "requests_per_second must be a positive number"),
     ],
 )
 def test_sampler_refuses(arguments: dict, message: str) -> None:
@@ -82,20 +82,20 @@ def test_a_trace_is_read_only_and_sliced() -> None:
     assert trace[1:].arrival.tolist() == [1.0, 2.0]
     assert trace[trace.prompt_tokens != 4].prompt_tokens.tolist() == [3, 5]
     assert trace[:2].name == "x"
-    with pytest.raises(TypeError, match="index: expected a slice"):
+    with pytest.raises(TypeError, match="index must be a slice"):
         trace[0]
 
 
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        (([0.0, 1.0], [1], [1]), ValueError, "expected equal lengths, came 2, 1 and 1"),
-        (([[0.0]], [1], [1]), ValueError, "arrival: expected one dimension, came 2"),
-        (([1.0, 0.0], [1, 1], [1, 1]), ValueError, "arrival: expected finite seconds that never fall"),
-        (([np.nan], [1], [1]), ValueError, "arrival: expected finite seconds"),
-        (([0.0], [0], [1]), ValueError, "prompt_tokens: expected at least 1 everywhere, came 0"),
-        (([0.0], [1], [-1]), ValueError, "output_tokens: expected at least 0 everywhere, came -1"),
-        (([0.0], [1.5], [1]), TypeError, "prompt_tokens: expected int64, came float64"),
+        (([0.0, 1.0], [1], [1]), ValueError, "must have equal lengths, got 2, 1 and 1"),
+        (([[0.0]], [1], [1]), ValueError, "arrival must have one dimension, got 2"),
+        (([1.0, 0.0], [1, 1], [1, 1]), ValueError, "arrival must be finite seconds that never fall"),
+        (([np.nan], [1], [1]), ValueError, "arrival must be finite seconds"),
+        (([0.0], [0], [1]), ValueError, "prompt_tokens must be at least 1 everywhere, got 0"),
+        (([0.0], [1], [-1]), ValueError, "output_tokens must be at least 0 everywhere, got -1"),
+        (([0.0], [1.5], [1]), TypeError, "prompt_tokens must be int64, got float64"),
     ],
 )
 def test_a_trace_refuses(columns: tuple, error: type, message: str) -> None:
@@ -137,29 +137,29 @@ def test_every_form_gives_the_same_trace(form: str, tmp_path: Path) -> None:
 def test_limit_reads_no_further(tmp_path: Path) -> None:
     path = write(tmp_path, "arrived_at,num_prefill_tokens,num_decode_tokens\n0,1,1\n1,2,2\nbroken\n")
     assert load_trace(path, limit=2).prompt_tokens.tolist() == [1, 2]
-    with pytest.raises(ValueError, match="limit: expected at least 1, came 0"):
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         load_trace(path, limit=0)
 
 
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 MALFORMED = [
-    (HEADER + "0,12,7\n1,twelve,7\n", "line 3, column 'num_prefill_tokens': expected a whole number .* came 'twelve'"),
+    (HEADER + "0,12,7\n1,twelve,7\n", "line 3, column 'num_prefill_tokens': expected a whole number .* got 'twelve'"),
     (HEADER + "0,0,7\n", "line 2, column 'num_prefill_tokens': expected a whole number of tokens from 1 to 2147483647"),
-    (HEADER + "0,12,-1\n", "line 2, column 'num_decode_tokens': expected a whole number of tokens from 0 .* came '-1'"),
-    (HEADER + "0,12,1.5\n", "line 2, column 'num_decode_tokens': .* came '1.5'"),
-    (HEADER + "0,12,2147483648\n", "line 2, column 'num_decode_tokens': .* came '2147483648'"),
-    (HEADER + "0,12\n", "line 2, column 'num_decode_tokens': .* came nothing"),
-    (HEADER + "0,12,1,9\n", "line 2: expected 3 columns, came 4"),
-    (HEADER + "soon,12,1\n", "line 2, column 'arrived_at': expected a finite number, came 'soon'"),
-    (HEADER + "inf,12,1\n", "line 2, column 'arrived_at': expected a finite number, came 'inf'"),
-    (HEADER, "expected a header and at least one request, came none"),
-    ("", "expected a header and at least one request, came none"),
-    ("when,what\n1,2\n", r"expected the columns of one of azure \(TIMESTAMP, ContextTokens, .*; came when, what"),
+    (HEADER + "0,12,-1\n", "line 2, column 'num_decode_tokens': expected a whole number of tokens from 0 .* got '-1'"),
+    (HEADER + "0,12,1.5\n", "line 2, column 'num_decode_tokens': .* got '1.5'"),
+    (HEADER + "0,12,2147483648\n", "line 2, column 'num_decode_tokens': .* got '2147483648'"),
+    (HEADER + "0,12\n", "line 2, column 'num_decode_tokens': .* got nothing"),
+    (HEADER + "0,12,1,9\n", "line 2: expected 3 columns, got 4"),
+    (HEADER + "soon,12,1\n", "line 2, column 'arrived_at': expected a finite number, got 'soon'"),
+    (HEADER + "inf,12,1\n", "line 2, column 'arrived_at': expected a finite number, got 'inf'"),
+    (HEADER, "expected a header and at least one request, got none"),
+    ("", "expected a header and at least one request, got none"),
+    ("when,what\n1,2\n", r"expected the columns of one of azure \(TIMESTAMP, ContextTokens, .*; got when, what"),
     ("TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,1,1\n", "line 2, column 'TIMESTAMP': expected a date and time"),
     ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{"timestamp"\n', "line 2, column 13: not JSON"),
-    ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n[1]\n', "line 2: expected a JSON object, came list"),
-    ('{"timestamp": 1, "input_length": true, "output_length": 3}\n', "line 1, column 'input_length': .* came True"),
-    ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{}\n', "line 2, column 'timestamp': .* came nothing"),
+    ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n[1]\n', "line 2: expected a JSON object, got list"),
+    ('{"timestamp": 1, "input_length": true, "output_length": 3}\n', "line 1, column 'input_length': .* got True"),
+    ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{}\n', "line 2, column 'timestamp': .* got nothing"),
 ]
 
 
