@@ -9,7 +9,8 @@ The same requests arrive at the same memory, once for each way of allocating it:
     buddy oracle
     paged 1 ... 256    blocks of so many tokens, each taken when a token needs one
 
-Time goes in decode steps; see cupaged/memory/replay.py for who is admitted, refused and preempted.
+Time goes in decode steps, which last equally long whatever runs; see cupaged/memory/replay.py for who is admitted,
+refused and preempted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cupaged.bench.report import argument_parser, console, machine_stamp, new_figure, print_table, write_results
-from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax
+from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax, Usage
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.replay import STATES, ContiguousMemory, Memory, PagedMemory, Replay, Requests, replay
 from cupaged.memory.sampler import WORKLOADS, Trace, load_trace, sample_trace
@@ -39,6 +40,10 @@ PAPER_CONTIGUOUS = (0.204, 0.382)
 PAPER_THROUGHPUT = (2, 4)
 # The same share from the lengths of the Azure conversation trace of 2023 (Patel et al., "Splitwise", ISCA 2024).
 AZURE_OCCUPANCY = {8: 0.997, 16: 0.994, 32: 0.988, 64: 0.975, 128: 0.951}
+SAMPLER_SOURCE = (
+    "lengths drawn from percentiles of the Azure LLM inference traces of 2023 (Microsoft, CC-BY): Patel et al., "
+    '"Splitwise: Efficient Generative LLM Inference Using Phase Splitting", ISCA 2024'
+)
 # The deep dive's example: tokens used of 2048 slots reserved, three times.
 EXAMPLE_MAX_LEN, EXAMPLE_TOKENS = 2048, (312, 148, 1872)
 
@@ -115,7 +120,7 @@ def averages(system: System, outcome: Replay, window: slice) -> Row:
     return {
         "system": system.name,
         "block_size": system.block_size,
-        "occupancy": float(usage[:, 0].sum() / usage[:, :3].sum()),
+        "occupancy": Usage(*usage.sum(axis=0).tolist()).occupancy,
         **dict(zip(STATES, shares.tolist(), strict=True)),
         "running": float(running.mean()),
         "running_max": int(running.max()),
@@ -358,26 +363,34 @@ def parser() -> ArgumentParser:
     options.add_argument("--seed", type=int, default=0, help="of the sampler")
     options.add_argument("--slots", type=int, default=Config.num_slots, help="token slots of the memory")
     options.add_argument("--max-len", type=int, default=Config.max_len, help="the longest request served")
-    options.add_argument("--load", type=float, default=Config.load, help="tokens offered, over slots")
+    options.add_argument(
+        "--load", type=float, default=Config.load, help="tokens offered, over slots: above 1, memory is short"
+    )
     return options
 
 
-def trace_of(arguments: Namespace) -> tuple[str, Trace]:
-    """Return the name of the results and the requests, less those that generate nothing or are too long."""
+def trace_of(arguments: Namespace) -> tuple[str, Trace, str]:
+    """Return the name of the results, the trace, and its source."""
     number = arguments.requests or (500 if arguments.smoke else None)
     if arguments.trace:
-        name, trace = f"fragmentation_{arguments.trace.stem}", load_trace(arguments.trace, limit=number)
-    else:
-        name, trace = "fragmentation", sample_trace(number or 10_000, arguments.workload, seed=arguments.seed)
-    return name, trace[(trace.output_tokens > 0) & (trace.total_tokens <= arguments.max_len)]
+        trace = load_trace(arguments.trace, limit=number)
+        return f"fragmentation_{arguments.trace.stem}", trace, arguments.cite
+    trace = sample_trace(number or 10_000, arguments.workload, seed=arguments.seed)
+    return "fragmentation", trace, SAMPLER_SOURCE
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    options = parser()
+    arguments = options.parse_args()
     sizes = (1, 16, 256) if arguments.smoke else Config.block_sizes
     config = Config(arguments.slots, arguments.max_len, arguments.load, block_sizes=sizes)
-    name, trace = trace_of(arguments)
-    requests = Requests.from_trace(trace, config.load * config.num_slots)
+    try:
+        name, whole, citation = trace_of(arguments)
+        trace = whole[(whole.output_tokens > 0) & (whole.total_tokens <= config.max_len)]
+        requests = Requests.from_trace(trace, config.load * config.num_slots)
+    except (OSError, ValueError) as error:
+        options.error(str(error))
+    step = 1000 * (trace.arrival[-1] - trace.arrival[0]) / requests.arrival[-1]
 
     example = documents_example()
     columns = {"system": "", "slots": "slots allocated|,", "tokens": "tokens|,", "occupancy": "occupancy|.1%"}
@@ -387,16 +400,18 @@ def main() -> None:
     rows, shown = measure(requests, config)
     claims, stamp = settle(rows), machine_stamp("cpu")
     print_table(rows, MEMORY_TABLE, f"{config.num_slots:,} slots, on average; occupancy is of allocated slots")
-    print_table(rows, REQUEST_TABLE, f"{len(trace):,} requests ({trace.name}), load {config.load}")
+    title = f"{len(trace):,} requests ({trace.name}), load {config.load}: a decode step is {step:.0f} ms of the trace"
+    print_table(rows, REQUEST_TABLE, title)
     print_table(claims, {key: key for key in claims[0]}, "The claims")
     console.print(f"[bold]Found.[/bold] {conclusion(rows, config)}")
 
     folder = write_results(
-        rows, stamp, name, arguments.out, config=asdict(config), trace=trace.name, requests=len(trace),
-        citation=arguments.cite, documents_example=example, claims=claims, conclusion=conclusion(rows, config),
+        rows, stamp, name, arguments.out, trace=trace.name, citation=citation, config=asdict(config),
+        requests=len(trace), left_out=len(whole) - len(trace), milliseconds_per_step=round(step, 1),
+        documents_example=example, claims=claims, conclusion=conclusion(rows, config),
     )  # fmt: skip
     timeline = [{"system": system, **row} for system, outcome in shown.items() for row in stretches(outcome)]
-    write_results(timeline, stamp, f"{name}_over_time", arguments.out, citation=arguments.cite)
+    write_results(timeline, stamp, f"{name}_over_time", arguments.out, trace=trace.name, citation=citation)
     draw(rows, shown, trace, config).savefig(folder / f"{name}.png")
     console.print(f"Written: {folder / name}.csv, .json, .png and {name}_over_time.csv, .json")
 
