@@ -119,6 +119,16 @@ def test_buddy_arena_that_is_no_power_of_two() -> None:
     assert holes(memory) == [(0, 64), (64, 32), (96, 4)]
 
 
+def test_buddy_takes_the_lowest_of_equal_holes() -> None:
+    memory = Buddy(num_slots=16)
+    for request in range(4):
+        memory.allocate(request, 4, 4)
+    memory.free(3)
+    memory.free(1)
+    assert memory.allocate(4, 1, 4) == 4
+    assert memory.allocate(5, 1, 4) == 12
+
+
 def test_neighbours_that_are_not_buddies_stay_apart() -> None:
     memory = Buddy(num_slots=16)
     for request in range(4):

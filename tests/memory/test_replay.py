@@ -65,6 +65,14 @@ def test_a_paged_memory_preempts_the_youngest_and_computes_it_again() -> None:
     assert totals(outcome) == (0, 1, 2)
 
 
+def test_a_preempted_request_is_first_in_line() -> None:
+    """The third request would fit where the second was, but came after it."""
+    these = requests((0, 3, 4), (0, 3, 3), (0, 1, 1))
+    outcome = replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
+    assert outcome.running.tolist() == [2, 2, 1, 1, 2, 1, 0]
+    assert outcome.waiting.tolist() == [1, 1, 2, 2, 0, 0, 0]
+
+
 def test_blocks_kept_free_hold_an_admission_back() -> None:
     these = requests((0, 4, 1), (0, 4, 1))
     assert replay(these, PagedMemory(20, 2, these, kept_free=0.6), max_waiting=8).running.tolist() == [2, 0]
