@@ -8,6 +8,7 @@ __all__ = [
     "ForeignBlockError",
     "KernelBuildError",
     "KernelLaunchError",
+    "NoHoleError",
     "OutOfBlocksError",
     "UnsupportedError",
 ]
@@ -58,3 +59,26 @@ class OutOfBlocksError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[OutOfBlocksError], tuple[int, int, int]]:
         return type(self), (self.needed, self.free, self.evictable)
+
+
+class NoHoleError(RuntimeError):
+    """A contiguous allocator has no hole for a region, though it may have slots enough; nothing was changed.
+
+    Attributes
+    ----------
+    needed : int
+        Slots of the region that was asked for.
+    free : int
+        Slots that were free, in all holes together.
+    largest : int
+        Slots of the largest hole.
+    """
+
+    def __init__(self, needed: int, free: int, largest: int) -> None:
+        self.needed = int(needed)
+        self.free = int(free)
+        self.largest = int(largest)
+        super().__init__(f"no hole: needed {self.needed} slots, free {self.free}, largest hole {self.largest}")
+
+    def __reduce__(self) -> tuple[type[NoHoleError], tuple[int, int, int]]:
+        return type(self), (self.needed, self.free, self.largest)

@@ -1,0 +1,311 @@
+"""A trace replayed through a memory: who is admitted, who is refused, and what every slot is used for meanwhile.
+
+This is a serving engine reduced to what its memory sees. Time goes in decode steps: a prompt is written in one, then
+its request gains one token a step until it has generated its output and leaves. Requests are admitted first come, first
+served. One that finds too many waiting is refused, whatever its size, so that no memory gets easier requests than
+another. When a memory runs out in the midst of a step, the request admitted last is preempted; it computes its tokens
+again when there is room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+from itertools import count
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cupaged.errors import OutOfBlocksError
+from cupaged.memory.allocator import whole_number
+from cupaged.memory.contiguous import ContiguousAllocator, Usage
+from cupaged.memory.manager import BlockManager
+from cupaged.memory.sampler import Trace
+
+__all__ = ["STATES", "ContiguousMemory", "Memory", "PagedMemory", "Replay", "Requests", "replay"]
+
+IntArray = npt.NDArray[np.int64]
+SlotStates = npt.NDArray[np.uint8]
+
+STATES = Usage._fields
+"""What a slot can be; a painted memory holds indices into this."""
+TOKENS, RESERVATION, INTERNAL, EXTERNAL, FREE = range(len(STATES))
+
+
+class Requests(NamedTuple):
+    """A trace in decode steps: one int64 array [num_requests] a property, in order of arrival."""
+
+    arrival: IntArray
+    prompt: IntArray
+    output: IntArray
+
+    @property
+    def final(self) -> IntArray:
+        """Tokens that each request holds in the end."""
+        return self.prompt + self.output
+
+    @classmethod
+    def from_trace(cls, trace: Trace, offered_tokens: float) -> Requests:
+        """Return a trace in decode steps of such a length that its requests press on memory as hard as asked.
+
+        Parameters
+        ----------
+        trace : Trace
+            At least two requests that arrive over time, each of which generates something.
+        offered_tokens : float
+            Tokens that would be held on average if every request ran as soon as it arrives; arrivals keep their
+            pattern.
+        """
+        if len(trace) < 2 or trace.arrival[-1] == trace.arrival[0]:
+            raise ValueError("trace must hold at least two requests that arrive over time")
+        if (trace.output_tokens == 0).any():
+            raise ValueError("trace must hold requests that generate at least one token, got one that generates none")
+        if not offered_tokens > 0:
+            raise ValueError(f"offered_tokens must be positive, got {offered_tokens}")
+        elapsed = (trace.arrival - trace.arrival[0]) / (trace.arrival[-1] - trace.arrival[0])
+        arrival = np.floor(elapsed * trace.token_steps().sum() / offered_tokens).astype(np.int64)
+        return cls(arrival, trace.prompt_tokens, trace.output_tokens)
+
+
+class Memory(Protocol):
+    """What the replay asks of a way to allocate.
+
+    A request is its index. `running` holds those admitted, int64 [num_running], in order of admission, `held` the
+    tokens of every request, int64 [num_requests], and `upcoming` is the next request in line, if any is left.
+    """
+
+    num_slots: int
+
+    def admit(self, request: int, tokens: int) -> bool:
+        """Write a request's first tokens; return False and change nothing where there is no room."""
+
+    def grow(self, running: IntArray) -> bool:
+        """Write one more token of each request; return False and change nothing where there is no room."""
+
+    def release(self, request: int) -> None:
+        """Give back all that a request holds."""
+
+    def usage(self, running: IntArray, held: IntArray, upcoming: int | None) -> Usage:
+        """Return how the slots are spent."""
+
+    def paint(self, running: IntArray, held: IntArray, upcoming: int | None) -> SlotStates:
+        """Return what each slot is, uint8 [num_slots], as an index into `STATES`."""
+
+
+class ContiguousMemory:
+    """One region a request.
+
+    Parameters
+    ----------
+    allocator : ContiguousAllocator
+        Empty.
+    requests : Requests
+        Those to be replayed.
+    reserve : int64 [num_requests]
+        Slots that each of them asks for.
+    """
+
+    def __init__(self, allocator: ContiguousAllocator, requests: Requests, reserve: IntArray) -> None:
+        self.num_slots = allocator.num_slots
+        self.allocator = allocator
+        self._reserve, self._final = reserve.tolist(), requests.final.tolist()
+
+    def admit(self, request: int, tokens: int) -> bool:
+        if not self.allocator.can_allocate(self._reserve[request]):
+            return False
+        self.allocator.allocate(request, tokens, self._reserve[request], self._final[request])
+        return True
+
+    def grow(self, running: IntArray) -> bool:
+        self.allocator.append(running.tolist())
+        return True
+
+    def release(self, request: int) -> None:
+        self.allocator.free(request)
+
+    def usage(self, running: IntArray, held: IntArray, upcoming: int | None) -> Usage:
+        return self.allocator.usage(None if upcoming is None else self._reserve[upcoming])
+
+    def paint(self, running: IntArray, held: IntArray, upcoming: int | None) -> SlotStates:
+        slots = np.full(self.num_slots, FREE, np.uint8)
+        needed = 0 if upcoming is None else self.allocator.region_size(self._reserve[upcoming])
+        for start, size in zip(*self.allocator.holes(), strict=True):
+            slots[start : start + size] = EXTERNAL if size < needed else FREE
+        for start, size, tokens, final in zip(*self.allocator.regions(), strict=True):
+            slots[start : start + size] = INTERNAL
+            slots[start : start + final] = RESERVATION
+            slots[start : start + tokens] = TOKENS
+        return slots
+
+
+class PagedMemory:
+    """Blocks, each taken when a token needs one. No hole is too short for a block: nothing is lost to external waste.
+
+    Parameters
+    ----------
+    num_slots, block_size : int
+        Token slots of the memory and of a block; slots short of a last block stay free.
+    requests : Requests
+        Those to be replayed.
+    kept_free : float
+        Share of the blocks that an admission must leave free for the requests that run.
+    """
+
+    def __init__(self, num_slots: int, block_size: int, requests: Requests, kept_free: float = 0.01) -> None:
+        self.num_slots, self.block_size = num_slots, block_size
+        self.num_blocks = num_slots // block_size
+        self.manager = BlockManager(num_gpu_blocks=self.num_blocks, block_size=block_size)
+        self._kept_free = int(kept_free * self.num_blocks)
+        self._final = requests.final
+
+    def admit(self, request: int, tokens: int) -> bool:
+        if self.manager.gpu.num_free - self._blocks(tokens) < self._kept_free:
+            return False
+        self.manager.allocate(request, tokens)
+        return True
+
+    def grow(self, running: IntArray) -> bool:
+        try:
+            self.manager.append_batch(running.tolist())
+        except OutOfBlocksError:
+            return False
+        return True
+
+    def release(self, request: int) -> None:
+        self.manager.free(request)
+
+    def usage(self, running: IntArray, held: IntArray, upcoming: int | None) -> Usage:
+        allocated = self.manager.gpu.num_used * self.block_size
+        filled = held[running]
+        filled_later = np.minimum(self._final[running], self._blocks(filled) * self.block_size) - filled
+        tokens, reservation = int(filled.sum()), int(filled_later.sum())
+        return Usage(tokens, reservation, allocated - tokens - reservation, 0, self.num_slots - allocated)
+
+    def paint(self, running: IntArray, held: IntArray, upcoming: int | None) -> SlotStates:
+        tables = self.manager.block_tables(running.tolist())
+        position = np.arange(tables.size // max(len(tables), 1) * self.block_size).reshape(-1, self.block_size)
+        states = np.full((len(tables), *position.shape), INTERNAL, np.uint8)
+        states[position < self._final[running, None, None]] = RESERVATION
+        states[position < held[running, None, None]] = TOKENS
+        slots = np.full((self.num_blocks, self.block_size), FREE, np.uint8)
+        slots[tables[tables >= 0]] = states[tables >= 0]
+        return np.pad(slots.ravel(), (0, self.num_slots - slots.size), constant_values=FREE)
+
+    def _blocks(self, tokens: Any) -> Any:
+        return -(-tokens // self.block_size)
+
+
+class Replay(NamedTuple):
+    """What there was at the end of every step; the counts are of requests, int64 [num_steps]."""
+
+    usage: IntArray
+    """int64 [num_steps, 5]: slots in each of `STATES`."""
+    running: IntArray
+    """At once."""
+    waiting: IntArray
+    """In line."""
+    refused: IntArray
+    """Until then."""
+    preempted: IntArray
+    """Until then; a request preempted twice counts twice."""
+    completed: IntArray
+    """Until then."""
+    painted: SlotStates
+    """uint8 [num_painted, num_slots]: the memory at the steps asked for."""
+
+
+def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Collection[int] = ()) -> Replay:
+    """Replay requests until the last has left.
+
+    Parameters
+    ----------
+    requests : Requests
+        What arrives.
+    memory : Memory
+        Empty.
+    max_waiting : int
+        A request that arrives while so many wait is refused.
+    paint_at : collection of int
+        Steps at whose end the memory is painted.
+
+    Raises
+    ------
+    ValueError
+        A request does not fit into the memory although it is alone there.
+    """
+    engine = _Engine(requests, memory, whole_number("max_waiting", max_waiting, at_least=1))
+    usage, counts, painted = [], [], []
+    for step in count():
+        if not engine.busy():
+            break
+        engine.decode()
+        engine.arrive(step)
+        engine.admit()
+        usage.append(memory.usage(engine.running, engine.held, engine.upcoming()))
+        counts.append(engine.counts())
+        if step in paint_at:
+            painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
+    running, waiting, refused, preempted, completed = np.array(counts, np.int64).T
+    pictures = np.array(painted, np.uint8).reshape(-1, memory.num_slots)
+    return Replay(np.array(usage, np.int64), running, waiting, refused, preempted, completed, pictures)
+
+
+class _Engine:
+    """The requests that wait and those that run; a step is decode, arrive, admit."""
+
+    def __init__(self, requests: Requests, memory: Memory, max_waiting: int) -> None:
+        self.memory, self.max_waiting = memory, max_waiting
+        self.arrivals, self.output = requests.arrival.tolist(), requests.output
+        self.held, self.generated = requests.prompt.copy(), np.zeros_like(requests.prompt)
+        self.waiting: deque[int] = deque()
+        self.running = np.empty(0, np.int64)
+        self.arrived = self.refused = self.preempted = self.completed = 0
+
+    def busy(self) -> bool:
+        return self.arrived < len(self.arrivals) or bool(self.waiting) or bool(len(self.running))
+
+    def counts(self) -> tuple[int, ...]:
+        """Return the counts of `Replay`, in its order."""
+        return len(self.running), len(self.waiting), self.refused, self.preempted, self.completed
+
+    def upcoming(self) -> int | None:
+        """Return the next request in line, or else the next to arrive."""
+        if self.waiting:
+            return self.waiting[0]
+        return self.arrived if self.arrived < len(self.arrivals) else None
+
+    def decode(self) -> None:
+        while len(self.running) and not self.memory.grow(self.running):
+            self.preempt(int(self.running[-1]))
+        self.held[self.running] += 1
+        self.generated[self.running] += 1
+        leaves = self.generated[self.running] == self.output[self.running]
+        for request in self.running[leaves].tolist():
+            self.memory.release(request)
+        self.completed += int(leaves.sum())
+        self.running = self.running[~leaves]
+
+    def preempt(self, youngest: int) -> None:
+        """Release the request admitted last; what it has generated joins its prompt, to be computed again."""
+        self.memory.release(youngest)
+        self.waiting.appendleft(youngest)
+        self.running = self.running[:-1]
+        self.preempted += 1
+
+    def arrive(self, step: int) -> None:
+        while self.arrived < len(self.arrivals) and self.arrivals[self.arrived] <= step:
+            if len(self.waiting) < self.max_waiting:
+                self.waiting.append(self.arrived)
+            else:
+                self.refused += 1
+            self.arrived += 1
+
+    def admit(self) -> None:
+        admitted: list[int] = []
+        while self.waiting and self.memory.admit(self.waiting[0], int(self.held[self.waiting[0]])):
+            admitted.append(self.waiting.popleft())
+        self.running = np.append(self.running, np.array(admitted, np.int64))
+        if self.waiting and not len(self.running):
+            request, held = self.waiting[0], self.held[self.waiting[0]]
+            raise ValueError(f"memory must have room for request {request} alone, which holds {held} tokens")

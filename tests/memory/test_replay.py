@@ -1,0 +1,144 @@
+"""The replay: exact schedules on traces small enough to follow by hand, and the sums that must always hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax
+from cupaged.memory.replay import STATES, ContiguousMemory, PagedMemory, Replay, Requests, replay
+from cupaged.memory.sampler import Trace, sample_trace
+
+
+def totals(outcome: Replay) -> tuple[int, int, int]:
+    return int(outcome.refused[-1]), int(outcome.preempted[-1]), int(outcome.completed[-1])
+
+
+def requests(*rows: tuple[int, int, int]) -> Requests:
+    """(arrival, prompt, output) a request."""
+    return Requests(*np.array(rows, np.int64).T)
+
+
+def reserve_max(num_slots: int, max_len: int, these: Requests) -> ContiguousMemory:
+    return ContiguousMemory(ReserveMax(num_slots, max_len), these, np.full(len(these.arrival), max_len))
+
+
+def test_first_come_first_served_in_two_regions() -> None:
+    these = requests((0, 3, 2), (0, 1, 4), (1, 5, 1))
+    outcome = replay(these, reserve_max(20, 10, these), max_waiting=8)
+    assert outcome.running.tolist() == [2, 2, 2, 1, 0]
+    assert outcome.waiting.tolist() == [0, 1, 0, 0, 0]
+    assert dict(zip(STATES, outcome.usage.T.tolist(), strict=True)) == {
+        "tokens": [4, 6, 8, 4, 0],
+        "reservation": [6, 4, 3, 1, 0],
+        "internal": [10, 10, 9, 5, 0],
+        "external": [0, 0, 0, 0, 0],
+        "free": [0, 0, 0, 10, 20],
+    }
+    assert totals(outcome) == (0, 0, 3)
+
+
+def test_a_full_line_refuses_whoever_comes() -> None:
+    these = requests((0, 1, 9), (1, 1, 1), (1, 1, 1), (1, 1, 1), (5, 1, 1))
+    outcome = replay(these, reserve_max(10, 10, these), max_waiting=2)
+    assert totals(outcome) == (2, 0, 3)
+    assert outcome.refused.tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert outcome.waiting.tolist() == [0, 2, 2, 2, 2, 2, 2, 2, 2, 1, 0, 0]
+
+
+def test_a_large_request_holds_up_those_behind_it() -> None:
+    these = requests((0, 6, 3), (0, 6, 1), (0, 1, 1))
+    outcome = replay(these, ContiguousMemory(FirstFit(12), these, these.final), max_waiting=8)
+    assert outcome.running.tolist() == [1, 1, 1, 2, 0]
+    assert outcome.waiting.tolist() == [2, 2, 2, 0, 0]
+    external = outcome.usage[:, STATES.index("external")]
+    assert external.tolist() == [3, 3, 3, 0, 0]
+
+
+def test_a_paged_memory_preempts_the_youngest_and_computes_it_again() -> None:
+    """Four blocks of two slots: both requests fit until the third step, when the second gives way."""
+    these = requests((0, 3, 4), (0, 3, 3))
+    outcome = replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
+    assert outcome.running.tolist() == [2, 2, 1, 1, 1, 1, 0]
+    assert outcome.waiting.tolist() == [0, 0, 1, 1, 0, 0, 0]
+    assert outcome.usage[:, STATES.index("tokens")].tolist() == [6, 8, 5, 6, 4, 5, 0]
+    assert totals(outcome) == (0, 1, 2)
+
+
+def test_a_preempted_request_is_first_in_line() -> None:
+    """The third request would fit where the second was, but came after it."""
+    these = requests((0, 3, 4), (0, 3, 3), (0, 1, 1))
+    outcome = replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
+    assert outcome.running.tolist() == [2, 2, 1, 1, 2, 1, 0]
+    assert outcome.waiting.tolist() == [1, 1, 2, 2, 0, 0, 0]
+
+
+def test_blocks_kept_free_hold_an_admission_back() -> None:
+    these = requests((0, 4, 1), (0, 4, 1))
+    assert replay(these, PagedMemory(20, 2, these, kept_free=0.6), max_waiting=8).running.tolist() == [2, 0]
+    assert replay(these, PagedMemory(20, 2, these, kept_free=0.7), max_waiting=8).running.tolist() == [1, 1, 0]
+
+
+def test_a_request_that_never_fits_is_an_error() -> None:
+    these = requests((0, 3, 2), (1, 9, 1))
+    with pytest.raises(ValueError, match="memory must have room for request 1 alone, which holds 9 tokens"):
+        replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
+
+
+# --- on a sampled trace ---------------------------------------------------------------------------
+
+NUM_SLOTS = 20_000
+TRACE = sample_trace(400, seed=3)
+TRACE = TRACE[TRACE.total_tokens <= 4096]
+REQUESTS = Requests.from_trace(TRACE, offered_tokens=1.5 * NUM_SLOTS)
+MEMORIES = {
+    "reserve-max": lambda: reserve_max(NUM_SLOTS, 4096, REQUESTS),
+    "first fit": lambda: ContiguousMemory(FirstFit(NUM_SLOTS), REQUESTS, REQUESTS.final),
+    "buddy": lambda: ContiguousMemory(Buddy(NUM_SLOTS), REQUESTS, REQUESTS.final),
+    "paged 1": lambda: PagedMemory(NUM_SLOTS, 1, REQUESTS),
+    "paged 16": lambda: PagedMemory(NUM_SLOTS, 16, REQUESTS),
+    "paged 256": lambda: PagedMemory(NUM_SLOTS, 256, REQUESTS),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_every_slot_and_every_request_is_accounted_for(name: str) -> None:
+    steps = range(0, int(REQUESTS.arrival[-1]), 97)
+    outcome = replay(REQUESTS, MEMORIES[name](), max_waiting=16, paint_at=steps)
+    assert (outcome.usage >= 0).all()
+    assert (outcome.usage.sum(axis=1) == NUM_SLOTS).all()
+    refused, preempted, completed = totals(outcome)
+    assert completed + refused == len(TRACE)
+    assert outcome.running.max() > 1
+    assert outcome.waiting.max() <= 16 + preempted
+    for step, painted in zip(steps, outcome.painted, strict=True):
+        assert np.bincount(painted, minlength=len(STATES)).tolist() == outcome.usage[step].tolist()
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 100, 256])
+def test_in_ample_memory_occupancy_is_what_the_lengths_say(block_size: int) -> None:
+    outcome = replay(REQUESTS, PagedMemory(10**6, block_size, REQUESTS), max_waiting=16)
+    assert totals(outcome) == (0, 0, len(TRACE))
+    tokens, allocated = outcome.usage[:, 0].sum(), outcome.usage[:, :3].sum()
+    assert (tokens, allocated) == (TRACE.token_steps().sum(), TRACE.slot_steps(block_size).sum())
+    assert tokens / allocated == TRACE.paged_occupancy(block_size)
+
+
+def test_offered_tokens_are_what_an_ample_memory_holds() -> None:
+    these = Requests.from_trace(TRACE, offered_tokens=30_000)
+    outcome = replay(these, PagedMemory(10**6, 16, these), max_waiting=16)
+    assert outcome.usage[:, 0].sum() / these.arrival[-1] == pytest.approx(30_000, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("trace", "offered", "message"),
+    [
+        (Trace([0.0], [1], [1]), 10, "trace must hold at least two requests that arrive over time"),
+        (Trace([1.0, 1.0], [1, 1], [1, 1]), 10, "trace must hold at least two requests that arrive over time"),
+        (Trace([0.0, 1.0], [1, 1], [1, 0]), 10, "trace must hold requests that generate at least one token"),
+        (Trace([0.0, 1.0], [1, 1], [1, 1]), 0, "offered_tokens must be positive, got 0"),
+    ],
+)
+def test_requests_refuse(trace: Trace, offered: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Requests.from_trace(trace, offered)
