@@ -8,12 +8,15 @@ from cupaged import reference
 from cupaged.config import CacheConfig
 from cupaged.errors import (
     BackendUnavailableError,
+    DoubleFreeError,
+    ForeignBlockError,
     KernelBuildError,
     KernelLaunchError,
     OutOfBlocksError,
     UnsupportedError,
 )
 from cupaged.kv_cache import KVCache
+from cupaged.memory.manager import BlockManager
 from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.cache import append_kv
 from cupaged.ops.registry import kernels
@@ -23,7 +26,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BlockManager",
     "CacheConfig",
+    "DoubleFreeError",
+    "ForeignBlockError",
     "KVCache",
     "KernelBuildError",
     "KernelLaunchError",
