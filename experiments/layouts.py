@@ -51,9 +51,9 @@ EXPECTATION = (
     "reads whole rows should not care. It may care where a row is no multiple of 32 bytes (D = 72 in half precision: "
     "144 bytes, 4.5 sectors). In BHSD and HBSD the rest of the sector is the same head's next token, which the same "
     "thread block wants; in BSHD and BS2HD it is another head's, which another block wants and fetches once more. "
-    "BHDSX keeps 16 bytes of neighbouring tokens together, and its values run along the tokens: that should be no worse at "
-    "block sizes that 16-byte loads divide; at odd ones values are read one by one, and each request uses little of what it "
-    "touches, though the L1 cache should find the rest again."
+    "BHDSX keeps 16 bytes of neighbouring tokens together, and its values run along the tokens: that should be no "
+    "worse at block sizes that 16-byte loads divide; at odd ones values are read one by one, and each request uses "
+    "little of what it touches, though the L1 cache should find the rest again."
 )
 
 
