@@ -19,6 +19,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import BlockManager
 from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.cache import append_kv
+from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.registry import kernels
 from cupaged.runtime import available_backends, kernels_from
 
@@ -28,6 +29,7 @@ __all__ = [
     "BackendUnavailableError",
     "BlockManager",
     "CacheConfig",
+    "DecodePlan",
     "DoubleFreeError",
     "ForeignBlockError",
     "KVCache",
@@ -41,5 +43,6 @@ __all__ = [
     "kernels",
     "kernels_from",
     "paged_attention",
+    "plan_decode",
     "reference",
 ]

@@ -154,8 +154,8 @@ def _attend(backend: str) -> str:
     work = decode_workload((20, 7), 4, 2, 64, 16, backend=choose_backend(backend))
     error = decode_check(pg.paged_attention(*work.arguments), *work.arguments)
     if not np.isfinite(error) or error > 1:
-        raise RuntimeError(f"paged_attention_v1 is wrong: its error is {error:.3g} times the budget")
-    return "paged_attention_v1 matches the float64 reference"
+        raise RuntimeError(f"{pg.explain(*work.arguments).kernel} is wrong: its error is {error:.3g} times the budget")
+    return f"{pg.explain(*work.arguments).kernel} matches the float64 reference"
 
 
 def _version(package: str) -> str | None:

@@ -55,6 +55,11 @@ class KVCache:
             self.storage = self._zeros(layout.key_axes), self._zeros(layout.value_axes)
             self._key, self._value = self.storage
 
+    @property
+    def device(self) -> int:
+        """The CUDA device that holds the arrays; 0 on the host."""
+        return self.storage[0].device.id if self.backend == "cuda" else 0
+
     def __repr__(self) -> str:
         return f"KVCache({self.config}, backend={self.backend!r})"
 

@@ -12,7 +12,12 @@ __all__ = ["append_kv", "as_numpy", "attention", "paged_attention"]
 
 
 def attention(
-    query: np.ndarray, key: np.ndarray, value: np.ndarray, scale: float, dtype: type = np.float64
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    scale: float,
+    dtype: type = np.float64,
+    weight_dtype: np.dtype | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention of one query token over a dense context, and the log-sum-exp of its logits.
 
@@ -26,6 +31,8 @@ def attention(
         Factor of the logits.
     dtype : type
         What to compute in: float64, or float32 to see what that loses.
+    weight_dtype : dtype, optional
+        What the weights are rounded to before they meet the values, as tensor cores want them.
 
     Returns
     -------
@@ -42,6 +49,8 @@ def attention(
     largest = logits.max(axis=-1, keepdims=True)
     weights = np.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
+    if weight_dtype is not None:
+        weights = weights.astype(weight_dtype).astype(dtype)
     out = np.einsum("kgt,tkd->kgd", weights / total, value.astype(dtype))
     lse = np.log(total) + largest
     return out.reshape(num_heads, head_dim), lse.reshape(num_heads)
@@ -56,6 +65,7 @@ def paged_attention(
     *,
     return_lse: bool = False,
     dtype: type = np.float64,
+    weight_dtype: np.dtype | None = None,
 ) -> Any:
     """Return decode attention over a paged cache; the arguments are those of `cupaged.paged_attention`.
 
@@ -70,8 +80,8 @@ def paged_attention(
         ``1 / sqrt(D)`` if not given.
     return_lse : bool
         Also return the log-sum-exp.
-    dtype : type
-        What to compute in: float64, or float32 to see what that loses.
+    dtype, weight_dtype
+        See `attention`.
 
     Returns
     -------
@@ -91,7 +101,7 @@ def paged_attention(
         used, which = np.unique(blocks[mapped], return_inverse=True)
         key, value = cache.blocks(used)
         slots = (tokens % block_size)[mapped]
-        out[seq], lse[seq] = attention(query[seq], key[which, slots], value[which, slots], scale, dtype)
+        out[seq], lse[seq] = attention(query[seq], key[which, slots], value[which, slots], scale, dtype, weight_dtype)
     return (out, lse) if return_lse else out
 
 

@@ -158,7 +158,7 @@ def count_on_host(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     out = np.full_like(work.query, np.nan)
     whole, cache = cache_traffic(lambda: attend(work, out))
     return {
-        **verdict_on(decode_check(out, *work.arguments)),
+        **verdict_on(decode_check(out, *work.arguments, KERNEL)),
         "sectors_per_request": cache.sectors_per_request,
         "used_fraction": cache.used_fraction,
         "used_fraction_per_block": cache.used_fraction_per_block,
@@ -173,7 +173,7 @@ def measure_on_gpu(sweep: Sweep, cell: Cell, ceiling: float) -> dict[str, Any]:
     work = sweep.workload(cell, "cuda")
     out = work.cache.xp.full_like(work.query, float("nan"))
     attend(work, out)
-    error = decode_check(out[-2:], *work.some(slice(-2, None)))
+    error = decode_check(out[-2:], *work.some(slice(-2, None)), KERNEL)
     copies = [work, *(sweep.workload(cell, "cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes)))]
     timing = time_graph([lambda copy=copy: attend(copy, out) for copy in copies])
     bandwidth = work.kv_bytes / timing.median_us / 1e3

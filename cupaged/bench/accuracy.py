@@ -1,9 +1,10 @@
 """How wrong a right kernel may be: an error budget from the arithmetic, not a number picked until it passes.
 
-The same mathematics is done once more in float32, on the same inputs, and its largest error against float64 is
-measured. A kernel may err by a small multiple of that, as it sums in another order and has another exp, and by the
-rounding of its result to the storage type. Where few numbers are summed that error can happen to be zero; a unit in
-the last place of the logits, which the exponential turns into a relative error of the weights, is always allowed.
+The same mathematics is done once more in float32, on the same inputs (and with weights rounded to the storage type, for
+kernels that do so), and its largest error against float64 is measured. A kernel may err by a small multiple of that, as
+it sums in another order and has another exp, and by the rounding of its result to the storage type. Where few numbers
+are summed that error can happen to be zero; a unit in the last place of the logits, which the exponential turns into a
+relative error of the weights, is always allowed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 
 from cupaged import reference
 from cupaged.kv_cache import KVCache
+from cupaged.ops.attention import choose_kernel
+from cupaged.ops.registry import kernels
 
 __all__ = ["DecodeBudget", "decode_budget", "decode_check"]
 
@@ -43,17 +46,22 @@ class DecodeBudget:
     lse: float
 
 
-def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> DecodeBudget:
+def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> DecodeBudget:
     """Return what a decode call should give, and how far from it a right kernel may be.
 
     Parameters
     ----------
     query, cache, block_tables, seq_lens
         The arguments of `cupaged.paged_attention`.
+    kernel : str
+        Which kernel it is: those on tensor cores round the softmax's weights to the storage type.
     """
+    rounds = kernels()[choose_kernel(cache, kernel).kernel].rounds_weights
     arguments = (query, cache, block_tables, seq_lens)
     expected, expected_lse = reference.paged_attention(*arguments, return_lse=True)
-    single, single_lse = reference.paged_attention(*arguments, return_lse=True, dtype=np.float32)
+    single, single_lse = reference.paged_attention(
+        *arguments, return_lse=True, dtype=np.float32, weight_dtype=cache.config.numpy_dtype if rounds else None
+    )
     storage = ml_dtypes.finfo(cache.config.numpy_dtype)
     finite = np.isfinite(expected_lse)
     logits = 1 + np.abs(expected_lse[finite]).max(initial=0.0)
@@ -64,7 +72,7 @@ def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) 
     return DecodeBudget(expected, SAFETY * arithmetic + rounding, expected_lse, SAFETY * float(arithmetic_lse))
 
 
-def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> float:
+def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> float:
     """Return the largest error of a decode result as a fraction of its budget: at most 1 is right, NaN is infinite.
 
     Parameters
@@ -73,7 +81,9 @@ def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_le
         The result and the arguments of `cupaged.paged_attention`, or some of their sequences.
     cache : KVCache
         The cache; only blocks of these sequences are read.
+    kernel : str
+        Which kernel made the result.
     """
-    budget = decode_budget(query, cache, block_tables, seq_lens)
+    budget = decode_budget(query, cache, block_tables, seq_lens, kernel)
     error = np.abs(reference.as_numpy(out).astype(np.float64) - budget.expected) / budget.out
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))

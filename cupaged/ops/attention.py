@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,13 @@ from cupaged.ops.checks import (
     check_shape,
     must_validate,
 )
+from cupaged.ops.plan import WARPS, DecodePlan, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["Choice", "explain", "paged_attention"]
+__all__ = ["Choice", "choose_kernel", "explain", "paged_attention"]
 
 INT32 = np.dtype(np.int32)
 MAX_TOKENS = 2**31 - 2**16  # of a sequence: a kernel's int may run past the last token by what it reads at once
@@ -51,6 +52,7 @@ def paged_attention(
     *,
     out: Any = None,
     return_lse: bool = False,
+    plan: DecodePlan | None = None,
     validate: bool | None = None,
 ) -> Any:
     """Attend with one query token per sequence over keys and values in a paged cache.
@@ -74,6 +76,9 @@ def paged_attention(
         Where to write the result.
     return_lse : bool
         Also return the log-sum-exp of each head's logits, by which parts of a context can be merged.
+    plan : DecodePlan, optional
+        How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
+        Without it each call plans for itself.
     validate : bool, optional
         Read `block_tables` and `seq_lens` and check them, which on a GPU waits for it. The default reads them on the
         host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
@@ -108,9 +113,15 @@ def paged_attention(
     if must_validate(validate, cache.backend):
         check_block_tables(cache, block_tables, seq_lens)
     lse = cache.xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
-    choice = _choose(kernel)
+    choice = choose_kernel(cache, kernel)
+    if plan is not None:
+        _check_plan(plan, choice, query, cache)
     if query.size:
-        _LAUNCHERS[choice.kernel](result, lse, query, cache, block_tables, seq_lens, scale)
+        arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
+        if choice.kernel == "paged_attention_mma":
+            _launch_mma(*arguments, plan or _plan_for_one_call(cache, query, seq_lens))
+        else:
+            _launch_v1(*arguments)
     result = like_caller(result, caller) if out is None else out
     return (result, like_caller(lse, caller)) if return_lse else result
 
@@ -127,15 +138,54 @@ def explain(
     query, block_tables, seq_lens = arrays
     _check_decode(query, cache, block_tables, seq_lens)
     _checked_scale(scale, query.shape[2])
-    return _choose(kernel)
+    return choose_kernel(cache, kernel)
 
 
-def _choose(kernel: str) -> Choice:
-    if kernel == "auto":
-        return Choice("paged_attention_v1", "it serves every shape, and is the only decode kernel so far")
-    if kernel not in ATTENTION_KERNELS:
+def choose_kernel(cache: KVCache, kernel: str = "auto") -> Choice:
+    """Return the kernel that runs for a cache, and why.
+
+    Raises
+    ------
+    ValueError
+        If `kernel` is no kernel's name.
+    UnsupportedError
+        If it was named and does not serve the cache.
+    """
+    if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
+    limit = why_no_tensor_cores(cache)
+    if kernel == "auto" and limit is None:
+        return Choice("paged_attention_mma", "tensor cores serve it, and each byte of the cache is read once")
+    if kernel == "auto":
+        return Choice("paged_attention_v1", f"it serves every shape; {limit}")
+    if kernel == "paged_attention_mma" and limit is not None:
+        raise UnsupportedError(limit)
     return Choice(kernel, "it was named")
+
+
+def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) -> None:
+    if not isinstance(plan, DecodePlan):
+        raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
+    if choice.kernel != "paged_attention_mma":
+        raise ValueError(f"plan must be left out for {choice.kernel}, which shares nothing out")
+    for name, planned, given in (
+        ("backend", plan.backend, cache.backend),
+        ("number of sequences", plan.num_seqs, query.shape[0]),
+        ("number of query heads", plan.num_heads, query.shape[1]),
+        ("cache", replace(plan.config, num_blocks=1), replace(cache.config, num_blocks=1)),
+    ):
+        if planned != given:
+            raise ValueError(f"plan must be made for the same {name}: it is for {planned}, the call has {given}")
+
+
+_captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these must outlive it
+
+
+def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any) -> DecodePlan:
+    plan = plan_decode(cache, seq_lens, query.shape[1])
+    if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
+        _captured_plans.append(plan)
+    return plan
 
 
 def _check_decode(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> None:
@@ -225,4 +275,36 @@ def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any
     )
 
 
-_LAUNCHERS = {"paged_attention_v1": _launch_v1}
+def _launch_mma(
+    out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float, plan: DecodePlan
+) -> None:
+    config = cache.config
+    key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
+    plan.kernel(
+        (plan.num_blocks,),
+        (32 * WARPS,),
+        shared_bytes=plan.shape.shared_bytes(config),
+        out=out,
+        lse=lse,
+        partial_out=plan.partial_out,
+        partial_state=plan.partial_state,
+        arrivals=plan.arrivals,
+        query=query,
+        key_cache=Strided(cache.key),
+        value_cache=Strided(cache.value),
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        offsets=plan.offsets,
+        first_seq=plan.first_seq,
+        scale=scale,
+        num_seqs=query.shape[0],
+        num_kv_heads=config.num_kv_heads,
+        group=plan.group,
+        max_blocks=block_tables.shape[1],
+        key_block_stride=key.block,
+        key_head_stride=key.head,
+        key_slot_stride=key.slot,
+        value_block_stride=value.block,
+        value_head_stride=value.head,
+        value_slot_stride=value.slot,
+    )

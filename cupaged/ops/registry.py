@@ -21,12 +21,15 @@ class KernelInfo:
         What it adds over the one before it.
     constraints : str
         What it serves.
+    rounds_weights : bool
+        Whether it rounds the softmax's weights to the storage type, as tensor cores want them.
     """
 
     name: str
     file: str
     idea: str
     constraints: str
+    rounds_weights: bool = False
 
 
 _KERNELS = (
@@ -37,13 +40,26 @@ _KERNELS = (
         "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout",
     ),
     KernelInfo(
+        "paged_attention_mma",
+        "attention/paged_attention_mma.cu",
+        "tensor cores for all query heads of a KV head, copies always under way, work shared out in chunks of tokens",
+        "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX",
+        rounds_weights=True,
+    ),
+    KernelInfo(
+        "plan_decode",
+        "attention/plan_decode.cu",
+        "shares decode work out over thread blocks, on the device, from lengths that the host need not know",
+        "what paged_attention_mma serves",
+    ),
+    KernelInfo(
         "append_kv",
         "cache/append_kv.cu",
         "writes new keys and values to the slots of a slot mapping, 16 bytes a thread",
         "float16, bfloat16, float32; all layouts; a slot of -1 is skipped",
     ),
 )
-ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.file.startswith("attention/"))
+ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.name.startswith("paged_attention"))
 
 
 def kernels() -> dict[str, KernelInfo]:

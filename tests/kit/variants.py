@@ -48,5 +48,19 @@ def all_variants():
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
     ]
-    rest = [("bench/read_stream.cu", "read_stream", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *append, *rest)]
+    mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
+    rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
+    return [KernelSource.read(*variant) for variant in (*v1, *mma, *append, *rest)]
+
+
+MMA_DEFINES = [
+    {"STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows, "STAGES": stages}
+    for storage, head_dim, block_size, rows, stages in (
+        ("__half", 128, 16, 8, 3),
+        ("__half", 64, 7, 16, 5),
+        ("__nv_bfloat16", 32, 1, 8, 8),
+        ("__nv_bfloat16", 80, 24, 16, 3),
+        ("__nv_bfloat16", 256, 256, 8, 3),
+        ("__nv_bfloat16", 256, 64, 16, 3),
+    )
+]

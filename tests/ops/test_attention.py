@@ -23,13 +23,22 @@ CORNERS = [
     DecodeShape((40, 20), unmapped=1.0),
     DecodeShape((64, 64), spread=6.0, dtype="bfloat16"),
     DecodeShape((0, 0, 0)),
+    *(DecodeShape((length,), num_heads=1, num_kv_heads=1, head_dim=128) for length in (1, 16, 17, 33, 65, 100, 500)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", CORNERS, ids=str)
 def test_corner_cases_match_the_reference(shape, backend):
     case = decode_case(shape, backend)
-    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v1", return_lse=True)
+    kernel = "paged_attention_v1"
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
+
+
+@pytest.mark.parametrize("shape", CORNERS, ids=str)
+def test_corner_cases_match_the_reference_by_the_kernel_that_auto_takes(shape, backend):
+    case = decode_case(shape, backend)
+    out, lse = pg.paged_attention(*case.arguments, return_lse=True)
     assert_decode_matches_reference(case, out, lse)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
+from cupaged.ops.plan import why_no_tensor_cores
 from cupaged.runtime import host, load_kernel
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
@@ -23,7 +24,13 @@ SHAPES = [
     DecodeShape((90, 40), layout="BHDSX", dtype="float16", head_dim=128),
     DecodeShape((50,), layout="BHDSX", dtype="float32", head_dim=120, block_size=5, unmapped=0.5),
     DecodeShape((4200,), num_heads=1, num_kv_heads=1),
+    DecodeShape((300, 0, 40), layout="BHSD", dtype="bfloat16", head_dim=80, num_heads=24, block_size=5),
 ]
+
+
+def kernels_for(cache):
+    """Return every attention kernel that serves the cache."""
+    return ["paged_attention_v1"] + ["paged_attention_mma"] * (why_no_tensor_cores(cache) is None)
 
 
 def run_all(backend):
@@ -32,7 +39,9 @@ def run_all(backend):
         case = decode_case(shape, backend)
         for seed in range(2):
             with host.schedule(seed) if backend == "host" else nullcontext():
-                assert_decode_matches_reference(case, *pg.paged_attention(*case.arguments, return_lse=True))
+                for kernel in kernels_for(case.cache):
+                    result = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+                    assert_decode_matches_reference(case, *result, kernel)
         config, xp = case.cache.config, case.cache.xp
         rows = xp.ones((5, config.num_kv_heads, config.head_dim), config.numpy_dtype)
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])

@@ -130,6 +130,12 @@ T __ldg(const T* address, CUPAGED_CALLER) {
   return *address;
 }
 
+// Past the L1 cache; the host has none to pass.
+template <typename T>
+T __ldcg(const T* address, CUPAGED_CALLER) {
+  return __ldg(address, file, line);
+}
+
 namespace cupaged {
 // Read-modify-write until no other OS thread came between; returns the value before.
 template <typename T, typename Update>

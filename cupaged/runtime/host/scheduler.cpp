@@ -57,6 +57,12 @@ constexpr uint64_t kMaxStacks = 20000;                  // a process may have so
 
 enum class State : uint8_t { ready, at_barrier, in_warp_operation, finished };
 
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int group;
+};
+
 struct Fiber {
   ThreadContext context;
   void* stack_pointer;
@@ -67,6 +73,8 @@ struct Fiber {
   uint32_t mask;
   uint64_t value;
   int source_lane;
+  std::vector<PendingCopy> copies;   // noted, not yet made
+  int open_group;
 #ifdef CUPAGED_ASAN
   void* fake_stack;
 #endif
@@ -77,6 +85,7 @@ struct Warp {
   uint32_t ready;
   uint32_t waiting;           // lanes in a warp operation
   WarpTraffic traffic;
+  WarpBoard board;
 };
 
 // Fiber stacks, each behind guard pages and touched only as far as a kernel needs; reused by later launches.
@@ -243,6 +252,24 @@ class Worker {
     warps_[current_ / kWarpSize].traffic.add(current_ % kWarpSize, address, size, site);
   }
 
+  void note_copy(void* to, const void* from) { running().copies.push_back({to, from, running().open_group}); }
+
+  void close_copies() { running().open_group += 1; }
+
+  // As late as the GPU may make them: whoever reads before the wait reads what was there before.
+  void make_copies(int groups_left) {
+    Fiber& fiber = running();
+    size_t made = 0;
+    for (; made < fiber.copies.size() && fiber.copies[made].group < fiber.open_group - groups_left; ++made) {
+      const PendingCopy& copy = fiber.copies[made];
+      if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
+      else std::memset(copy.to, 0, 16);
+    }
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(made));
+  }
+
+  WarpBoard& board() { return warps_[current_ / kWarpSize].board; }
+
   [[noreturn]] void fail(Site site, const std::string& message) {
     report("thread " + describe(running().context.thread_index) + " of block " +
            describe(running().context.block_index) + " at " + describe(site) + ": " + message);
@@ -336,6 +363,8 @@ class Worker {
                        {launch.block[0], launch.block[1], launch.block[2]},
                        {launch.grid[0], launch.grid[1], launch.grid[2]},
                        launch.record_traffic != 0};
+      fiber.copies.clear();
+      fiber.open_group = 0;
       fiber.state = State::ready;
       fiber.stack_pointer = fresh_stack(stacks_.top(i), &Worker::fiber_main);
 #ifdef CUPAGED_ASAN
@@ -542,6 +571,14 @@ uint64_t meet_warp(WarpOperation operation, uint32_t mask, uint64_t value, int s
 }
 
 void record_load(const void* address, unsigned size, Site site) { Worker::active().record_load(address, size, site); }
+
+void note_copy(void* to, const void* from) { Worker::active().note_copy(to, from); }
+
+void close_copies() { Worker::active().close_copies(); }
+
+void make_copies(int groups_left) { Worker::active().make_copies(groups_left); }
+
+WarpBoard& warp_board() { return Worker::active().board(); }
 
 void fail(Site site, const char* message) { Worker::active().fail(site, message); }
 

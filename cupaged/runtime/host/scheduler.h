@@ -39,6 +39,19 @@ uint64_t meet_warp(WarpOperation operation, uint32_t mask, uint64_t value, int s
 // Note a load of `size` bytes of global memory by the running thread; 0 if it sits this one out.
 void record_load(const void* address, unsigned size, Site site);
 
+// Copies that run on their own: note one of 16 bytes (zeros if `from` is null), close the group of those noted since the
+// last one, and make those of all groups but the latest few. A thread's own; they end with it.
+void note_copy(void* to, const void* from);
+void close_copies();
+void make_copies(int groups_left);
+
+// 32 lanes of 3 words that the lanes of the running thread's warp can all read and write. Not shared memory of the
+// kernel: what the twins of warp-wide instructions exchange operands through.
+struct WarpBoard {
+  uint64_t word[32][3];
+};
+WarpBoard& warp_board();
+
 // Abandon the launch with a message; does not return.
 [[noreturn]] void fail(Site site, const char* message);
 

@@ -1,0 +1,17 @@
+// Copies from global to shared memory that run on their own (PTX cp.async): start some, close them into a group, and
+// wait until all groups but the latest few have arrived. A thread waits for its own copies only. sm_80 and later.
+#ifndef CUPAGED_ASYNC_COPY_CUH   // the host build has included its twin by now
+#define CUPAGED_ASYNC_COPY_CUH
+
+// Start to copy 16 bytes, or to write 16 zeros where not `wanted`; both addresses are multiples of 16.
+__device__ __forceinline__ void start_copy_16(void* shared, const void* global, bool wanted) {
+  const unsigned int address = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Left>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+}
+
+#endif

@@ -1,0 +1,109 @@
+"""Plans share decode work out evenly, serve other lengths after an update, and are refused where they do not fit."""
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from tests.kit.cases import DecodeShape, decode_case
+from tests.kit.compare import assert_decode_matches_reference, to_numpy
+
+
+def test_offsets_count_chunks_of_16_tokens_for_every_kv_head(backend):
+    case = decode_case(DecodeShape((0, 1, 16, 17, 100)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
+    np.testing.assert_array_equal(to_numpy(plan.offsets), 2 * np.cumsum([0, 0, 1, 1, 2, 7]))
+    sharing = min(plan.num_blocks, 22)
+    starts = [22 * block // sharing for block in range(sharing)]
+    expected = np.searchsorted(to_numpy(plan.offsets), starts, side="right") - 1
+    np.testing.assert_array_equal(to_numpy(plan.first_seq)[:sharing], expected)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 2500])
+def test_more_sequences_than_the_planner_has_threads(count, backend):
+    lens = tuple(int(n) for n in np.random.default_rng(count).integers(0, 40, count))
+    case = decode_case(DecodeShape(lens, num_heads=1, num_kv_heads=1, head_dim=32), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 1)
+    np.testing.assert_array_equal(to_numpy(plan.offsets), np.cumsum([0, *(-(-n // 16) for n in lens)]))
+    out, lse = pg.paged_attention(*case.arguments, plan=plan, return_lse=True)
+    assert_decode_matches_reference(case, out, lse)
+
+
+def test_a_plan_serves_shorter_and_longer_sequences_after_an_update(backend, xp):
+    case = decode_case(DecodeShape((300, 70)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
+    for lens in ((300, 70), (17, 70), (0, 1), (299, 64)):
+        case.seq_lens[:] = xp.asarray(lens, dtype=xp.int32)
+        plan.update(case.seq_lens)
+        assert_decode_matches_reference(case, *pg.paged_attention(*case.arguments, plan=plan, return_lse=True))
+
+
+def test_one_plan_serves_the_caches_of_all_layers(backend):
+    first, second = (decode_case(DecodeShape((100, 33)), backend, seed) for seed in (0, 1))
+    plan = pg.plan_decode(first.cache, first.seq_lens, 4)
+    for case in (first, second, first):
+        assert_decode_matches_reference(case, pg.paged_attention(*case.arguments, plan=plan))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (8, 1), (9, 1), (16, 1), (17, 1), (40, 1), (36, 3)])
+def test_groups_of_every_size(heads, kv_heads, backend):
+    shape = DecodeShape((150, 20, 0, 333), num_heads=heads, num_kv_heads=kv_heads, dtype="bfloat16")
+    case = decode_case(shape, backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_mma", return_lse=True)
+    assert_decode_matches_reference(case, out, lse)
+
+
+def test_a_plan_that_does_not_fit_is_refused(backend):
+    case = decode_case(DecodeShape((100, 33)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 8)
+    with pytest.raises(ValueError, match="same number of query heads: it is for 8, the call has 4"):
+        pg.paged_attention(*case.arguments, plan=plan)
+    fewer = pg.plan_decode(case.cache, case.seq_lens[:1], 4)
+    with pytest.raises(ValueError, match="same number of sequences: it is for 1, the call has 2"):
+        pg.paged_attention(*case.arguments, plan=fewer)
+    with pytest.raises(ValueError, match="plan must be left out for paged_attention_v1"):
+        pg.paged_attention(*case.arguments, plan=plan, kernel="paged_attention_v1")
+    with pytest.raises(TypeError, match="plan must be a DecodePlan, from plan_decode; got dict"):
+        pg.paged_attention(*case.arguments, plan={})
+    with pytest.raises(ValueError, match="num_heads must be a multiple of the cache's 2 KV heads; got 3"):
+        pg.plan_decode(case.cache, case.seq_lens, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "limit"),
+    [
+        (DecodeShape((20,), dtype="float32"), "takes float16 or bfloat16; the cache is float32"),
+        (DecodeShape((20,), head_dim=72), "takes a head_dim that is a multiple of 16; the cache's is 72"),
+        (DecodeShape((20,), layout="BHDSX"), "keep a token's row together; BHDSX does not"),
+    ],
+)
+def test_what_tensor_cores_do_not_serve_is_named(shape, limit, backend):
+    case = decode_case(shape, backend)
+    with pytest.raises(pg.UnsupportedError, match=limit):
+        pg.paged_attention(*case.arguments, kernel="paged_attention_mma")
+    with pytest.raises(pg.UnsupportedError, match=limit):
+        pg.plan_decode(case.cache, case.seq_lens, 4)
+    choice = pg.explain(*case.arguments)
+    assert choice.kernel == "paged_attention_v1" and limit in choice.reason
+
+
+@pytest.mark.gpu
+def test_a_planned_step_is_captured_and_serves_growing_sequences(monkeypatch):
+    import cupy
+
+    monkeypatch.delenv("CUPAGED_VALIDATE", raising=False)
+    case = decode_case(DecodeShape((300, 70)), "cuda")
+    case.seq_lens[:] = cupy.asarray([20, 5], dtype=cupy.int32)
+    plan, out = pg.plan_decode(case.cache, case.seq_lens, 4), cupy.empty_like(case.query)
+    pg.paged_attention(*case.arguments, plan=plan, out=out)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        plan.update(case.seq_lens)
+        pg.paged_attention(*case.arguments, plan=plan, out=out)
+        graph = stream.end_capture()
+        for lens in ((20, 5), (21, 6), (160, 17), (300, 70)):
+            case.seq_lens[:] = cupy.asarray(lens, dtype=cupy.int32)
+            graph.launch(stream)
+            stream.synchronize()
+            assert_decode_matches_reference(case, out)
