@@ -56,7 +56,7 @@ def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, 
     kernel : str
         Which kernel it is: those on tensor cores round the softmax's weights to the storage type.
     """
-    rounds = kernels()[choose_kernel(cache, kernel).kernel].rounds_weights
+    rounds = kernels()[choose_kernel(query, cache, kernel).kernel].rounds_weights
     arguments = (query, cache, block_tables, seq_lens)
     expected, expected_lse = reference.paged_attention(*arguments, return_lse=True)
     single, single_lse = reference.paged_attention(

@@ -31,6 +31,7 @@ __all__ = ["Choice", "choose_kernel", "explain", "paged_attention"]
 INT32 = np.dtype(np.int32)
 MAX_TOKENS = 2**31 - 2**16  # of a sequence: a kernel's int may run past the last token by what it reads at once
 V1_THREADS = 128
+V1_FILLS_A_GPU = 1024  # (sequence, head) pairs, several thread blocks for each SM of the largest GPUs
 V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, and few contexts need a second stretch
 
 
@@ -113,7 +114,7 @@ def paged_attention(
     if must_validate(validate, cache.backend):
         check_block_tables(cache, block_tables, seq_lens)
     lse = cache.xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
-    choice = choose_kernel(cache, kernel)
+    choice = choose_kernel(query, cache, kernel, planned=plan is not None)
     if plan is not None:
         _check_plan(plan, choice, query, cache)
     if query.size:
@@ -138,11 +139,11 @@ def explain(
     query, block_tables, seq_lens = arrays
     _check_decode(query, cache, block_tables, seq_lens)
     _checked_scale(scale, query.shape[2])
-    return choose_kernel(cache, kernel)
+    return choose_kernel(query, cache, kernel)
 
 
-def choose_kernel(cache: KVCache, kernel: str = "auto") -> Choice:
-    """Return the kernel that runs for a cache, and why.
+def choose_kernel(query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False) -> Choice:
+    """Return the kernel that runs for queries, [num_seqs, H, D], and a cache, and why.
 
     Raises
     ------
@@ -155,6 +156,9 @@ def choose_kernel(cache: KVCache, kernel: str = "auto") -> Choice:
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
     limit = why_no_tensor_cores(cache)
     if kernel == "auto" and limit is None:
+        num_seqs, num_heads, _ = query.shape
+        if num_heads == cache.config.num_kv_heads and num_seqs * num_heads >= V1_FILLS_A_GPU and not planned:
+            return Choice("paged_attention_v1", "no query heads share a KV head, and there is work for every SM")
         return Choice("paged_attention_mma", "tensor cores serve it, and each byte of the cache is read once")
     if kernel == "auto":
         return Choice("paged_attention_v1", f"it serves every shape; {limit}")

@@ -45,8 +45,8 @@ class TileShape:
 def tile_shape(config: CacheConfig, group: int) -> TileShape:
     """Return rows and stages for a cache and a number of query heads per KV head."""
     rows = 8 if group <= 8 else 16
-    stages = {64: 6, 80: 4, 96: 4, 112: 3, 128: 3}.get(config.head_dim, 8 if config.head_dim < 64 else 3)
-    if rows == 16 and config.head_dim <= 128:
+    stages = {64: 6, 80: 4, 96: 4, 112: 2, 128: 2}.get(config.head_dim, 8 if config.head_dim < 64 else 3)
+    if rows == 16 and config.head_dim < 112:
         stages -= 1
     return TileShape(rows, stages)
 

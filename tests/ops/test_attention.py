@@ -149,3 +149,16 @@ def test_auto_says_what_it_takes(backend):
     assert choice.kernel in pg.kernels()
     assert choice.reason
     assert pg.explain(*case.arguments, kernel="paged_attention_v1").reason == "it was named"
+
+
+def test_auto_takes_v1_where_nothing_is_shared_and_the_batch_is_large(backend, xp):
+    """On an H100 v1 then reads at 95 % of the ceiling; with shared KV heads, or few sequences, it does not."""
+    case = decode_case(DecodeShape((5,), num_heads=2, num_kv_heads=2), backend)
+    many = xp.zeros((600, 2, 64), dtype=case.query.dtype)
+    tables, lens = xp.full((600, 1), -1, dtype=xp.int32), xp.zeros(600, dtype=xp.int32)
+    assert pg.explain(many, case.cache, tables, lens).kernel == "paged_attention_v1"
+    assert pg.explain(*case.arguments).kernel == "paged_attention_mma"
+    shared = xp.zeros((600, 4, 64), dtype=case.query.dtype)
+    assert pg.explain(shared, case.cache, tables, lens).kernel == "paged_attention_mma"
+    plan = pg.plan_decode(case.cache, lens, 2)
+    assert not xp.asarray(pg.paged_attention(many, case.cache, tables, lens, plan=plan)).any()
