@@ -56,3 +56,12 @@ def test_the_examples_run():
 def test_the_second_command_is_what_ci_runs():
     assert ".venv/bin/python -m pytest -n auto" in README
     assert ".venv/bin/python -m pytest -n auto" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_ladder_shows_what_was_measured():
+    ladder = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "decode.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 16 and all(row["status"] == "ok" for row in rows)
+    for row in rows:
+        (line,) = (line for line in ladder.splitlines() if line.startswith(f"| {row['workload']} |"))
+        assert f" {row['gb_s']:.0f} ({100 * row['of_ceiling']:.0f} %) " in line
