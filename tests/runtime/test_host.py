@@ -201,7 +201,7 @@ def test_blocks_are_spread_over_the_cores(program, monkeypatch):
         """extern "C" __global__ void where(unsigned long long* out) {   // [blocks]
   __shared__ int mine;
   double sink = 0.0;
-  for (int i = 0; i < 200000; ++i) sink += i * 1e-9;
+  for (int i = 0; i < 2000000; ++i) sink += i * 1e-9;
   mine = static_cast<int>(sink);
   out[blockIdx.x] = reinterpret_cast<unsigned long long>(&mine);
 }""",
