@@ -120,12 +120,14 @@ def kv_strides(config: CacheConfig, kind: Kind) -> KvStrides:
     return KvStrides(strides["block"], strides["head"], strides["slot"], pack, pack_size)
 
 
-def stride_arguments(key: KvStrides, value: KvStrides) -> dict[str, int]:
-    """Return the stride parameters that every kernel over a cache takes."""
+def stride_arguments(
+    key: KvStrides, value: KvStrides, axes: Sequence[str] = ("block", "head", "slot", "pack")
+) -> dict[str, int]:
+    """Return the stride parameters of a kernel over a cache; without "pack" where it takes whole rows only."""
     return {
         f"{kind}_{axis}_stride": getattr(strides, axis)
         for kind, strides in (("key", key), ("value", value))
-        for axis in ("block", "head", "slot", "pack")
+        for axis in axes
     }
 
 

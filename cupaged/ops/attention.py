@@ -102,13 +102,8 @@ def paged_attention(
     ----------
     .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
     """
-    check_cache(cache)
     caller = query
-    query, block_tables, seq_lens = (
-        as_backend_array(array, name, cache.backend)
-        for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens"))
-    )
-    _check_decode(query, cache, block_tables, seq_lens)
+    query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens)
     scale = _checked_scale(scale, query.shape[2])
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
     if must_validate(validate, cache.backend):
@@ -131,13 +126,7 @@ def explain(
     query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, kernel: str = "auto"
 ) -> Choice:
     """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing."""
-    check_cache(cache)
-    arrays = (
-        as_backend_array(array, name, cache.backend)
-        for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens"))
-    )
-    query, block_tables, seq_lens = arrays
-    _check_decode(query, cache, block_tables, seq_lens)
+    query, _, _ = _checked_arrays(query, cache, block_tables, seq_lens)
     _checked_scale(scale, query.shape[2])
     return choose_kernel(query, cache, kernel)
 
@@ -192,7 +181,11 @@ def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any) -> DecodePlan:
     return plan
 
 
-def _check_decode(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> None:
+def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> tuple[Any, Any, Any]:
+    """Return queries, tables and lengths as the backend's own arrays, or raise by name."""
+    check_cache(cache)
+    named = {"query": query, "block_tables": block_tables, "seq_lens": seq_lens}
+    query, block_tables, seq_lens = (as_backend_array(array, name, cache.backend) for name, array in named.items())
     config = cache.config
     check_dtype(query, "query", config.numpy_dtype)
     check_shape(query, "query", ("num_seqs", "H", config.head_dim))
@@ -217,6 +210,7 @@ def _check_decode(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) 
             f"block_tables must map at most {MAX_TOKENS} tokens a sequence; got {block_tables.shape[1]} blocks "
             f"of {config.block_size}"
         )
+    return query, block_tables, seq_lens
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:
@@ -305,10 +299,5 @@ def _launch_mma(
         num_kv_heads=config.num_kv_heads,
         group=plan.group,
         max_blocks=block_tables.shape[1],
-        key_block_stride=key.block,
-        key_head_stride=key.head,
-        key_slot_stride=key.slot,
-        value_block_stride=value.block,
-        value_head_stride=value.head,
-        value_slot_stride=value.slot,
+        **layouts.stride_arguments(key, value, ("block", "head", "slot")),
     )

@@ -427,7 +427,7 @@ class HostKernel:
         run, entry, touch, libraries = self._built
         pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         log = _traffic_log.get()
-        names, ranges = _array_ranges(arguments)
+        names, ranges = _array_ranges(arguments if log is not None else {})
         launch = _Launch(
             entry, touch, ctypes.addressof(pointers), grid, block, shared_bytes, _seed.get(), workers(),
             log is not None, len(names), ranges.ctypes.data,
