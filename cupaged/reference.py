@@ -8,7 +8,7 @@ import numpy as np
 
 from cupaged.kv_cache import KVCache
 
-__all__ = ["append_kv", "as_numpy", "attention", "paged_attention"]
+__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention"]
 
 
 def attention(
@@ -18,6 +18,10 @@ def attention(
     scale: float,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
+    *,
+    softcap: float | None = None,
+    bias: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention of one query token over a dense context, and the log-sum-exp of its logits.
 
@@ -26,29 +30,42 @@ def attention(
     query : ndarray, [H, D]
         Queries of all heads; head h reads KV head ``h // (H // Hkv)``.
     key, value : ndarray, [tokens, Hkv, D]
-        The context; with no tokens the output is 0 and the log-sum-exp -inf.
+        The context; with no tokens the output is 0 and the log-sum-exp -inf, or the sink's logit.
     scale : float
         Factor of the logits.
     dtype : type
         What to compute in: float64, or float32 to see what that loses.
     weight_dtype : dtype, optional
         What the weights are rounded to before they meet the values, as tensor cores want them.
+    softcap : float, optional
+        Bounds the logits: ``softcap * tanh(scale * q.k / softcap)``.
+    bias : ndarray, [H, tokens], optional
+        Added to the logits, after the soft cap.
+    sinks : ndarray, [H], optional
+        One more logit for each head, without a value: it takes weight away from the tokens.
 
     Returns
     -------
     out : ndarray, [H, D]
     lse : ndarray, [H]
-        Both of type `dtype`.
+        The sink's logit included. Both of type `dtype`.
     """
     num_heads, head_dim = query.shape
     tokens, num_kv_heads, _ = key.shape
+    sink: np.ndarray = np.full(num_heads, -np.inf, dtype) if sinks is None else sinks.astype(dtype)
     if tokens == 0:
-        return np.zeros((num_heads, head_dim), dtype), np.full(num_heads, -np.inf, dtype)
-    grouped: np.ndarray = query.astype(dtype).reshape(num_kv_heads, num_heads // num_kv_heads, head_dim)
+        return np.zeros((num_heads, head_dim), dtype), sink
+    by_kv_head = (num_kv_heads, num_heads // num_kv_heads)
+    grouped: np.ndarray = query.astype(dtype).reshape(*by_kv_head, head_dim)
     logits = dtype(scale) * np.einsum("kgd,tkd->kgt", grouped, key.astype(dtype))
-    largest = logits.max(axis=-1, keepdims=True)
+    if softcap is not None:
+        logits = dtype(softcap) * np.tanh(logits / dtype(softcap))
+    if bias is not None:
+        logits = logits + bias.astype(dtype).reshape(*by_kv_head, tokens)
+    sink = sink.reshape(*by_kv_head, 1)
+    largest = np.maximum(logits.max(axis=-1, keepdims=True), sink)
     weights = np.exp(logits - largest)
-    total = weights.sum(axis=-1, keepdims=True)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
     if weight_dtype is not None:
         weights = weights.astype(weight_dtype).astype(dtype)
     out = np.einsum("kgt,tkd->kgd", weights / total, value.astype(dtype))
@@ -63,6 +80,10 @@ def paged_attention(
     seq_lens: Any,
     scale: float | None = None,
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     return_lse: bool = False,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
@@ -71,13 +92,23 @@ def paged_attention(
 
     Parameters
     ----------
-    query : array, [num_seqs, H, D]
+    query : array, [num_seqs, H, D] or [num_seqs, Q, H, D]
+        Query token i of Q stands at position ``seq_len - Q + i`` and sees the tokens up to its own.
     cache : KVCache
     block_tables : array, int [num_seqs, max_blocks]
-        -1 marks an unmapped block: its tokens take no part.
+        -1 marks an unmapped block: its tokens take no part. Entries whose tokens no query sees are not looked at.
     seq_lens : array, int [num_seqs]
+        All query tokens included; a query token at a negative position sees nothing.
     scale : float, optional
         ``1 / sqrt(D)`` if not given.
+    window : int, optional
+        A query at position p sees the tokens in ``(p - window, p]``.
+    softcap : float, optional
+        See `attention`.
+    alibi_slopes : array, [H], optional
+        Adds ``slope * (key position - query position)`` to each logit, after the soft cap.
+    sinks : array, [H], optional
+        See `attention`.
     return_lse : bool
         Also return the log-sum-exp.
     dtype, weight_dtype
@@ -85,24 +116,66 @@ def paged_attention(
 
     Returns
     -------
-    out : ndarray, [num_seqs, H, D]
-    lse : ndarray, [num_seqs, H]
+    out : ndarray, of the query's shape
+    lse : ndarray, [num_seqs, H] or [num_seqs, Q, H]
         Only with `return_lse`; both of type `dtype`.
     """
     query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
+    slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
     block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out = np.zeros(query.shape, dtype)
-    lse = np.full(query.shape[:2], -np.inf, dtype)
+    several = query if query.ndim == 4 else query[:, np.newaxis]
+    num_queries = several.shape[1]
+    out = np.zeros(several.shape, dtype)
+    lse = np.full(several.shape[:3], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens):
-        tokens = np.arange(seq_len)
+        positions = np.arange(seq_len - num_queries, seq_len)
+        first = 0 if window is None else max(0, seq_len - num_queries - window + 1)
+        tokens = np.arange(first, seq_len)
         blocks = block_tables[seq, tokens // block_size]
         mapped = blocks != -1
         used, which = np.unique(blocks[mapped], return_inverse=True)
-        key, value = cache.blocks(used)
-        slots = (tokens % block_size)[mapped]
-        out[seq], lse[seq] = attention(query[seq], key[which, slots], value[which, slots], scale, dtype, weight_dtype)
+        tokens = tokens[mapped]
+        key, value = (array[which, tokens % block_size] for array in cache.blocks(used))
+        for i, position in enumerate(positions):
+            seen = tokens <= position
+            if window is not None:
+                seen &= tokens > position - window
+            out[seq, i], lse[seq, i] = attention(
+                several[seq, i], key[seen], value[seen], scale, dtype, weight_dtype, softcap=softcap, sinks=sinks,
+                bias=None if slopes is None else slopes.astype(dtype)[:, np.newaxis] * (tokens[seen] - position),
+            )  # fmt: skip
+    out, lse = out.reshape(query.shape), lse.reshape(query.shape[:-1])
     return (out, lse) if return_lse else out
+
+
+def merge_states(outs: Any, lses: Any, dtype: type = np.float64) -> tuple[np.ndarray, np.ndarray]:
+    """Return attention over a context from that over its disjoint parts; the arguments of `cupaged.merge_states`.
+
+    Parameters
+    ----------
+    outs : array, [parts, ..., D]
+        The parts' outputs; one whose log-sum-exp is -inf counts nothing, whatever it holds.
+    lses : array, [parts, ...]
+        Their log-sum-exps.
+    dtype : type
+        What to compute in.
+
+    Returns
+    -------
+    out : ndarray, [..., D]
+    lse : ndarray, [...]
+        Both of type `dtype`.
+    """
+    outs, lses = as_numpy(outs).astype(dtype), as_numpy(lses).astype(dtype)
+    empty = np.isneginf(lses)
+    largest = lses.max(axis=0)
+    weights = np.where(empty, dtype(0), np.exp(lses - np.where(np.isneginf(largest), dtype(0), largest)))
+    total = weights.sum(axis=0)
+    shares = weights / np.where(total == 0, dtype(1), total)
+    out = (shares[..., np.newaxis] * np.where(empty[..., np.newaxis], dtype(0), outs)).sum(axis=0)
+    with np.errstate(divide="ignore"):
+        return out, np.log(total) + largest
 
 
 def append_kv(dense_key: np.ndarray, dense_value: np.ndarray, key: Any, value: Any, slot_mapping: Any) -> None:

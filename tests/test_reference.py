@@ -23,6 +23,44 @@ def test_attention_against_plain_python():
             assert out[head, dim] == pytest.approx(expected, rel=1e-12)
 
 
+def test_every_variant_against_plain_python():
+    """Two query tokens at positions 3 and 4 of a sequence of five tokens in blocks of two; a window of three."""
+    rng = np.random.default_rng(0)
+    cache = pg.KVCache(pg.CacheConfig(4, 2, 2, 32, "float32"), "host")
+    cache.fill_from_dense(*(rng.standard_normal((4, 2, 2, 32)).astype(np.float32) for _ in "kv"))
+    tables, lens = np.array([[3, 0, 2]], np.int32), np.array([5], np.int32)
+    query = rng.standard_normal((1, 2, 4, 32)).astype(np.float32)
+    slopes, sinks = (rng.random(4).astype(np.float32) for _ in "as")
+    out, lse = pg.reference.paged_attention(
+        query, cache, tables, lens, 0.7, window=3, softcap=2.0, alibi_slopes=slopes, sinks=sinks, return_lse=True
+    )
+    keys, values = cache.to_dense()
+    for i, position in enumerate((3, 4)):
+        for head in range(4):
+            logits, rows = [], []
+            for token in range(position - 2, position + 1):
+                place = tables[0, token // 2], token % 2, head // 2
+                x = 0.7 * sum(float(q) * float(k) for q, k in zip(query[0, i, head], keys[place], strict=True))
+                logits.append(2.0 * math.tanh(x / 2.0) + float(slopes[head]) * (token - position))
+                rows.append(values[place])
+            total = sum(math.exp(logit) for logit in logits) + math.exp(sinks[head])
+            assert lse[0, i, head] == pytest.approx(math.log(total), rel=1e-12)
+            for dim in range(32):
+                expected = (
+                    sum(math.exp(logit) * float(row[dim]) for logit, row in zip(logits, rows, strict=True)) / total
+                )
+                assert out[0, i, head, dim] == pytest.approx(expected, rel=1e-10)
+
+
+def test_what_sees_nothing_has_output_zero_and_the_sink_or_minus_infinity():
+    cache = pg.KVCache(pg.CacheConfig(1, 4, 1, 32, "float32"), "host")
+    arguments = np.ones((2, 3, 1, 32), np.float32), cache, np.zeros((2, 1), np.int32), np.array([0, 2])
+    out, lse = pg.reference.paged_attention(*arguments, return_lse=True)
+    assert not out.any() and np.isneginf(lse[0]).all() and np.isneginf(lse[1, 0]) and np.isfinite(lse[1, 1:]).all()
+    _, lse = pg.reference.paged_attention(*arguments, sinks=np.array([0.5]), return_lse=True)
+    assert (lse[0] == 0.5).all() and lse[1, 0] == 0.5 and (lse[1, 1:] > 0.5).all()
+
+
 def test_equal_keys_give_the_mean_and_the_logarithm_of_the_count():
     out, lse = pg.reference.attention(np.zeros((1, 8)), np.ones((7, 1, 8)), np.arange(56.0).reshape(7, 1, 8), 1.0)
     np.testing.assert_allclose(out[0], np.arange(56.0).reshape(7, 8).mean(axis=0))
