@@ -5,6 +5,15 @@ kernels that do so), and its largest error against float64 is measured. A kernel
 it sums in another order and has another exp, and by the rounding of its result to the storage type. Where few numbers
 are summed that error can happen to be zero; a unit in the last place of the logits, which the exponential turns into a
 relative error of the weights, is always allowed.
+
+Why that also covers what a call can ask for besides plain decode:
+
+- A logit l matters as far as its weight exp(l - lse), so the logits that matter are about as large as |lse|.
+- Soft cap: cap * tanh(x / cap) is at most |x| and at most cap, its slope is at most 1, and a tanh right to two units in
+  the last place errs by as many units of the capped logit: an error of the logit's own size, no larger one.
+- ALiBi: logit = x + bias, and the two may cancel, so that each errs by units in a last place larger than the sum's.
+  |bias| is at most |logit| + |x|: the size of the logits without bias, seen in their log-sum-exp, is added.
+- A sink is one more logit of the log-sum-exp; a window and several query tokens only choose which tokens take part.
 """
 
 from __future__ import annotations
@@ -17,10 +26,10 @@ import numpy as np
 
 from cupaged import reference
 from cupaged.kv_cache import KVCache
-from cupaged.ops.attention import choose_kernel
+from cupaged.ops.attention import explain
 from cupaged.ops.registry import kernels
 
-__all__ = ["DecodeBudget", "decode_budget", "decode_check"]
+__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget"]
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 SAFETY = 4  # times what float32 loses
@@ -32,9 +41,9 @@ class DecodeBudget:
 
     Attributes
     ----------
-    expected, out : ndarray, float64 [num_seqs, H, D]
+    expected, out : ndarray, float64, of the query's shape
         The result and its budget.
-    expected_lse : ndarray, float64 [num_seqs, H]
+    expected_lse : ndarray, float64, without the last axis
         The log-sum-exp; -inf for an empty context.
     lse : float
         Its budget.
@@ -46,7 +55,9 @@ class DecodeBudget:
     lse: float
 
 
-def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> DecodeBudget:
+def decode_budget(
+    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto", **variants: Any
+) -> DecodeBudget:
     """Return what a decode call should give, and how far from it a right kernel may be.
 
     Parameters
@@ -55,24 +66,55 @@ def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, 
         The arguments of `cupaged.paged_attention`.
     kernel : str
         Which kernel it is: those on tensor cores round the softmax's weights to the storage type.
+    **variants
+        `window`, `softcap`, `alibi_slopes` and `sinks`, where the call has them.
     """
-    rounds = kernels()[choose_kernel(query, cache, kernel).kernel].rounds_weights
     arguments = (query, cache, block_tables, seq_lens)
-    expected, expected_lse = reference.paged_attention(*arguments, return_lse=True)
+    rounds = kernels()[explain(*arguments, kernel=kernel, **variants).kernel].rounds_weights
+    expected, expected_lse = reference.paged_attention(*arguments, return_lse=True, **variants)
     single, single_lse = reference.paged_attention(
-        *arguments, return_lse=True, dtype=np.float32, weight_dtype=cache.config.numpy_dtype if rounds else None
+        *arguments,
+        return_lse=True,
+        dtype=np.float32,
+        weight_dtype=cache.config.numpy_dtype if rounds else None,
+        **variants,
     )
-    storage = ml_dtypes.finfo(cache.config.numpy_dtype)
+    logits = 1 + _largest(expected_lse)
+    if variants.get("alibi_slopes") is not None:
+        _, unbiased_lse = reference.paged_attention(*arguments, return_lse=True, **{**variants, "alibi_slopes": None})
+        logits += _largest(unbiased_lse)
+    return _budget((expected, expected_lse), (single, single_lse), cache.config.numpy_dtype, logits)
+
+
+def merge_budget(outs: Any, lses: Any) -> DecodeBudget:
+    """Return what `cupaged.merge_states` should give, and how far from it a right kernel may be."""
+    merged = reference.merge_states(outs, lses)
+    storage = reference.as_numpy(outs).dtype
+    return _budget(merged, reference.merge_states(outs, lses, np.float32), storage, 1 + _largest(lses))
+
+
+def _budget(
+    exact: tuple[np.ndarray, np.ndarray], single: tuple[np.ndarray, np.ndarray], dtype: np.dtype, logits: float
+) -> DecodeBudget:
+    """Return the budget of a result in float64, from the same in float32 and the size of its logits."""
+    (expected, expected_lse), (single_out, single_lse) = exact, single
+    storage = ml_dtypes.finfo(dtype)
     finite = np.isfinite(expected_lse)
-    logits = 1 + np.abs(expected_lse[finite]).max(initial=0.0)
     least = FLOAT32_EPS * logits
-    arithmetic = np.abs(single - expected).max(initial=0.0) + least * np.abs(expected).max(initial=0.0)
+    arithmetic = np.abs(single_out - expected).max(initial=0.0) + least * np.abs(expected).max(initial=0.0)
     rounding = np.abs(expected) * float(storage.eps) + float(storage.smallest_subnormal)
     arithmetic_lse = np.abs(single_lse[finite] - expected_lse[finite]).max(initial=0.0) + least
     return DecodeBudget(expected, SAFETY * arithmetic + rounding, expected_lse, SAFETY * float(arithmetic_lse))
 
 
-def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> float:
+def _largest(lse: Any) -> float:
+    lse = reference.as_numpy(lse)
+    return float(np.abs(lse[np.isfinite(lse)]).max(initial=0.0))
+
+
+def decode_check(
+    out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto", **variants: Any
+) -> float:
     """Return the largest error of a decode result as a fraction of its budget: at most 1 is right, NaN is infinite.
 
     Parameters
@@ -83,7 +125,9 @@ def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_le
         The cache; only blocks of these sequences are read.
     kernel : str
         Which kernel made the result.
+    **variants
+        `window`, `softcap`, `alibi_slopes` and `sinks`, where the call has them.
     """
-    budget = decode_budget(query, cache, block_tables, seq_lens, kernel)
+    budget = decode_budget(query, cache, block_tables, seq_lens, kernel, **variants)
     error = np.abs(reference.as_numpy(out).astype(np.float64) - budget.expected) / budget.out
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))

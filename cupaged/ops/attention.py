@@ -1,4 +1,4 @@
-"""Decode attention over a paged cache: one query token a sequence."""
+"""Decode attention over a paged cache: one query token a sequence, or a few."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from cupaged.ops.checks import (
 )
 from cupaged.ops.plan import WARPS, DecodePlan, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
+from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -51,32 +52,53 @@ def paged_attention(
     scale: float | None = None,
     kernel: str = "auto",
     *,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
     out: Any = None,
     return_lse: bool = False,
     plan: DecodePlan | None = None,
     validate: bool | None = None,
 ) -> Any:
-    """Attend with one query token per sequence over keys and values in a paged cache.
+    """Attend with one query token per sequence, or a few, over keys and values in a paged cache.
+
+    The logit of query token at position p and key at position t is ``x = scale * q.k``, then, where given,
+    ``softcap * tanh(x / softcap)``, then ``+ slope * (t - p)``; keys outside the window take no part, and a sink joins
+    the sum of exponentials that weights are divided by.
 
     Parameters
     ----------
-    query : array, [num_seqs, H, D]
+    query : array, [num_seqs, H, D] or [num_seqs, Q, H, D]
         In the cache's dtype; H a multiple of the cache's KV heads: query head h reads KV head ``h // (H // Hkv)``.
+        With Q query tokens a sequence, as in speculative decoding, token i stands at position ``seq_len - Q + i`` and
+        sees the tokens up to its own.
     cache : KVCache
         Keys and values.
     block_tables : array, int32 [num_seqs, max_blocks]
         Block ids of each sequence in order. -1 marks an unmapped block, whose tokens take no part. Entries past a
-        sequence's last block are never read.
+        sequence's last block are never read, nor those of blocks that lie before every query token's window: such
+        blocks may have been freed.
     seq_lens : array, int32 [num_seqs]
-        Tokens with keys and values in the cache, the query's own included. 0 gives output 0 and log-sum-exp -inf.
+        Tokens with keys and values in the cache, all query tokens included. A query token that sees no token (length
+        0, a position below 0) has output 0 and log-sum-exp -inf, or its head's sink where there are sinks.
     scale : float, optional
         Factor of the logits; ``1 / sqrt(D)`` if not given.
     kernel : str
         A name of `cupaged.kernels`, or "auto"; `explain` says what "auto" takes.
-    out : array, [num_seqs, H, D], optional
+    window : int, optional
+        A query at position p sees the tokens in ``(p - window, p]``: the last `window`, its own among them.
+    softcap : float, optional
+        Bounds the logits (Gemma 2), before ALiBi.
+    alibi_slopes : array, float32 [H], optional
+        ALiBi's slope of each head, positive to favour what is near [2]_.
+    sinks : array, float32 [H], optional
+        One learned logit for each head, in the units of the logits after `scale`, that has no value (gpt-oss).
+    out : array, of the query's shape, optional
         Where to write the result.
     return_lse : bool
-        Also return the log-sum-exp of each head's logits, by which parts of a context can be merged.
+        Also return the log-sum-exp of each head's logits, the sink among them, by which `merge_states` merges parts
+        of a context: give the sinks to one of the parts.
     plan : DecodePlan, optional
         How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
         Without it each call plans for itself.
@@ -86,9 +108,9 @@ def paged_attention(
 
     Returns
     -------
-    out : array, [num_seqs, H, D]
+    out : array, of the query's shape
         Of the kind and dtype of `query`.
-    lse : array, float32 [num_seqs, H]
+    lse : array, float32 [num_seqs, H] or [num_seqs, Q, H]
         Natural logarithm; only with `return_lse`.
 
     Raises
@@ -96,20 +118,26 @@ def paged_attention(
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing was launched.
     UnsupportedError
-        If the named kernel does not serve this shape.
+        If the named kernel does not serve this shape or variant.
 
     References
     ----------
     .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
+    .. [2] Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
+       ICLR 2022.
     """
     caller = query
     query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens)
-    scale = _checked_scale(scale, query.shape[2])
+    scale = _checked_scale(scale, query.shape[-1])
+    variants = checked_variants(
+        query, cache.backend, block_tables.shape[1] * cache.config.block_size,
+        window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+    )  # fmt: skip
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
     if must_validate(validate, cache.backend):
-        check_block_tables(cache, block_tables, seq_lens)
-    lse = cache.xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
-    choice = choose_kernel(query, cache, kernel, planned=plan is not None)
+        check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
+    lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
+    choice = choose_kernel(query, cache, kernel, planned=plan is not None, variants=variants)
     if plan is not None:
         _check_plan(plan, choice, query, cache)
     if query.size:
@@ -117,43 +145,67 @@ def paged_attention(
         if choice.kernel == "paged_attention_mma":
             _launch_mma(*arguments, plan or _plan_for_one_call(cache, query, seq_lens))
         else:
-            _launch_v1(*arguments)
+            _launch_v1(*arguments, variants)
     result = like_caller(result, caller) if out is None else out
     return (result, like_caller(lse, caller)) if return_lse else result
 
 
 def explain(
-    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, kernel: str = "auto"
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float | None = None,
+    kernel: str = "auto",
+    **variants: Any,
 ) -> Choice:
-    """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing."""
-    query, _, _ = _checked_arrays(query, cache, block_tables, seq_lens)
-    _checked_scale(scale, query.shape[2])
-    return choose_kernel(query, cache, kernel)
+    """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing.
+
+    `variants` are `window`, `softcap`, `alibi_slopes` and `sinks`, as `paged_attention` takes them.
+    """
+    query, block_tables, _ = _checked_arrays(query, cache, block_tables, seq_lens)
+    _checked_scale(scale, query.shape[-1])
+    max_tokens = block_tables.shape[1] * cache.config.block_size
+    return choose_kernel(query, cache, kernel, variants=checked_variants(query, cache.backend, max_tokens, **variants))
 
 
-def choose_kernel(query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False) -> Choice:
-    """Return the kernel that runs for queries, [num_seqs, H, D], and a cache, and why.
+def choose_kernel(
+    query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False, variants: Variants | None = None
+) -> Choice:
+    """Return the kernel that runs for queries, [num_seqs, H, D] or [num_seqs, Q, H, D], and a cache, and why.
 
     Raises
     ------
     ValueError
         If `kernel` is no kernel's name.
     UnsupportedError
-        If it was named and does not serve the cache.
+        If it was named and does not serve the cache or the variants.
     """
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
-    limit = why_no_tensor_cores(cache)
-    if kernel == "auto" and limit is None:
-        num_seqs, num_heads, _ = query.shape
-        if num_heads == cache.config.num_kv_heads and num_seqs * num_heads >= V1_FILLS_A_GPU and not planned:
-            return Choice("paged_attention_v1", "no query heads share a KV head, and there is work for every SM")
-        return Choice("paged_attention_mma", "tensor cores serve it, and each byte of the cache is read once")
-    if kernel == "auto":
+    variants = variants or Variants()
+    if kernel != "auto":
+        limit = _limit(kernel, cache, variants)
+        if limit is not None:
+            raise UnsupportedError(limit)
+        return Choice(kernel, "it was named")
+    limit = _limit("paged_attention_mma", cache, variants)
+    if limit is not None:
         return Choice("paged_attention_v1", f"it serves every shape; {limit}")
-    if kernel == "paged_attention_mma" and limit is not None:
-        raise UnsupportedError(limit)
-    return Choice(kernel, "it was named")
+    rows, num_heads = variants.query_tokens * query.shape[0], query.shape[-2]
+    if num_heads == cache.config.num_kv_heads and rows * num_heads >= V1_FILLS_A_GPU and not planned:
+        return Choice("paged_attention_v1", "no query heads share a KV head, and there is work for every SM")
+    return Choice("paged_attention_mma", "tensor cores serve it, and each byte of the cache is read once")
+
+
+def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
+    """Return None if a kernel serves the cache and the variants, else what it does not."""
+    if kernel == "paged_attention_mma" and (limit := why_no_tensor_cores(cache)):
+        return limit
+    missing = sorted(variants.names - kernels()[kernel].variants)
+    if missing:
+        return f"{kernel} does not take {' and '.join(missing)}"
+    return None
 
 
 def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) -> None:
@@ -164,7 +216,7 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) ->
     for name, planned, given in (
         ("backend", plan.backend, cache.backend),
         ("number of sequences", plan.num_seqs, query.shape[0]),
-        ("number of query heads", plan.num_heads, query.shape[1]),
+        ("number of query heads", plan.num_heads, query.shape[-2]),
         ("cache", replace(plan.config, num_blocks=1), replace(cache.config, num_blocks=1)),
     ):
         if planned != given:
@@ -175,7 +227,7 @@ _captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these m
 
 
 def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any) -> DecodePlan:
-    plan = plan_decode(cache, seq_lens, query.shape[1])
+    plan = plan_decode(cache, seq_lens, query.shape[-2])
     if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
         _captured_plans.append(plan)
     return plan
@@ -188,8 +240,9 @@ def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any
     query, block_tables, seq_lens = (as_backend_array(array, name, cache.backend) for name, array in named.items())
     config = cache.config
     check_dtype(query, "query", config.numpy_dtype)
-    check_shape(query, "query", ("num_seqs", "H", config.head_dim))
-    num_seqs, num_heads, _ = query.shape
+    several = ("Q",) if query.ndim == 4 else ()
+    check_shape(query, "query", ("num_seqs", *several, "H", config.head_dim))
+    num_seqs, num_heads = query.shape[0], query.shape[-2]
     if num_heads == 0 or num_heads % config.num_kv_heads:
         raise ValueError(
             f"query must have a number of heads that is a multiple of the cache's {config.num_kv_heads} KV heads; "
@@ -203,8 +256,9 @@ def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any
         check_contiguous(array, name)
     if query.size:
         check_alignment(query, "query")
-    if num_seqs * num_heads > 2**31 - 1:
-        raise UnsupportedError(f"query must have at most 2**31 - 1 (sequence, head) pairs; got {num_seqs * num_heads}")
+    rows = query.size // config.head_dim
+    if rows > 2**31 - 1:
+        raise UnsupportedError(f"query must have at most 2**31 - 1 (query token, head) pairs; got {rows}")
     if block_tables.shape[1] * config.block_size > MAX_TOKENS:
         raise UnsupportedError(
             f"block_tables must map at most {MAX_TOKENS} tokens a sequence; got {block_tables.shape[1]} blocks "
@@ -234,9 +288,18 @@ def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
     return array
 
 
-def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float) -> None:
+def _launch_v1(
+    out: Any,
+    lse: Any,
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float,
+    variants: Variants,
+) -> None:
     config = cache.config
-    num_seqs, num_heads, head_dim = query.shape
+    num_heads, head_dim = query.shape[-2:]
     key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
     kernel = load_kernel(
         kernels()["paged_attention_v1"].file,
@@ -247,14 +310,16 @@ def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any
             "BLOCK_SIZE": config.block_size,
             "KEY_PACK": key.pack_size,
             "VALUE_COLUMNS": int(value.pack_size == 1),
+            **variants.defines,
         },
         cache.backend,
     )
     max_blocks = block_tables.shape[1]
-    stretch_blocks = max(1, min(max_blocks, V1_STRETCH_TOKENS // config.block_size))
+    blocks_in_sight = max_blocks if variants.window is None else (variants.window - 2) // config.block_size + 2
+    stretch_blocks = max(1, min(max_blocks, blocks_in_sight, V1_STRETCH_TOKENS // config.block_size))
     stretch_tokens = stretch_blocks * config.block_size
     kernel(
-        (num_seqs * num_heads,),
+        (query.size // head_dim,),
         (V1_THREADS,),
         shared_bytes=4 * max(stretch_tokens, V1_THREADS // 32 * head_dim),
         out=out,
@@ -270,6 +335,7 @@ def _launch_v1(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any
         max_blocks=max_blocks,
         stretch_tokens=stretch_tokens,
         **layouts.stride_arguments(key, value),
+        **variants.arguments,
     )
 
 

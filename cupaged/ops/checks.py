@@ -55,8 +55,13 @@ def must_validate(validate: bool | None, backend: str) -> bool:
     return os.environ.get("CUPAGED_VALIDATE", "") not in ("", "0") or backend == "host"
 
 
-def check_block_tables(cache: KVCache, block_tables: Any, seq_lens: Any) -> None:
-    """Raise ValueError if a length is negative or beyond the table, or a used table entry is no block of the cache."""
+def check_block_tables(
+    cache: KVCache, block_tables: Any, seq_lens: Any, query_tokens: int = 1, window: int | None = None
+) -> None:
+    """Raise ValueError if a length is negative or beyond the table, or a used table entry is no block of the cache.
+
+    Entries are used from the first that the earliest of `query_tokens` sees through its window.
+    """
     tables, lens = _to_numpy(block_tables), _to_numpy(seq_lens).astype(np.int64)
     block_size, num_blocks = cache.config.block_size, cache.config.num_blocks
     capacity = tables.shape[1] * block_size
@@ -64,7 +69,9 @@ def check_block_tables(cache: KVCache, block_tables: Any, seq_lens: Any) -> None
         if wrong.any():
             seq = int(np.argmax(wrong))
             raise ValueError(f"seq_lens must be {expected}; seq_lens[{seq}] is {lens[seq]}")
-    used = np.arange(tables.shape[1]) < -(-lens // block_size)[:, None]
+    first = np.zeros_like(lens) if window is None else np.maximum(lens - query_tokens - window + 1, 0)
+    entries = np.arange(tables.shape[1])
+    used = (entries >= (first // block_size)[:, None]) & (entries < -(-lens // block_size)[:, None])
     wrong = used & ((tables < -1) | (tables >= num_blocks))
     if wrong.any():
         seq, entry = (int(i) for i in np.argwhere(wrong)[0])

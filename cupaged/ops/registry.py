@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cupaged.ops.variants import ALL_VARIANTS
+
 __all__ = ["ATTENTION_KERNELS", "KernelInfo", "kernels"]
 
 
@@ -23,6 +25,8 @@ class KernelInfo:
         What it serves.
     rounds_weights : bool
         Whether it rounds the softmax's weights to the storage type, as tensor cores want them.
+    variants : frozenset of str
+        What an attention kernel takes besides plain decode, of `cupaged.ops.variants.ALL_VARIANTS`.
     """
 
     name: str
@@ -30,6 +34,7 @@ class KernelInfo:
     idea: str
     constraints: str
     rounds_weights: bool = False
+    variants: frozenset[str] = frozenset()
 
 
 _KERNELS = (
@@ -38,6 +43,7 @@ _KERNELS = (
         "attention/paged_attention_v1.cu",
         "one thread block per (sequence, query head); logits in shared memory, one stretch of the context at a time",
         "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout",
+        variants=ALL_VARIANTS,
     ),
     KernelInfo(
         "paged_attention_mma",

@@ -10,9 +10,10 @@
 // the way there: 16 lanes a row, one vector each, spent as long on look-ups, addresses and shuffles as on memory; 64-bit
 // strides added to that; a loop over slots whose trip count differs between lanes made the warp split and load twice.
 //
-// The query heads that share a KV head (GQA) each read it for themselves, mostly from L2: the rungs above share it.
+// The query heads that share a KV head (GQA) each read it for themselves, mostly from L2: the rungs above share it. So
+// do several query tokens of a sequence: each has a row of thread blocks and a context of its own.
 //
-// Grid:  (num_seqs * num_heads), head fastest.    Block: (THREADS).
+// Grid:  (rows * num_heads), head fastest; rows = num_seqs * query_tokens.    Block: (THREADS).
 // Dynamic shared memory: max(stretch_tokens, WARPS * HEAD_DIM) floats.
 //
 // Defines
@@ -21,11 +22,13 @@
 //   BLOCK_SIZE     tokens per KV block, 1 to 256
 //   KEY_PACK       neighbouring dimensions of a key: HEAD_DIM, or 16 / sizeof(STORAGE) in BHDSX
 //   VALUE_COLUMNS  1 where a value's neighbours in memory are the next tokens (BHDSX), else 0
+//   and those of variants.cuh
 #include "global_memory.cuh"
 #include "paged_kv.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
 #include "types.cuh"
+#include "variants.cuh"
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / kWarpSize;
@@ -69,40 +72,60 @@ struct RowShare {
 // The tokens whose logits are in shared memory at one time.
 struct Stretch {
   const int* block_table;   // [max_blocks], this sequence's row
-  int begin, end;           // tokens
+  int begin, end;           // tokens; begins with a KV block
+  int first;                // what lies before this token takes no part
   int kv_head;
 
-  // The block that holds a token; none past the end.
+  __device__ __forceinline__ bool holds(int token) const { return token < end && (!WINDOW || token >= first); }
+  // The block that holds a token; none outside the stretch.
   __device__ __forceinline__ int block_of(int token) const {
-    return token < end ? load_global(block_table + static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
+    return holds(token) ? load_global(block_table + static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
   }
   static __device__ __forceinline__ int slot_of(int token) { return static_cast<unsigned>(token) % BLOCK_SIZE; }
+};
+
+// A lane's shares of a token's row and of every GROUPS-th after it, all on their way at once.
+struct RowsInFlight {
+  RowShare row[IN_FLIGHT];
+  int block_id[IN_FLIGHT];
+
+  template <typename Strides>
+  __device__ __forceinline__ void load(const STORAGE* cache, const Strides& strides, const Stretch& stretch, int token) {
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r) block_id[r] = stretch.block_of(token + r * GROUPS);
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; ++r)
+      row[r].load(cache, strides, block_id[r], stretch.kv_head, Stretch::slot_of(token + r * GROUPS));
+  }
+};
+
+// What turns the product of query and key into a logit.
+struct QueryPlace {
+  Variants variants;
+  int context;   // tokens up to the query's own
+  float slope;   // of its head
 };
 
 // Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
 __device__ __forceinline__ float compute_logits(float* logits,         // [stretch_tokens]
                                                 const float* query,    // [COUNT * VEC], this lane's share, scaled
                                                 const STORAGE* key_cache, const KeyStrides& strides,
-                                                const Stretch& stretch) {
+                                                const Stretch& stretch, const QueryPlace& place) {
   float largest = minus_infinity();
   for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
-    RowShare key[IN_FLIGHT];
-    int block_id[IN_FLIGHT];
-    const int token = first + threadIdx.x / ROW_LANES;   // and every GROUPS-th after it
-#pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) block_id[r] = stretch.block_of(token + r * GROUPS);
-#pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r)
-      key[r].load(key_cache, strides, block_id[r], stretch.kv_head, Stretch::slot_of(token + r * GROUPS));
+    RowsInFlight key;
+    const int token = first + threadIdx.x / ROW_LANES;
+    key.load(key_cache, strides, stretch, token);
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) {
       float logit = 0.0f;
 #pragma unroll
       for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-        for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key[r].vector[i].value[v]);
+        for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key.row[r].vector[i].value[v]);
       logit = warp_reduce<Sum, 1, ROW_LANES>(logit);
-      if (block_id[r] == kUnmapped) logit = minus_infinity();
+      logit = place.variants.logit(logit, token + r * GROUPS, place.context, place.slope);
+      if (key.block_id[r] == kUnmapped) logit = minus_infinity();
       const int index = token + r * GROUPS - stretch.begin;
       if (index < stretch.end - stretch.begin && threadIdx.x % ROW_LANES == 0) logits[index] = logit;
       largest = fmaxf(largest, logit);
@@ -136,21 +159,16 @@ struct Accumulator {
   __device__ __forceinline__ void add(const float* weights,   // [stretch_tokens]
                                       const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
     for (int first = stretch.begin; first < stretch.end; first += GROUPS * IN_FLIGHT) {
-      RowShare row[IN_FLIGHT];
-      int block_id[IN_FLIGHT];
-      const int token = first + threadIdx.x / ROW_LANES;   // and every GROUPS-th after it
-#pragma unroll
-      for (int r = 0; r < IN_FLIGHT; ++r) block_id[r] = stretch.block_of(token + r * GROUPS);
-#pragma unroll
-      for (int r = 0; r < IN_FLIGHT; ++r)
-        row[r].load(value_cache, strides, block_id[r], stretch.kv_head, Stretch::slot_of(token + r * GROUPS));
+      RowsInFlight value;
+      const int token = first + threadIdx.x / ROW_LANES;
+      value.load(value_cache, strides, stretch, token);
 #pragma unroll
       for (int r = 0; r < IN_FLIGHT; ++r) {
-        const float weight = block_id[r] == kUnmapped ? 0.0f : weights[token + r * GROUPS - stretch.begin];
+        const float weight = value.block_id[r] == kUnmapped ? 0.0f : weights[token + r * GROUPS - stretch.begin];
 #pragma unroll
         for (int i = 0; i < COUNT; ++i)
 #pragma unroll
-          for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight * to_float(row[r].vector[i].value[v]);
+          for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight * to_float(value.row[r].vector[i].value[v]);
       }
     }
   }
@@ -190,7 +208,7 @@ struct Accumulator {
                                       const STORAGE* value_cache, const ValueStrides& strides, const Stretch& stretch) {
     const int warp = threadIdx.x / kWarpSize;
     for (int first = stretch.begin + warp * BLOCK_SIZE; first < stretch.end; first += WARPS * BLOCK_SIZE) {
-      const int block_id = stretch.block_of(first);
+      const int block_id = stretch.block_of(WINDOW ? max(first, stretch.first) : first);
       const int filled = block_id == kUnmapped ? 0 : min(BLOCK_SIZE, stretch.end - first);
       for (int row = 0; row < filled; row += SLOT_LANES * SLOTS) {   // as often for every lane of the warp
         const int slot = row + threadIdx.x % SLOT_LANES * SLOTS;
@@ -200,8 +218,9 @@ struct Accumulator {
           const auto* address = reinterpret_cast<const Vector<STORAGE, SLOTS>*>(value_cache + offset);
           const auto value = load_global_if(slot < filled && dimension(i) < HEAD_DIM, address);
 #pragma unroll
-          for (int s = 0; s < SLOTS; ++s)   // a slot past the end holds anything, even NaN
-            if (slot + s < filled) sum[i] += weights[first - stretch.begin + slot + s] * to_float(value.value[s]);
+          for (int s = 0; s < SLOTS; ++s)   // a slot that holds no token of the stretch holds anything, even NaN
+            if (slot + s < filled && (!WINDOW || first + slot + s >= stretch.first))
+              sum[i] += weights[first - stretch.begin + slot + s] * to_float(value.value[s]);
         }
       }
     }
@@ -219,9 +238,9 @@ struct Accumulator {
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_attention_v1(
-    STORAGE* __restrict__ out,                // [num_seqs, num_heads, HEAD_DIM]
-    float* __restrict__ lse,                  // [num_seqs, num_heads], or null
-    const STORAGE* __restrict__ query,        // [num_seqs, num_heads, HEAD_DIM]
+    STORAGE* __restrict__ out,                // [rows, num_heads, HEAD_DIM]
+    float* __restrict__ lse,                  // [rows, num_heads], or null
+    const STORAGE* __restrict__ query,        // [rows, num_heads, HEAD_DIM], a sequence's query tokens in order
     const STORAGE* __restrict__ key_cache,    // by the four strides below
     const STORAGE* __restrict__ value_cache,  // likewise
     const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
@@ -231,19 +250,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
     const int stretch_tokens,                 // a multiple of BLOCK_SIZE
     const int key_block_stride, const long long key_head_stride, const int key_slot_stride, const int key_pack_stride,
     const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
-    const int value_pack_stride) {
+    const int value_pack_stride,
+    const int query_tokens, const int window, const float softcap,   // see variants.cuh
+    const float* __restrict__ alibi_slopes,   // [num_heads]
+    const float* __restrict__ sinks) {        // [num_heads]
   extern __shared__ __align__(16) unsigned char dynamic_shared[];
   float* logits = reinterpret_cast<float*>(dynamic_shared);   // [stretch_tokens], then [WARPS][HEAD_DIM]
   __shared__ float max_of_warp[WARPS], sum_of_warp[WARPS];
 
   const int head = blockIdx.x % num_heads;
-  const long long seq = blockIdx.x / num_heads;
-  const int seq_len = load_global(seq_lens + seq);
+  const long long row = blockIdx.x / num_heads;
+  const long long seq = QUERY_TOKENS ? static_cast<int>(row) / query_tokens : row;
+  const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
+  const int context = variants.context_of(load_global(seq_lens + seq), static_cast<int>(row - seq * query_tokens));
+  const int first_token = variants.first_token(context);
   const KeyStrides key_strides{key_block_stride, key_head_stride, key_slot_stride, key_pack_stride};
   const ValueStrides value_strides{value_block_stride, value_head_stride, value_slot_stride, value_pack_stride};
 
   // This lane's share of the query, with the softmax's scale and the change to base 2 folded in.
-  const STORAGE* query_row = query + (seq * num_heads + head) * HEAD_DIM;
+  const STORAGE* query_row = query + (row * num_heads + head) * HEAD_DIM;
   float scaled_query[COUNT * VEC];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
@@ -253,27 +278,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
     for (int v = 0; v < VEC; ++v) scaled_query[i * VEC + v] = to_float(part.value[v]) * (scale * kLog2E);
   }
 
+  const QueryPlace place{variants, context, variants.slope_of(head)};
   SoftmaxState softmax;
   Accumulator accumulator;
-  for (int begin = 0; begin < seq_len; begin += stretch_tokens) {
-    const Stretch stretch{block_tables + seq * max_blocks, begin, min(seq_len, begin + stretch_tokens), head / group};
-    const float largest = compute_logits(logits, scaled_query, key_cache, key_strides, stretch);
+  for (int begin = first_token - first_token % BLOCK_SIZE; begin < context; begin += stretch_tokens) {
+    const int end = min(context, begin + stretch_tokens);
+    const Stretch stretch{block_tables + seq * max_blocks, begin, end, first_token, head / group};
+    const float largest = compute_logits(logits, scaled_query, key_cache, key_strides, stretch, place);
     accumulator.scale(softmax.raise(block_reduce<Max, WARPS>(largest, max_of_warp)));
-    const float sum = exponentiate(logits, stretch.end - begin, softmax.max);
+    const float sum = exponentiate(logits, end - begin, softmax.max);
     softmax.sum += block_reduce<Sum, WARPS>(sum, sum_of_warp);
     accumulator.add(logits, value_cache, value_strides, stretch);
     __syncthreads();   // the weights have been read: their memory may be written again
   }
 
+  accumulator.scale(variants.add_sink(softmax, head));
   float* sums = logits;   // [WARPS][HEAD_DIM]
   accumulator.store(sums + threadIdx.x / kWarpSize * HEAD_DIM);
   __syncthreads();
-  STORAGE* out_row = out + (seq * num_heads + head) * HEAD_DIM;
+  STORAGE* out_row = out + (row * num_heads + head) * HEAD_DIM;
   for (int dim = threadIdx.x; dim < HEAD_DIM; dim += THREADS) {
     float total = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) total += sums[warp * HEAD_DIM + dim];
     out_row[dim] = from_float<STORAGE>(total * softmax.normaliser());
   }
-  if (lse != nullptr && threadIdx.x == 0) lse[seq * num_heads + head] = softmax.log_sum_exp();
+  if (lse != nullptr && threadIdx.x == 0) lse[row * num_heads + head] = softmax.log_sum_exp();
 }

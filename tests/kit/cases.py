@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import cupaged as pg
+from cupaged.ops.registry import ATTENTION_KERNELS
 
 ILLEGAL_IDS = np.array([-7, -(2**31), 2**31 - 1, 10**6], dtype=np.int64)
 
@@ -24,10 +25,19 @@ class DecodeShape:
     layout: str = "BSHD"
     unmapped: float = 0.0
     spread: float = 1.0
+    query_tokens: int | None = None  # None: a query of three axes
+    window: int | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
 
     def __str__(self):
         lens = "+".join(map(str, self.seq_lens[:4]))
         extra = "-unmapped" if self.unmapped else ""
+        extra += f"-Q{self.query_tokens}" if self.query_tokens else ""
+        extra += f"-window{self.window}" if self.window else ""
+        extra += f"-softcap{self.softcap:g}" if self.softcap else ""
+        extra += "-alibi" * self.alibi + "-sinks" * self.sinks
         return (
             f"{self.layout}-{self.dtype}-D{self.head_dim}-bs{self.block_size}-"
             f"H{self.num_heads}/{self.num_kv_heads}-len{lens}{extra}"
@@ -36,13 +46,14 @@ class DecodeShape:
 
 @dataclass
 class DecodeCase:
-    """Arguments of a decode call, on the backend, and what they mean to the reference."""
+    """Arguments of a decode call, on the backend: `arguments` by position, `variants` by name."""
 
     shape: DecodeShape
     cache: pg.KVCache
     query: object
     block_tables: object
     seq_lens: object
+    variants: dict
 
     @property
     def arguments(self):
@@ -52,7 +63,8 @@ class DecodeCase:
 def decode_case(shape: DecodeShape, backend: str, seed: int = 0, placement: int | None = None) -> DecodeCase:
     """Build a case; `placement` seeds where blocks lie, apart from what they hold.
 
-    Slots that hold no token of any sequence are NaN, table entries past a sequence's blocks are illegal ids.
+    Slots that hold no token of any sequence, or one that no query sees through its window, are NaN; table entries past
+    a sequence's blocks, or wholly before the windows, are illegal ids.
     """
     content, place = np.random.default_rng(seed), np.random.default_rng(seed if placement is None else placement)
     bs, lens = shape.block_size, np.array(shape.seq_lens, dtype=np.int64)
@@ -66,24 +78,46 @@ def decode_case(shape: DecodeShape, backend: str, seed: int = 0, placement: int 
     max_blocks = int(blocks_of.max(initial=0)) + 2
     tables = content.choice(ILLEGAL_IDS, size=(len(lens), max_blocks))
     ids = place.permutation(num_blocks)
-    for seq, (length, count) in enumerate(zip(lens, blocks_of, strict=True)):
+    firsts = np.maximum(lens - (shape.query_tokens or 1) - shape.window + 1, 0) if shape.window else 0 * lens
+    for seq, (length, first, count) in enumerate(zip(lens, firsts, blocks_of, strict=True)):
         mine, ids = ids[:count], ids[count:]
-        tables[seq, :count] = mine
-        tokens = np.arange(length)
+        tables[seq, first // bs : count] = mine[first // bs :]
+        tokens = np.arange(first, length)
         for array in dense:
-            rows = shape.spread * content.standard_normal((length, shape.num_kv_heads, shape.head_dim))
+            rows = shape.spread * content.standard_normal((len(tokens), shape.num_kv_heads, shape.head_dim))
             array[mine[tokens // bs], tokens % bs] = rows.astype(dtype)
-        tables[seq, :count][content.random(count) < shape.unmapped] = -1
+        tables[seq, first // bs : count][content.random(count - first // bs) < shape.unmapped] = -1
     cache.fill_from_dense(*dense)
-    query = shape.spread * content.standard_normal((len(lens), shape.num_heads, shape.head_dim))
+    rows = (len(lens), *([shape.query_tokens] if shape.query_tokens else []), shape.num_heads)
+    query = shape.spread * content.standard_normal((*rows, shape.head_dim))
     xp = cache.xp
+    variants = {"window": shape.window, "softcap": shape.softcap}
+    if shape.alibi:
+        slopes = 2.0 ** (-8 * (np.arange(shape.num_heads) + 1) / shape.num_heads)  # as published
+        variants["alibi_slopes"] = xp.asarray(slopes.astype(np.float32))
+    if shape.sinks:
+        variants["sinks"] = xp.asarray(3 * content.standard_normal(shape.num_heads).astype(np.float32))
     return DecodeCase(
         shape,
         cache,
         xp.asarray(query.astype(dtype)),
         xp.asarray(tables.astype(np.int32)),
         xp.asarray(lens.astype(np.int32)),
+        {name: value for name, value in variants.items() if value is not None},
     )
+
+
+def serving_kernels(case: DecodeCase) -> list[str]:
+    """Return the attention kernels that serve a case; the others refuse it."""
+
+    def serves(kernel):
+        try:
+            pg.explain(*case.arguments, kernel=kernel, **case.variants)
+        except pg.UnsupportedError:
+            return False
+        return True
+
+    return [kernel for kernel in ATTENTION_KERNELS if serves(kernel)]
 
 
 def random_shape(seed: int) -> DecodeShape:

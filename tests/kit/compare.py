@@ -12,7 +12,7 @@ __all__ = ["assert_decode_matches_reference", "to_numpy"]
 
 def assert_decode_matches_reference(case, out, lse=None, kernel="auto"):
     """Hold a decode result to the float64 reference."""
-    budget = decode_budget(*case.arguments, kernel)
+    budget = decode_budget(*case.arguments, kernel, **case.variants)
     expected, expected_lse, out = budget.expected, budget.expected_lse, to_numpy(out)
     assert out.dtype == case.query.dtype
     assert out.shape == expected.shape

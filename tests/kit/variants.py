@@ -43,7 +43,11 @@ def append_defines(config, slot):
 
 def all_variants():
     """Return the source of every kernel over its covering set of defines."""
-    v1 = [("attention/paged_attention_v1.cu", "paged_attention_v1", attention_defines(c)) for c in CONFIGS]
+    v1 = [
+        ("attention/paged_attention_v1.cu", "paged_attention_v1", {**attention_defines(config), **asked})
+        for i, config in enumerate(CONFIGS)
+        for asked in ({}, dict.fromkeys(VARIANTS[i % len(VARIANTS)], 1))
+    ]
     append = [
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
@@ -53,6 +57,14 @@ def all_variants():
     return [KernelSource.read(*variant) for variant in (*v1, *mma, *append, *rest)]
 
 
+VARIANTS = [
+    ("QUERY_TOKENS",),
+    ("WINDOW",),
+    ("SOFTCAP",),
+    ("ALIBI",),
+    ("SINKS",),
+    ("QUERY_TOKENS", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"),
+]
 MMA_DEFINES = [
     {"STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows, "STAGES": stages}
     for storage, head_dim, block_size, rows, stages in (
