@@ -19,6 +19,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import BlockManager
 from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.cache import append_kv
+from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.registry import kernels
 from cupaged.runtime import available_backends, kernels_from
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "kernels",
     "kernels_from",
+    "merge_states",
     "paged_attention",
     "plan_decode",
     "reference",

@@ -8,8 +8,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["as_backend_array", "check_alignment", "like_caller"]
+__all__ = ["array_module", "as_backend_array", "backend_of", "check_alignment", "like_caller"]
 
+DLPACK_CPU, DLPACK_CUDA = 1, 2
 VECTOR_BYTES = 16  # kernels load and store 16 bytes at once
 
 
@@ -33,6 +34,28 @@ def as_backend_array(array: Any, name: str, backend: str) -> Any:
     if backend == "host":
         return _as_numpy(array, name)
     return _as_cupy(array, name)
+
+
+def backend_of(array: Any, name: str) -> str:
+    """Return the backend on whose memory `array` lies, "cuda" or "host"; raises TypeError if it is no array."""
+    if isinstance(array, np.ndarray):
+        return "host"
+    if hasattr(array, "__dlpack_device__"):
+        device = array.__dlpack_device__()[0]
+        if device in (DLPACK_CPU, DLPACK_CUDA):
+            return "host" if device == DLPACK_CPU else "cuda"
+    elif hasattr(array, "__cuda_array_interface__"):
+        return "cuda"
+    raise TypeError(f"{name} must be an array in the memory of the host or of a GPU; got {_kind(array)}")
+
+
+def array_module(backend: str) -> Any:
+    """Return NumPy or CuPy."""
+    if backend == "host":
+        return np
+    import cupy
+
+    return cupy
 
 
 def like_caller(result: Any, example: Any) -> Any:
@@ -62,7 +85,7 @@ def _as_numpy(array: Any, name: str) -> np.ndarray:
         return array
     if _is_torch(array) and array.device.type == "cpu":
         return _torch_bits(array, lambda tensor: tensor.numpy())
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 1:
+    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == DLPACK_CPU:
         return np.from_dlpack(array)
     raise TypeError(f"{name} must be a NumPy array, as the cache is on the host; got {_kind(array)}")
 
@@ -76,7 +99,7 @@ def _as_cupy(array: Any, name: str) -> Any:
         return _torch_bits(array, cupy.from_dlpack)
     if hasattr(array, "__cuda_array_interface__"):
         return cupy.asarray(array)
-    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == 2:
+    if hasattr(array, "__dlpack_device__") and array.__dlpack_device__()[0] == DLPACK_CUDA:
         return cupy.from_dlpack(array)
     raise TypeError(
         f"{name} must be a CuPy array, as the cache is on the GPU; got {_kind(array)} "

@@ -59,6 +59,12 @@ _KERNELS = (
         "what paged_attention_mma serves",
     ),
     KernelInfo(
+        "merge_states",
+        "attention/merge_states.cu",
+        "merges attention over disjoint parts of a context by their log-sum-exps",
+        "float16, bfloat16, float32; any shape whose last axis is a multiple of 16 bytes; parts over nothing",
+    ),
+    KernelInfo(
         "append_kv",
         "cache/append_kv.cu",
         "writes new keys and values to the slots of a slot mapping, 16 bytes a thread",

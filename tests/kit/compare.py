@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 
-from cupaged.bench.accuracy import decode_budget
+from cupaged.bench.accuracy import decode_budget, merge_budget
 from cupaged.reference import as_numpy as to_numpy
 
-__all__ = ["assert_decode_matches_reference", "to_numpy"]
+__all__ = ["assert_decode_matches_reference", "assert_merge_matches_reference", "to_numpy"]
 
 
 def assert_decode_matches_reference(case, out, lse=None, kernel="auto"):
     """Hold a decode result to the float64 reference."""
     budget = decode_budget(*case.arguments, kernel, **case.variants)
-    expected, expected_lse, out = budget.expected, budget.expected_lse, to_numpy(out)
     assert out.dtype == case.query.dtype
+    _assert_within(budget, to_numpy(out), None if lse is None else to_numpy(lse))
+
+
+def assert_merge_matches_reference(outs, lses, out, lse):
+    """Hold merged parts to the float64 reference."""
+    assert out.dtype == outs.dtype
+    _assert_within(merge_budget(outs, lses), to_numpy(out), to_numpy(lse))
+
+
+def _assert_within(budget, out, lse):
+    expected, expected_lse = budget.expected, budget.expected_lse
     assert out.shape == expected.shape
     actual = out.astype(np.float64)
     assert np.isfinite(actual).all(), "the output holds NaN or infinity: something was read that must not be"
     error = np.abs(actual - expected)
-    worst = np.unravel_index(np.argmax(error / budget.out), error.shape)
-    assert (error <= budget.out).all(), (
-        f"at {worst}: got {actual[worst]}, expected {expected[worst]}, "
-        f"error {error[worst]:.3g}, budget {budget.out[worst]:.3g}"
-    )
+    if error.size:
+        worst = np.unravel_index(np.argmax(error / budget.out), error.shape)
+        assert (error <= budget.out).all(), (
+            f"at {worst}: got {actual[worst]}, expected {expected[worst]}, "
+            f"error {error[worst]:.3g}, budget {budget.out[worst]:.3g}"
+        )
     if lse is not None:
-        lse = to_numpy(lse)
-        assert lse.dtype == np.float32
+        assert lse.dtype == np.float32 and lse.shape == expected_lse.shape
         empty = np.isneginf(expected_lse)
         np.testing.assert_array_equal(np.isneginf(lse), empty)
         error = np.abs(lse[~empty].astype(np.float64) - expected_lse[~empty])

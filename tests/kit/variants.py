@@ -53,8 +53,12 @@ def all_variants():
         for i, config in enumerate(CONFIGS)
     ]
     mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
+    merge = [
+        ("attention/merge_states.cu", "merge_states", {"STORAGE": storage})
+        for storage in ("__half", "__nv_bfloat16", "float")
+    ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *mma, *append, *rest)]
+    return [KernelSource.read(*variant) for variant in (*v1, *mma, *merge, *append, *rest)]
 
 
 VARIANTS = [

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
-from cupaged.ops.plan import why_no_tensor_cores
 from cupaged.runtime import host, load_kernel
-from tests.kit.cases import DecodeShape, decode_case
-from tests.kit.compare import assert_decode_matches_reference
+from tests.kit.cases import DecodeShape, decode_case, serving_kernels
+from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
 from tests.kit.programs import kernel_from_text
 
 SHAPES = [
@@ -24,24 +23,26 @@ SHAPES = [
     DecodeShape((90, 40), layout="BHDSX", dtype="float16", head_dim=128),
     DecodeShape((50,), layout="BHDSX", dtype="float32", head_dim=120, block_size=5, unmapped=0.5),
     DecodeShape((4200,), num_heads=1, num_kv_heads=1),
+    DecodeShape((0, 2, 100), query_tokens=3, window=5, softcap=3.0, alibi=True, sinks=True),
+    DecodeShape((33, 90), query_tokens=2, window=20, softcap=3.0, alibi=True, sinks=True, layout="BHDSX"),
+    DecodeShape((40,), window=16, dtype="bfloat16", head_dim=72, block_size=7, layout="BHDSX"),
     DecodeShape((300, 0, 40), layout="BHSD", dtype="bfloat16", head_dim=80, num_heads=24, block_size=5),
 ]
 
 
-def kernels_for(cache):
-    """Return every attention kernel that serves the cache."""
-    return ["paged_attention_v1"] + ["paged_attention_mma"] * (why_no_tensor_cores(cache) is None)
-
-
 def run_all(backend):
-    """Attend under two schedules, append, and read a stream."""
+    """Attend and merge under two schedules, append, and read a stream."""
     for shape in SHAPES:
         case = decode_case(shape, backend)
         for seed in range(2):
             with host.schedule(seed) if backend == "host" else nullcontext():
-                for kernel in kernels_for(case.cache):
-                    result = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+                for kernel in serving_kernels(case):
+                    result = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True, **case.variants)
                     assert_decode_matches_reference(case, *result, kernel)
+                    outs, lses = (case.cache.xp.stack([array] * 3) for array in result)
+                    lses[1] = -np.inf
+                    outs[1] = np.nan
+                    assert_merge_matches_reference(outs, lses, *pg.merge_states(outs, lses))
         config, xp = case.cache.config, case.cache.xp
         rows = xp.ones((5, config.num_kv_heads, config.head_dim), config.numpy_dtype)
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
