@@ -212,7 +212,9 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) ->
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
     if choice.kernel != "paged_attention_mma":
-        raise ValueError(f"plan must be left out for {choice.kernel}, which shares nothing out")
+        raise ValueError(
+            f"plan must be left out for {choice.kernel}, which shares nothing out; it runs as {choice.reason}"
+        )
     for name, planned, given in (
         ("backend", plan.backend, cache.backend),
         ("number of sequences", plan.num_seqs, query.shape[0]),

@@ -120,22 +120,43 @@ def serving_kernels(case: DecodeCase) -> list[str]:
     return [kernel for kernel in ATTENTION_KERNELS if serves(kernel)]
 
 
-def random_shape(seed: int) -> DecodeShape:
-    """Return any shape that the kernels serve, small enough to check by hand."""
-    rng = np.random.default_rng(seed)
-    block_size = int(rng.choice([1, 2, 3, 8, 16, 24, 32, 100, 128, 256]))
+def random_shape(seed: int, specialisations: int) -> DecodeShape:
+    """Return a shape that paged_attention_v1 serves, small enough to check by hand.
+
+    What a kernel is compiled for comes from a list of `specialisations` entries, as each costs a build; the rest is
+    drawn freely.
+    """
+    compiled = np.random.default_rng([0, seed % specialisations])
+    dtypes, dims = ["float16", "bfloat16", "float32"], [64, 80, 96, 112, 128, 192, 256, 8 * compiled.integers(4, 33)]
+    asked = {name for name in ("window", "softcap", "alibi", "sinks", "query_tokens") if compiled.random() < 0.4}
+    if compiled.random() < 0.2:
+        asked = set()
+    block_size = int(compiled.choice([1, 2, 3, 7, 8, 16, 24, 32, 64, 100, 128, 255, 256, compiled.integers(1, 257)]))
+    packed = compiled.random() < 0.25
+
+    rng = np.random.default_rng([1, seed])
+    window = int(rng.choice([1, 2, block_size, block_size + 1, rng.integers(1, 300), rng.integers(1, 40)]))
+    query_tokens = int(rng.choice([1, 2, 3, 4, 5, 8, 11]))
     kv_heads = int(rng.integers(1, 4))
-    edges = [0, 1, block_size - 1, block_size, block_size + 1, int(rng.integers(1, 700))]
+    edges = [0, 1, block_size - 1, block_size, block_size + 1, window, window + 1, query_tokens - 1]
+    lens = [int(rng.choice([rng.choice(edges), rng.integers(0, 400)])) for _ in range(rng.integers(1, 6))]
+    if rng.random() < 0.03:
+        lens[-1] = int(rng.integers(4000, 9000))
     return DecodeShape(
-        seq_lens=tuple(int(n) for n in rng.choice(edges, size=int(rng.integers(1, 5)))),
-        num_heads=kv_heads * int(rng.choice([1, 2, 3, 5, 7, 8])),
+        seq_lens=tuple(lens),
+        num_heads=kv_heads * int(rng.integers(1, 17)),
         num_kv_heads=kv_heads,
-        head_dim=int(rng.choice([32, 40, 64, 72, 80, 96, 112, 128, 192, 256])),
+        head_dim=int(dims[seed % specialisations % len(dims)]),
         block_size=block_size,
-        dtype=str(rng.choice(["float16", "bfloat16", "float32"])),
-        layout=str(rng.choice(["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"])),
+        dtype=dtypes[seed % specialisations % len(dtypes)],
+        layout="BHDSX" if packed else str(rng.choice(["BSHD", "BHSD", "HBSD", "BS2HD"])),
         unmapped=float(rng.choice([0.0, 0.0, 0.3])),
         spread=float(rng.choice([0.3, 1.0, 2.0])),
+        query_tokens=query_tokens if "query_tokens" in asked else None,
+        window=window if "window" in asked else None,
+        softcap=float(rng.choice([0.5, 5.0, 30.0, 50.0])) if "softcap" in asked else None,
+        alibi="alibi" in asked,
+        sinks="sinks" in asked,
     )
 
 
