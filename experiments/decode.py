@@ -30,7 +30,7 @@ from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.workload import DecodeWorkload, decode_workload
 from cupaged.runtime import choose_backend
 
-KERNELS = ("paged_attention_v1", "paged_attention_mma")
+KERNELS = ("paged_attention_v1", "paged_attention_persistent")
 EXPECTATION = (
     "What to expect. v1 gives every query head a thread block of its own: with as many KV heads as query heads it "
     "reads each byte once and can come near the ceiling; with `group` query heads to a KV head it reads each byte "
@@ -123,7 +123,7 @@ def measure(workload: Workload, ceiling: float) -> list[dict[str, Any]]:
 
 def measure_kernel(kernel: str, workload: Workload, copies: list[DecodeWorkload], ceiling: float) -> dict[str, Any]:
     """Return one row; the plan is made once, as it is for all layers of a step."""
-    planned = kernel == "paged_attention_mma"
+    planned = kernel == "paged_attention_persistent"
     plans = [pg.plan_decode(c.cache, c.seq_lens, workload.num_heads) if planned else None for c in copies]
     out = copies[0].cache.xp.full_like(copies[0].query, float("nan"))
 

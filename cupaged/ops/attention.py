@@ -20,7 +20,7 @@ from cupaged.ops.checks import (
     check_shape,
     must_validate,
 )
-from cupaged.ops.plan import WARPS, DecodePlan, plan_decode, why_no_tensor_cores
+from cupaged.ops.plan import DecodePlan, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
@@ -139,11 +139,11 @@ def paged_attention(
     lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
     choice = choose_kernel(query, cache, kernel, planned=plan is not None, variants=variants)
     if plan is not None:
-        _check_plan(plan, choice, query, cache)
+        _check_plan(plan, choice, query, cache, variants)
     if query.size:
         arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
-        if choice.kernel == "paged_attention_mma":
-            _launch_mma(*arguments, plan or _plan_for_one_call(cache, query, seq_lens))
+        if choice.kernel == "paged_attention_persistent":
+            _launch_persistent(*arguments, variants, plan or _plan_for_one_call(cache, query, seq_lens, variants))
         else:
             _launch_v1(*arguments, variants)
     result = like_caller(result, caller) if out is None else out
@@ -189,18 +189,18 @@ def choose_kernel(
         if limit is not None:
             raise UnsupportedError(limit)
         return Choice(kernel, "it was named")
-    limit = _limit("paged_attention_mma", cache, variants)
+    limit = _limit("paged_attention_persistent", cache, variants)
     if limit is not None:
         return Choice("paged_attention_v1", f"it serves every shape; {limit}")
     rows, num_heads = variants.query_tokens * query.shape[0], query.shape[-2]
     if num_heads == cache.config.num_kv_heads and rows * num_heads >= V1_FILLS_A_GPU and not planned:
         return Choice("paged_attention_v1", "no query heads share a KV head, and there is work for every SM")
-    return Choice("paged_attention_mma", "tensor cores serve it, and each byte of the cache is read once")
+    return Choice("paged_attention_persistent", "tensor cores serve it, and each byte of the cache is read once")
 
 
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     """Return None if a kernel serves the cache and the variants, else what it does not."""
-    if kernel == "paged_attention_mma" and (limit := why_no_tensor_cores(cache)):
+    if kernel == "paged_attention_persistent" and (limit := why_no_tensor_cores(cache)):
         return limit
     missing = sorted(variants.names - kernels()[kernel].variants)
     if missing:
@@ -208,10 +208,10 @@ def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     return None
 
 
-def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) -> None:
+def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, variants: Variants) -> None:
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
-    if choice.kernel != "paged_attention_mma":
+    if choice.kernel != "paged_attention_persistent":
         raise ValueError(
             f"plan must be left out for {choice.kernel}, which shares nothing out; it runs as {choice.reason}"
         )
@@ -219,6 +219,8 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) ->
         ("backend", plan.backend, cache.backend),
         ("number of sequences", plan.num_seqs, query.shape[0]),
         ("number of query heads", plan.num_heads, query.shape[-2]),
+        ("number of query tokens", plan.query_tokens, variants.query_tokens),
+        ("window", plan.window, variants.window),
         ("cache", replace(plan.config, num_blocks=1), replace(cache.config, num_blocks=1)),
     ):
         if planned != given:
@@ -228,8 +230,8 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache) ->
 _captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these must outlive it
 
 
-def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any) -> DecodePlan:
-    plan = plan_decode(cache, seq_lens, query.shape[-2])
+def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any, variants: Variants) -> DecodePlan:
+    plan = plan_decode(cache, seq_lens, query.shape[-2], query_tokens=variants.query_tokens, window=variants.window)
     if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
         _captured_plans.append(plan)
     return plan
@@ -341,14 +343,23 @@ def _launch_v1(
     )
 
 
-def _launch_mma(
-    out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float, plan: DecodePlan
+def _launch_persistent(
+    out: Any,
+    lse: Any,
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float,
+    variants: Variants,
+    plan: DecodePlan,
 ) -> None:
     config = cache.config
     key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
-    plan.kernel(
+    kernel = attention_kernel(config, plan.shape, cache.backend, variants.defines) if variants.names else plan.kernel
+    kernel(
         (plan.num_blocks,),
-        (32 * WARPS,),
+        (32 * plan.shape.warps,),
         shared_bytes=plan.shape.shared_bytes(config),
         out=out,
         lse=lse,
@@ -360,12 +371,12 @@ def _launch_mma(
         value_cache=Strided(cache.value),
         block_tables=block_tables,
         seq_lens=seq_lens,
-        offsets=plan.offsets,
-        first_seq=plan.first_seq,
+        num_pieces=plan.num_pieces,
+        pieces=plan.pieces,
         scale=scale,
-        num_seqs=query.shape[0],
         num_kv_heads=config.num_kv_heads,
-        group=plan.group,
+        group=query.shape[-2] // config.num_kv_heads,
         max_blocks=block_tables.shape[1],
         **layouts.stride_arguments(key, value, ("block", "head", "slot")),
+        **variants.arguments,
     )

@@ -18,50 +18,65 @@ from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
 __all__ = ["DecodePlan", "plan_decode"]
 
-CHUNK = 16  # tokens, as in kernels_cu/include/decode_plan.cuh
-WARPS = 4
+CHUNK = 16  # tokens, as in kernels_cu/include/attention_tile.cuh
 HOST_BLOCKS = 7  # enough to cut sequences in the middle, few enough to be quick
+MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, some 3 us
+PIECE_BYTES = 16 * 1024  # and while a block changes to the next piece
+MANY_TILES = 6  # for each SM
+NO_WINDOW = 2**31 - 1
 SHARED_BYTES_PER_SM = 228 * 1024  # of an H100; 1 KiB a block is the system's
 REGISTERS_PER_SM = 65536
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """What paged_attention_mma is specialised to besides the cache."""
+    """What paged_attention_persistent is specialised to besides the cache."""
 
     rows: int
+    warps: int
     stages: int
 
     def chunk_bytes(self, config: CacheConfig) -> int:
-        """Return the bytes of a chunk's keys and values in shared memory."""
-        itemsize = config.numpy_dtype.itemsize
-        return 2 * CHUNK * (config.head_dim + 16 // itemsize) * itemsize
+        """Return the bytes of a chunk in shared memory."""
+        return 2 * CHUNK * config.head_dim * config.numpy_dtype.itemsize
 
     def shared_bytes(self, config: CacheConfig) -> int:
         """Return a block's dynamic shared memory."""
-        return WARPS * self.stages * self.chunk_bytes(config)
+        return self.warps * self.stages * self.chunk_bytes(config)
 
 
-def tile_shape(config: CacheConfig, group: int) -> TileShape:
-    """Return rows and stages for a cache and a number of query heads per KV head."""
-    rows = 8 if group <= 8 else 16
-    stages = {64: 6, 80: 4, 96: 4, 112: 2, 128: 2}.get(config.head_dim, 8 if config.head_dim < 64 else 3)
-    if rows == 16 and config.head_dim < 112:
-        stages -= 1
-    return TileShape(rows, stages)
+def tile_shape(config: CacheConfig, rows: int, many: bool) -> TileShape:
+    """Return rows, warps and stages: about 64 KiB on the way to an SM are enough, and more slow each other down.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Of the cache.
+    rows : int
+        Query rows of a KV head.
+    many : bool
+        Whether there are many head tiles for each SM: then two small blocks on an SM, each busy while the other starts
+        or ends a piece, beat a large one.
+    """
+    tile_rows = 8 if rows <= 8 else 16
+    if config.head_dim > 192:
+        return TileShape(tile_rows, warps=4, stages=2)
+    stages = 2 if config.head_dim >= 112 else 3 if config.head_dim >= 64 else 5
+    return TileShape(tile_rows, 4 if many else 8, stages)
 
 
-def attention_kernel(config: CacheConfig, group: int, backend: str) -> Any:
-    """Return paged_attention_mma for a cache and a group."""
-    shape = tile_shape(config, group)
+def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, variants: dict[str, int]) -> Any:
+    """Return paged_attention_persistent for a cache, a tile and what a call asks for besides plain decode."""
     defines = {
         "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
         "HEAD_DIM": config.head_dim,
         "BLOCK_SIZE": config.block_size,
         "ROWS": shape.rows,
+        "WARPS": shape.warps,
         "STAGES": shape.stages,
+        **variants,
     }
-    return load_kernel("attention/paged_attention_mma.cu", "paged_attention_mma", defines, backend)
+    return load_kernel("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines, backend)
 
 
 class DecodePlan:
@@ -78,40 +93,61 @@ class DecodePlan:
         Thread blocks that the work is shared out over.
     """
 
-    def __init__(self, cache: KVCache, num_seqs: int, num_heads: int) -> None:
+    def __init__(
+        self, cache: KVCache, num_seqs: int, num_heads: int, query_tokens: int = 1, window: int | None = None
+    ) -> None:
         config = cache.config
         self.config, self.backend = config, cache.backend
         self.num_seqs, self.num_heads = num_seqs, num_heads
-        self.group = num_heads // config.num_kv_heads
-        self.shape = tile_shape(config, self.group)
-        self.kernel = attention_kernel(config, self.group, cache.backend)
-        self.num_blocks = _resident_blocks(self)
-        xp, rows = cache.xp, self.shape.rows
-        self.offsets = xp.zeros(num_seqs + 1, dtype=np.int32)
-        self.first_seq = xp.zeros(self.num_blocks, dtype=np.int32)
-        self.partial_out = xp.empty((self.num_blocks, 2, rows, config.head_dim), dtype=np.float32)
-        self.partial_state = xp.empty((self.num_blocks, 2, rows, 2), dtype=np.float32)
-        self.arrivals = xp.zeros(self.num_blocks, dtype=np.uint32)
+        self.query_tokens, self.window = query_tokens, window
+        rows_of_kv_head = query_tokens * num_heads // config.num_kv_heads
+        sms = _multiprocessors(cache.backend)
+        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads >= MANY_TILES * sms)
+        self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
+        self.kernel = attention_kernel(config, self.shape, cache.backend, {})
+        self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
+        xp, rows, max_slots = cache.xp, self.shape.rows, 4 * self.num_blocks
+        max_pieces = max(self.num_blocks, num_seqs * self.tiles) + max_slots
+        self.num_pieces = xp.zeros(4, dtype=np.int32)
+        self.pieces = xp.zeros((max_pieces, 8), dtype=np.int32)
+        self.ranges = xp.zeros((num_seqs, 2), dtype=np.int32)
+        self.order = xp.zeros(num_seqs, dtype=np.int32)
+        self.offsets = xp.zeros((num_seqs + 1, 2), dtype=np.int32)
+        self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
+        self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
+        self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
 
     def update(self, seq_lens: Any) -> None:
         """Share out anew for other lengths, int32 [num_seqs]; returns without waiting for the device."""
         seq_lens = as_backend_array(seq_lens, "seq_lens", self.backend)
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
         check_shape(seq_lens, "seq_lens", (self.num_seqs,))
+        chunks_per_byte = self.num_sms / self.num_blocks / self.shape.chunk_bytes(self.config)
         kernel = load_kernel("attention/plan_decode.cu", "plan_decode", backend=self.backend)
         kernel(
             (1,),
             (1024,),
+            num_pieces=self.num_pieces,
+            pieces=self.pieces,
+            ranges=self.ranges,
+            order=self.order,
             offsets=self.offsets,
-            first_seq=self.first_seq,
             seq_lens=seq_lens,
             num_seqs=self.num_seqs,
-            tiles=self.config.num_kv_heads * -(-self.group // self.shape.rows),
+            tiles=self.tiles,
+            query_tokens=self.query_tokens,
+            window=NO_WINDOW if self.window is None else self.window,
             blocks=self.num_blocks,
+            min_piece=2 * self.shape.warps,
+            max_slots=4 * self.num_blocks,
+            merge_chunks=MERGE_BYTES * chunks_per_byte,
+            piece_chunks=PIECE_BYTES * chunks_per_byte,
         )
 
 
-def plan_decode(cache: KVCache, seq_lens: Any, num_heads: int) -> DecodePlan:
+def plan_decode(
+    cache: KVCache, seq_lens: Any, num_heads: int, *, query_tokens: int = 1, window: int | None = None
+) -> DecodePlan:
     """Return a plan for decode attention of these lengths.
 
     Parameters
@@ -137,22 +173,22 @@ def plan_decode(cache: KVCache, seq_lens: Any, num_heads: int) -> DecodePlan:
             f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
         )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
-    plan = DecodePlan(cache, lens.shape[0], num_heads)
+    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window)
     plan.update(lens)
     return plan
 
 
 def why_no_tensor_cores(cache: KVCache) -> str | None:
-    """Return None if paged_attention_mma serves the cache where it lies, else what it does not."""
+    """Return None if paged_attention_persistent serves the cache where it lies, else what it does not."""
     config = cache.config
     if cache.backend == "cuda" and _compute_capability(cache.device) < 80:
-        return "paged_attention_mma needs compute capability 8.0"
+        return "paged_attention_persistent needs compute capability 8.0"
     if config.dtype == "float32":
-        return "paged_attention_mma takes float16 or bfloat16; the cache is float32"
+        return "paged_attention_persistent takes float16 or bfloat16; the cache is float32"
     if config.head_dim % 16:
-        return f"paged_attention_mma takes a head_dim that is a multiple of 16; the cache's is {config.head_dim}"
+        return f"paged_attention_persistent takes a head_dim that is a multiple of 16; the cache's is {config.head_dim}"
     if config.layout == "BHDSX" and config.block_size > 1:
-        return "paged_attention_mma takes layouts that keep a token's row together; BHDSX does not"
+        return "paged_attention_persistent takes layouts that keep a token's row together; BHDSX does not"
     return None
 
 
@@ -163,15 +199,20 @@ def _compute_capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
-def _resident_blocks(plan: DecodePlan) -> int:
-    """Return how many thread blocks run at once: all of them, so that the work is shared out in one wave."""
-    if plan.backend == "host":
+def _multiprocessors(backend: str) -> int:
+    if backend == "host":
         return HOST_BLOCKS
     import cupy
 
+    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+
+def _resident_blocks(plan: DecodePlan) -> int:
+    """Return how many thread blocks an SM runs at once."""
+    if plan.backend == "host":
+        return 1
     raw = plan.kernel.raw_kernel()
     shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + 1024
     by_shared = SHARED_BYTES_PER_SM // shared
-    by_registers = REGISTERS_PER_SM // (32 * WARPS * raw.num_regs)
-    per_sm = max(1, min(by_shared, by_registers))
-    return per_sm * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    by_registers = REGISTERS_PER_SM // (32 * plan.shape.warps * raw.num_regs)
+    return max(1, min(by_shared, by_registers, 8 // plan.shape.warps))

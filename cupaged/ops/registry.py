@@ -46,17 +46,18 @@ _KERNELS = (
         variants=ALL_VARIANTS,
     ),
     KernelInfo(
-        "paged_attention_mma",
-        "attention/paged_attention_mma.cu",
+        "paged_attention_persistent",
+        "attention/paged_attention_persistent.cu",
         "tensor cores for all query heads of a KV head, copies always under way, work shared out in chunks of tokens",
         "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX",
         rounds_weights=True,
+        variants=ALL_VARIANTS,
     ),
     KernelInfo(
         "plan_decode",
         "attention/plan_decode.cu",
         "shares decode work out over thread blocks, on the device, from lengths that the host need not know",
-        "what paged_attention_mma serves",
+        "what paged_attention_persistent serves",
     ),
     KernelInfo(
         "merge_states",

@@ -1,5 +1,9 @@
-// Share out decode work on the device, from lengths that the host need not know: prefix sums over the sequences, and
-// for every thread block of the attention kernel the sequence in which its share begins.
+// Share out decode work on the device, from lengths that the host need not know: choose how finely to cut sequences,
+// and write the list of pieces (decode_plan.cuh).
+//
+// How finely: every warp tries one number of parts for the longest sequence, and with it a largest piece, and estimates
+// when the last thread block is done. Memory is the bottleneck, so blocks that have less company run faster, up to
+// `kAloneSpeed` times; merging parts costs time at the end. Times are in chunks that a block reads with all others busy.
 //
 // Grid:  1.    Block: (THREADS).
 #include "decode_plan.cuh"
@@ -7,6 +11,8 @@
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / kWarpSize;
+constexpr float kAloneSpeed = 1.75f;     // measured on an H100: 75 of its 132 SMs saturate memory
+constexpr int SORTED_SEQS = 2048;        // of more sequences the order no longer matters, but sorting them would take long
 
 // Sum over this thread and all before it in the block.
 __device__ __forceinline__ int inclusive_sum(int value, int* sum_of_warp) {
@@ -23,33 +29,126 @@ __device__ __forceinline__ int inclusive_sum(int value, int* sum_of_warp) {
   return value;
 }
 
+__device__ __forceinline__ int warp_sum(int value) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+__device__ __forceinline__ int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+// Numbers of parts that are tried for the longest sequence: 1 to 16, then wider and wider apart, to 128.
+__device__ __forceinline__ int candidate(int warp) {
+  return warp < 16 ? warp + 1 : warp < 24 ? 16 + 4 * (warp - 15) : 48 + 10 * (warp - 23);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
-    int* __restrict__ offsets,           // [num_seqs + 1], chunks of all head tiles of the sequences before each
-    int* __restrict__ first_seq,         // [blocks], the sequence in which a block's share begins
+    int* __restrict__ num_pieces,        // [4], of which [0] is used
+    int* __restrict__ pieces,            // [max_pieces, 8], Pieces, in the order in which they are taken
+    int* __restrict__ ranges,            // [num_seqs, 2], work space: chunks of each sequence, first and end
+    int* __restrict__ order,             // [num_seqs], work space: sequences, the largest pieces first
+    int* __restrict__ offsets,           // [num_seqs + 1, 2], work space: pieces, and slots, before each in that order
     const int* __restrict__ seq_lens,    // [num_seqs]
-    const int num_seqs, const int tiles, const int blocks) {
-  __shared__ int sum_of_warp[WARPS], sum_so_far;
-  if (threadIdx.x == 0) offsets[0] = sum_so_far = 0;
+    const int num_seqs, const int tiles,            // tiles: head tiles of a sequence
+    const int query_tokens, const int window,
+    const int blocks, const int min_piece, const int max_slots,
+    const float merge_chunks, const float piece_chunks) {   // what merging costs, and what a further piece
+  __shared__ int sum_of_warp[WARPS], total, longest, largest;
+  __shared__ float estimate[WARPS];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  if (threadIdx.x == 0) total = longest = 0;
   __syncthreads();
+  for (int seq = threadIdx.x; seq < num_seqs; seq += THREADS) {
+    const ChunkRange range = chunks_of(load_global(seq_lens + seq), query_tokens, window);
+    ranges[2 * seq] = range.first, ranges[2 * seq + 1] = range.end;
+    atomicAdd(&total, (range.end - range.first) * tiles);
+    atomicMax(&longest, range.end - range.first);
+  }
+  __syncthreads();
+  const auto chunks_in = [&](int seq) { return ranges[2 * seq + 1] - ranges[2 * seq]; };
+
+  {
+    const int piece = divide_up(longest, candidate(warp));
+    int count = 0, slots = 0;
+    for (int seq = lane; seq < num_seqs; seq += kWarpSize) {
+      const int parts = divide_up(chunks_in(seq), piece);
+      count += parts * tiles;
+      slots += parts > 1 ? parts * tiles : 0;
+    }
+    count = warp_sum(count), slots = warp_sum(slots);
+    const float share = static_cast<float>(total) / blocks, mean = static_cast<float>(total) / count;
+    const float last_wave = static_cast<float>(count % blocks) / blocks;   // how many blocks have a piece at the end
+    const float merging = slots > 0 ? merge_chunks * (1 + candidate(warp) / 64.0f) : 0.0f;
+    float time = fmaxf(share, piece / kAloneSpeed) + merging + (count - 1) / blocks * piece_chunks;
+    if (count > blocks && last_wave > 0) time += mean * fmaxf(0.0f, 1 / kAloneSpeed - last_wave);
+    if (count < blocks) time += 0.03f * share * (1 - last_wave);           // more blocks end more nearly together
+    if (slots > max_slots || piece < min(longest, min_piece)) time = -minus_infinity();
+    if (lane == 0) estimate[warp] = time;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int best = 0;
+    for (int w = 1; w < WARPS; ++w)
+      if (estimate[w] < estimate[best]) best = w;
+    largest = divide_up(longest, candidate(best));
+  }
+  __syncthreads();
+
+  const auto parts_of = [&](int seq) { return divide_up(chunks_in(seq), largest); };
+  const int most_together = max(1, num_seqs * tiles / (2 * blocks));   // head tiles in a piece: not if blocks went idle
+  const auto tiles_together = [&](int seq) {
+    return parts_of(seq) > 1 ? 1 : max(1, min(min(min_piece / chunks_in(seq), tiles), most_together));
+  };
+  const auto size_of = [&](int seq) { return divide_up(chunks_in(seq), parts_of(seq)); };
+  for (int seq = threadIdx.x; seq < num_seqs; seq += THREADS) {
+    int place = seq;
+    if (num_seqs <= SORTED_SEQS) {
+      place = 0;
+      const int mine = size_of(seq);
+      for (int other = 0; other < num_seqs; ++other) {
+        const int its = size_of(other);
+        place += its > mine || (its == mine && other < seq);
+      }
+    }
+    order[place] = seq;
+  }
+  __syncthreads();
+
+  int pieces_before = 0, slots_before = 0;
   for (int first = 0; first < num_seqs; first += THREADS) {
-    const int seq = first + threadIdx.x;
-    const int chunks = seq < num_seqs ? (load_global(seq_lens + seq) + CHUNK - 1) / CHUNK * tiles : 0;
-    const int before = sum_so_far;   // read on this side of the barriers, written on the other
-    const int sum = before + inclusive_sum(chunks, sum_of_warp);
-    if (seq < num_seqs) offsets[seq + 1] = sum;
-    if (threadIdx.x == THREADS - 1) sum_so_far = sum;
+    const int place = first + threadIdx.x;
+    int count = 0, slots = 0;
+    if (place < num_seqs) {
+      const int seq = order[place], parts = parts_of(seq);
+      count = parts * divide_up(tiles, tiles_together(seq));
+      slots = parts > 1 ? parts * tiles : 0;
+    }
+    const int count_sum = pieces_before + inclusive_sum(count, sum_of_warp);
+    const int slots_sum = slots_before + inclusive_sum(slots, sum_of_warp);
+    if (place < num_seqs) offsets[2 * place + 2] = count_sum, offsets[2 * place + 3] = slots_sum;
+    if (threadIdx.x == THREADS - 1) total = count_sum, longest = slots_sum;   // what they were is no longer needed
+    __syncthreads();
+    pieces_before = total, slots_before = longest;
     __syncthreads();
   }
-  const int total = sum_so_far;
-  const int sharing = DecodePlan::sharing_blocks(blocks, total);
-  for (int block = threadIdx.x; block < sharing; block += THREADS) {
-    const int place = DecodePlan::first_of(block, sharing, total);
-    int low = 0, high = num_seqs;   // the last sequence that begins at or before the place
+  if (threadIdx.x == 0) offsets[0] = offsets[1] = 0, num_pieces[0] = pieces_before;
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < pieces_before; i += THREADS) {
+    int low = 0, high = num_seqs;   // the last place whose pieces begin at or before this one
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (offsets[middle] <= place) low = middle;
+      if (offsets[2 * middle] <= i) low = middle;
       else high = middle;
     }
-    first_seq[block] = low;
+    const int seq = order[low], parts = parts_of(seq), together = tiles_together(seq), within = i - offsets[2 * low];
+    const int groups = divide_up(tiles, together), part = within / groups, tile = within % groups * together;
+    const int first = ranges[2 * seq], chunks = chunks_in(seq);
+    Piece piece;
+    piece.seq = seq, piece.tile = tile, piece.tiles = min(together, tiles - tile);
+    piece.begin = first + static_cast<int>(static_cast<long long>(chunks) * part / parts);
+    piece.end = first + static_cast<int>(static_cast<long long>(chunks) * (part + 1) / parts);
+    piece.parts = parts, piece.part = part, piece.slot = offsets[2 * low + 1] + tile * parts;
+    reinterpret_cast<Piece*>(pieces)[i] = piece;
   }
 }

@@ -14,4 +14,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
+// What this thread wrote or saw written before is seen by whoever sees what it writes after, on the whole device; lighter
+// than __threadfence(), which puts all fences in one order.
+__device__ __forceinline__ void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 #endif

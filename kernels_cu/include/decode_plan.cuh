@@ -1,57 +1,31 @@
-// How decode work is shared out: all chunks of all (sequence, head tile) pairs stand in one line, and every thread block
-// takes the same number of them in a row. A long sequence is spread over many blocks, short ones share one, and nobody
-// waits: the work is split by bytes, whatever the lengths are ("stream-K", Osama et al., arXiv 2301.03598).
+// How decode work is shared out. A head tile of a sequence is a run of chunks of 16 tokens. Long runs are cut into equal
+// parts, short ones of a sequence lie together: these are the pieces that thread blocks take from a queue, the largest
+// first (Graham, "Bounds on multiprocessing timing anomalies", 1969). Pieces of one part of a sequence stand together,
+// so that all heads of a token, neighbours in memory, are read at about the same time.
+//
+// Who computes a piece is open; what the pieces are is not: the same plan gives the same bits.
 #pragma once
 
+#include "attention_tile.cuh"
 #include "global_memory.cuh"
 
-constexpr int CHUNK = 16;   // tokens that one warp takes at a time
+// Some head tiles of a part of a sequence.
+struct __align__(16) Piece {
+  int seq, tile, tiles;      // tile, tile + 1, ...: `tiles` of them
+  int begin, end;            // chunks of the sequence
+  int parts, part;           // of the sequence; this one
+  int slot;                  // of part 0 of this tile in the work space, where there are several parts
 
-struct DecodePlan {
-  const int* offsets;     // [num_seqs + 1], chunks of all head tiles of the sequences before each
-  int num_seqs, tiles;    // tiles: head tiles of a sequence
-
-  __device__ __forceinline__ int total() const { return load_global(offsets + num_seqs); }
-  __device__ __forceinline__ int chunks_of(int seq) const {
-    return (load_global(offsets + seq + 1) - load_global(offsets + seq)) / tiles;
-  }
-  // How many blocks share: each has a chunk at least.
-  static __device__ __forceinline__ int sharing_blocks(int blocks, int total) { return blocks < total ? blocks : total; }
-  // First chunk in line of a block, and the block that has a chunk.
-  static __device__ __forceinline__ int first_of(int block, int blocks, int total) {
-    return static_cast<int>(static_cast<long long>(total) * block / blocks);
-  }
-  static __device__ __forceinline__ int block_of(int chunk, int blocks, int total) {
-    return static_cast<int>(((chunk + 1ll) * blocks - 1) / total);
-  }
+  __device__ __forceinline__ int chunks() const { return end - begin; }   // of one tile
+  __device__ __forceinline__ int length() const { return tiles * chunks(); }
 };
 
-// A place in the line.
-struct Cursor {
-  int line;                // how many chunks stand before it
-  int seq, tile, chunk;    // what it is: a chunk of a head tile of a sequence
-  int chunks;              // in this sequence
-
-  __device__ __forceinline__ void start(const DecodePlan& plan, int place, int first_seq) {
-    line = place;
-    seq = first_seq;
-    chunks = plan.chunks_of(seq);
-    const int within = place - load_global(plan.offsets + seq);
-    tile = within / chunks;
-    chunk = within % chunks;
-  }
-  __device__ __forceinline__ void advance(const DecodePlan& plan, int places) {
-    line += places;
-    chunk += places;
-    while (chunk >= chunks) {
-      chunk -= chunks;
-      if (++tile == plan.tiles) {
-        tile = 0;
-        do {
-          if (++seq == plan.num_seqs) return;   // past the end of the line
-          chunks = plan.chunks_of(seq);
-        } while (chunks == 0);
-      }
-    }
-  }
+// Chunks of a sequence that take part: with a sliding window, not those that no query token sees. An empty sequence has
+// one, without tokens, so that somebody writes its output.
+struct ChunkRange {
+  int first, end;
 };
+__device__ __forceinline__ ChunkRange chunks_of(int seq_len, int query_tokens, int window) {
+  const int first_token = max(0, max(0, seq_len - query_tokens) - (window - 1));
+  return {first_token / CHUNK, max(1, (seq_len + CHUNK - 1) / CHUNK)};
+}

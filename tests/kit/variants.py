@@ -52,13 +52,16 @@ def all_variants():
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
     ]
-    mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
+    persistent = [
+        ("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines)
+        for defines in PERSISTENT_DEFINES
+    ]
     merge = [
         ("attention/merge_states.cu", "merge_states", {"STORAGE": storage})
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *mma, *merge, *append, *rest)]
+    return [KernelSource.read(*variant) for variant in (*v1, *persistent, *merge, *append, *rest)]
 
 
 VARIANTS = [
@@ -69,14 +72,17 @@ VARIANTS = [
     ("SINKS",),
     ("QUERY_TOKENS", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"),
 ]
-MMA_DEFINES = [
-    {"STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows, "STAGES": stages}
-    for storage, head_dim, block_size, rows, stages in (
-        ("__half", 128, 16, 8, 3),
-        ("__half", 64, 7, 16, 5),
-        ("__nv_bfloat16", 32, 1, 8, 8),
-        ("__nv_bfloat16", 80, 24, 16, 3),
-        ("__nv_bfloat16", 256, 256, 8, 3),
-        ("__nv_bfloat16", 256, 64, 16, 3),
+PERSISTENT_DEFINES = [
+    {
+        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows, "WARPS": warps, "STAGES": stages,
+        **dict.fromkeys(asked, 1),
+    }
+    for storage, head_dim, block_size, rows, warps, stages, asked in (
+        ("__half", 128, 16, 8, 8, 2, ()),
+        ("__half", 64, 7, 16, 4, 3, ("WINDOW",)),
+        ("__nv_bfloat16", 32, 1, 8, 8, 5, ("ALIBI", "SINKS")),
+        ("__nv_bfloat16", 80, 24, 16, 8, 3, ("QUERY_TOKENS",)),
+        ("__nv_bfloat16", 256, 256, 8, 4, 2, ("SOFTCAP",)),
+        ("__nv_bfloat16", 192, 64, 16, 8, 2, VARIANTS[-1]),
     )
-]
+]  # fmt: skip

@@ -148,8 +148,8 @@ def test_auto_takes_v1_where_nothing_is_shared_and_the_batch_is_large(backend, x
     many = xp.zeros((600, 2, 64), dtype=case.query.dtype)
     tables, lens = xp.full((600, 1), -1, dtype=xp.int32), xp.zeros(600, dtype=xp.int32)
     assert pg.explain(many, case.cache, tables, lens).kernel == "paged_attention_v1"
-    assert pg.explain(*case.arguments).kernel == "paged_attention_mma"
+    assert pg.explain(*case.arguments).kernel == "paged_attention_persistent"
     shared = xp.zeros((600, 4, 64), dtype=case.query.dtype)
-    assert pg.explain(shared, case.cache, tables, lens).kernel == "paged_attention_mma"
+    assert pg.explain(shared, case.cache, tables, lens).kernel == "paged_attention_persistent"
     plan = pg.plan_decode(case.cache, lens, 2)
     assert not xp.asarray(pg.paged_attention(many, case.cache, tables, lens, plan=plan)).any()

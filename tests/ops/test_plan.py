@@ -8,14 +8,23 @@ from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
 
-def test_offsets_count_chunks_of_16_tokens_for_every_kv_head(backend):
-    case = decode_case(DecodeShape((0, 1, 16, 17, 100)), backend)
-    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
-    np.testing.assert_array_equal(to_numpy(plan.offsets), 2 * np.cumsum([0, 0, 1, 1, 2, 7]))
-    sharing = min(plan.num_blocks, 22)
-    starts = [22 * block // sharing for block in range(sharing)]
-    expected = np.searchsorted(to_numpy(plan.offsets), starts, side="right") - 1
-    np.testing.assert_array_equal(to_numpy(plan.first_seq)[:sharing], expected)
+@pytest.mark.parametrize("lens", [(0, 1, 16, 17, 9000, 0, 100), (64,) * 9, (40000,), (5, 3) * 200])
+def test_pieces_cover_every_chunk_once(lens, backend):
+    cache = pg.KVCache(pg.CacheConfig(1, 16, 3, 64, "float16"), backend)
+    plan = pg.plan_decode(cache, cache.xp.asarray(lens, dtype=np.int32), 6)
+    pieces = to_numpy(plan.pieces)[: int(plan.num_pieces[0])]
+    covered = {}
+    for seq, tile, tiles, begin, end, parts, part, slot in pieces.tolist():
+        for t in range(tile, tile + tiles):
+            covered.setdefault((seq, t), []).append((begin, end))
+            assert 0 <= part < parts and (parts == 1 or 0 <= slot + (t - tile) * parts < len(plan.partial_out))
+    assert sorted(covered) == [(seq, tile) for seq in range(len(lens)) for tile in range(3)]
+    for (seq, _), parts in covered.items():
+        edges = sorted(parts)
+        assert edges[0][0] == 0 and edges[-1][1] == max(1, -(-lens[seq] // 16))
+        assert all(before[1] == after[0] for before, after in zip(edges, edges[1:], strict=False))
+    sizes = (pieces[:, 4] - pieces[:, 3]).tolist()
+    assert all(before >= after - 1 for before, after in zip(sizes, sizes[1:], strict=False))  # the largest first
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 2500])
@@ -23,9 +32,9 @@ def test_more_sequences_than_the_planner_has_threads(count, backend):
     lens = tuple(int(n) for n in np.random.default_rng(count).integers(0, 40, count))
     case = decode_case(DecodeShape(lens, num_heads=1, num_kv_heads=1, head_dim=32), backend)
     plan = pg.plan_decode(case.cache, case.seq_lens, 1)
-    np.testing.assert_array_equal(to_numpy(plan.offsets), np.cumsum([0, *(-(-n // 16) for n in lens)]))
+    assert int(plan.num_pieces[0]) >= count
     out, lse = pg.paged_attention(*case.arguments, plan=plan, return_lse=True)
-    assert_decode_matches_reference(case, out, lse, "paged_attention_mma")
+    assert_decode_matches_reference(case, out, lse, "paged_attention_persistent")
 
 
 def test_a_plan_serves_shorter_and_longer_sequences_after_an_update(backend, xp):
@@ -48,7 +57,7 @@ def test_one_plan_serves_the_caches_of_all_layers(backend):
 def test_groups_of_every_size(heads, kv_heads, backend):
     shape = DecodeShape((150, 20, 0, 333), num_heads=heads, num_kv_heads=kv_heads, dtype="bfloat16")
     case = decode_case(shape, backend)
-    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_mma", return_lse=True)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_persistent", return_lse=True)
     assert_decode_matches_reference(case, out, lse)
 
 
@@ -79,7 +88,7 @@ def test_a_plan_that_does_not_fit_is_refused(backend):
 def test_what_tensor_cores_do_not_serve_is_named(shape, limit, backend):
     case = decode_case(shape, backend)
     with pytest.raises(pg.UnsupportedError, match=limit):
-        pg.paged_attention(*case.arguments, kernel="paged_attention_mma")
+        pg.paged_attention(*case.arguments, kernel="paged_attention_persistent")
     with pytest.raises(pg.UnsupportedError, match=limit):
         pg.plan_decode(case.cache, case.seq_lens, 4)
     choice = pg.explain(*case.arguments)

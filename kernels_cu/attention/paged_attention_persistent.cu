@@ -1,0 +1,342 @@
+// Decode attention at the speed of memory: every byte of the cache is read once, by copies that are always under way,
+// and the tensor cores answer all query rows of a KV head at once.
+//
+// Adds over paged_attention_mma: each warp has a ring of chunks of 16 tokens in shared memory that copies fill while
+// earlier ones are used, across the borders of sequences and pieces; a thread block lives as long as the kernel and
+// takes pieces of the work from a queue (decode_plan.cuh). Where a sequence is cut into parts, the last of them to be
+// done merges their results, in their order: the same plan gives the same bits.
+//
+// Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
+//
+// Grid:  any number of blocks; as many as run at once.    Block: (WARPS * 32).
+// Dynamic shared memory: WARPS * STAGES * sizeof(Chunk).
+//
+// Defines
+//   STORAGE       __half or __nv_bfloat16
+//   HEAD_DIM      32 to 256, a multiple of 16
+//   BLOCK_SIZE    tokens per KV block, 1 to 256
+//   ROWS          query rows in a tile, 8, 16 or 32; a row is a query head of a query token
+//   WARPS         warps in a block
+//   STAGES        chunks in a warp's ring
+//   and those of variants.cuh
+#include "async_copy.cuh"
+#include "attention_tile.cuh"
+#include "decode_plan.cuh"
+#include "paged_kv.cuh"
+#include "variants.cuh"
+
+constexpr int THREADS = WARPS * kWarpSize;
+constexpr int VEC = kValuesPer16Bytes<STORAGE>;
+constexpr int VECTORS = HEAD_DIM / VEC;        // 16-byte vectors in a token's row
+constexpr int QUADS = HEAD_DIM / 4;            // groups of 4 dimensions: what a thread merges at once
+constexpr int LOOKAHEAD = 6 * WARPS;           // chunks before its end at which a block asks for the next piece
+constexpr bool ALIGNED = BLOCK_SIZE % CHUNK == 0;   // a chunk lies in one KV block
+
+using Tile = AttentionTile<STORAGE, HEAD_DIM, ROWS>;
+using Strides = KvStrides<HEAD_DIM>;
+
+struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
+  STORAGE key[CHUNK * HEAD_DIM], value[CHUNK * HEAD_DIM];
+
+  // Once used, its memory takes 16 rows of a warp's result.
+  __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
+};
+
+// A launch's arguments that are the same for every thread.
+struct Call {
+  const int* block_tables;   // [num_seqs, max_blocks], -1 = unmapped
+  const int* seq_lens;       // [num_seqs]
+  int max_blocks, num_kv_heads, group, row_tiles;   // row_tiles: head tiles of a KV head
+  const STORAGE *key_cache, *value_cache;
+  Strides key_strides, value_strides;
+  Variants variants;
+};
+
+// Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % 16.
+struct Cursor {
+  int seq, tile, end_tile, begin, end, chunk;   // chunks from `begin` to `end` of each tile
+  int from_token, to_token;                     // that some query of the sequence sees
+  int entry;
+
+  __device__ __forceinline__ bool valid() const { return tile < end_tile; }
+  __device__ __forceinline__ void start(const Call& call, const Piece& piece) {
+    seq = piece.seq, tile = piece.tile, end_tile = piece.tile + piece.tiles, begin = piece.begin, end = piece.end;
+    chunk = begin;
+    to_token = valid() ? load_global(call.seq_lens + seq) : 0;
+    from_token = call.variants.first_token(call.variants.context_of(to_token, 0));
+    advance(call, threadIdx.x / kWarpSize);
+  }
+  __device__ __forceinline__ void advance(const Call& call, int chunks) {
+    chunk += chunks;
+    while (chunk >= end && valid()) chunk -= end - begin, ++tile;
+    if (!valid()) return;
+    const unsigned index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
+    entry = load_global_if(static_cast<int>(index) < call.max_blocks,
+                           call.block_tables + static_cast<long long>(seq) * call.max_blocks + index);
+  }
+
+  // Start the copies. Rows of tokens that are not there become zeros: what lies in their slots may be NaN. Returns which
+  // tokens are there, a bit each.
+  __device__ __forceinline__ unsigned copy(const Call& call, Chunk& to) const {
+    const int lane = threadIdx.x % kWarpSize, first_token = chunk * CHUNK, kv_head = tile / call.row_tiles;
+    const auto block_if_seen = [&](int token) { return from_token <= token && token < to_token ? entry : kUnmapped; };
+    const int block_of_lane = block_if_seen(first_token + lane % CHUNK);
+#pragma unroll
+    for (int i = 0; i < CHUNK * VECTORS / kWarpSize; ++i) {
+      const int index = i * kWarpSize + lane, row = index / VECTORS, vector = index % VECTORS;
+      const int found = ALIGNED ? block_if_seen(first_token + row) : __shfl_sync(kAllLanes, block_of_lane, row);
+      const int slot = static_cast<unsigned>(first_token + row) % BLOCK_SIZE;
+      const bool there = found != kUnmapped;
+      const int block_id = there ? found : 0, place = Tile::place_of(row, vector);
+      start_copy_16(to.key + place, call.key_cache + call.key_strides.offset(block_id, kv_head, slot, vector * VEC), there);
+      start_copy_16(to.value + place, call.value_cache + call.value_strides.offset(block_id, kv_head, slot, vector * VEC),
+                    there);
+    }
+    return __ballot_sync(kAllLanes, block_of_lane != kUnmapped);
+  }
+};
+
+// Wait until the copies of all chunks but the latest `left` have arrived.
+template <int Most = STAGES - 1>
+__device__ __forceinline__ void wait_for_all_but(int left) {
+  if constexpr (Most > 0) {
+    if (left < Most) return wait_for_all_but<Most - 1>(left);
+  }
+  wait_for_copies<Most>();
+}
+
+// What the warps of a block tell each other.
+struct Exchange {
+  float max[WARPS][ROWS], sum[WARPS][ROWS];
+  unsigned int mapped[WARPS][STAGES];   // of each chunk in a ring: bit t says whether token t is there
+  int used_stage[WARPS];                // whose memory holds a warp's result
+  int taken;                            // number of the next piece
+  bool last;                            // whether all other parts of a tile are there
+};
+
+// Attention over some of the context, of 4 neighbouring dimensions of a query row.
+struct Part {
+  SoftmaxState softmax;
+  float sum[4] = {};
+
+  __device__ __forceinline__ void add(float max, float weights, const float (&values)[4]) {
+    const float before = softmax.raise(max), factor = softmax_weight(max, softmax.max);
+    softmax.sum += weights * factor;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] = sum[i] * before + values[i] * factor;
+  }
+};
+
+// The query rows of a head tile.
+struct Rows {
+  int seq, kv_head, first, count;   // first row within the KV head's, and how many
+  int num_kv_heads, group;
+
+  __device__ __forceinline__ int token(int row) const { return QUERY_TOKENS ? (first + row) / group : 0; }
+  __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row - token(row) * group); }
+  __device__ __forceinline__ long long index(const Variants& variants, int row) const {   // in [seqs, tokens, heads]
+    const long long query_row = QUERY_TOKENS ? static_cast<long long>(seq) * variants.query_tokens + token(row) : seq;
+    return query_row * num_kv_heads * group + head(row);
+  }
+  // Write 4 dimensions of a row's attention over the whole context.
+  __device__ __forceinline__ void write(STORAGE* out, float* lse, const Variants& variants, int row, int dim, Part all) const {
+    const float factor = variants.add_sink(all.softmax, head(row)) * all.softmax.normaliser();
+    Vector<STORAGE, 4> result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.value[i] = from_float<STORAGE>(all.sum[i] * factor);
+    const long long at = index(variants, row);
+    *reinterpret_cast<Vector<STORAGE, 4>*>(out + at * HEAD_DIM + dim) = result;
+    if (dim == 0 && lse != nullptr) lse[at] = all.softmax.log_sum_exp();
+  }
+};
+
+// Merge the parts of a tile, in their order. Where there are few rows, neighbouring lanes share the parts of one.
+__device__ __forceinline__ void merge_parts(STORAGE* out, float* lse, const Variants& variants, const Rows& rows, int parts,
+                                            const float* partial_out,       // [parts, ROWS, HEAD_DIM]
+                                            const float* partial_state) {   // [parts, ROWS, 2]
+  const int items = rows.count * QUADS;
+  int lanes = 1;
+  while (lanes < 8 && 2 * lanes * items <= THREADS) lanes *= 2;
+  const int share = threadIdx.x % lanes;
+  for (int first_item = 0; first_item < items; first_item += THREADS / lanes) {   // as often for every lane of a warp
+    const int item = min(first_item + static_cast<int>(threadIdx.x) / lanes, items - 1);
+    const int row = item / QUADS, dim = item % QUADS * 4;
+    Part all;
+#pragma unroll 8
+    for (int part = share; part < parts; part += lanes) {
+      const int at = part * ROWS + row;
+      const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state) + at);
+      const float4 value = __ldcg(reinterpret_cast<const float4*>(partial_out + at * HEAD_DIM + dim));
+      all.add(state.x, state.y, {value.x, value.y, value.z, value.w});
+    }
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      const float max = __shfl_xor_sync(kAllLanes, all.softmax.max, distance);
+      const float sum = __shfl_xor_sync(kAllLanes, all.softmax.sum, distance);
+      float values[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = __shfl_xor_sync(kAllLanes, all.sum[i], distance);
+      all.add(max, sum, values);
+    }
+    if (share == 0 && first_item + static_cast<int>(threadIdx.x) / lanes < items)
+      rows.write(out, lse, variants, row, dim, all);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent(
+    STORAGE* __restrict__ out,                // [num_seqs, query_tokens, num_heads, HEAD_DIM]
+    float* __restrict__ lse,                  // [num_seqs, query_tokens, num_heads], or null
+    float* partial_out,                       // [max_slots, ROWS, HEAD_DIM], work space
+    float* partial_state,                     // [max_slots, ROWS, 2], work space: maximum and sum
+    unsigned int* arrivals,                   // [1 + max_slots], zeros before and after; [0] is the queue
+    const STORAGE* __restrict__ query,        // [num_seqs, query_tokens, num_heads, HEAD_DIM]
+    const STORAGE* __restrict__ key_cache,    // by the strides below
+    const STORAGE* __restrict__ value_cache,  // likewise
+    const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
+    const int* __restrict__ seq_lens,         // [num_seqs], at most what the plan was made for
+    const int* __restrict__ num_pieces,       // [1], the plan's
+    const int* __restrict__ pieces,           // [max_pieces, 8], the plan's Pieces
+    const float scale, const int num_kv_heads, const int group, const int max_blocks,
+    const int key_block_stride, const long long key_head_stride, const int key_slot_stride,
+    const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
+    const int query_tokens, const int window, const float softcap,
+    const float* __restrict__ alibi_slopes,   // [num_heads], read if ALIBI
+    const float* __restrict__ sinks) {        // [num_heads], read if SINKS
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  __shared__ Exchange exchange;
+  Chunk* const chunks = reinterpret_cast<Chunk*>(dynamic_shared);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int row_tiles = ((QUERY_TOKENS ? query_tokens : 1) * group + ROWS - 1) / ROWS;
+  const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
+  const Call call{block_tables, seq_lens, max_blocks, num_kv_heads, group, row_tiles, key_cache, value_cache,
+                  Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
+                  Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants};
+  const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
+  const int count = load_global(num_pieces);
+  Piece piece = load_global(queue + blockIdx.x), next = {};
+  if (static_cast<int>(blockIdx.x) >= count) return;
+
+  // The warp's ring: `issued` chunks have been asked for, `used` of them used.
+  Cursor load;
+  load.start(call, piece);
+  int issued = 0, used = 0;
+  bool in_next = false;   // whether the cursor is in the next piece by now
+  const auto fill_ring = [&](int chunks_in_flight) {
+    for (; issued - used < chunks_in_flight && load.valid(); ++issued) {
+      const unsigned mapped = load.copy(call, chunks[warp * STAGES + issued % STAGES]);
+      close_copy_group();
+      if (lane == 0) exchange.mapped[warp][issued % STAGES] = mapped;
+      load.advance(call, WARPS);
+      if (!load.valid() && !in_next && next.tiles > 0) load.start(call, next), in_next = true;
+    }
+  };
+  fill_ring(STAGES - 1);
+
+  Tile tile;
+  while (piece.tiles > 0) {
+    // What the next piece is must be asked early, heard in time for its copies to follow on, and not before it need be.
+    const int ask_at = max(0, piece.length() - LOOKAHEAD), hear_at = min(ask_at + 2 * WARPS, piece.length() - 1);
+    bool asked = count <= static_cast<int>(gridDim.x), heard = asked;
+    int taken = 0;
+    int use = warp;   // chunk of the piece that this warp uses next
+    for (int i = 0; i < piece.tiles; ++i) {
+      const int first_row = (piece.tile + i) % row_tiles * ROWS;
+      const Rows rows{piece.seq, (piece.tile + i) / row_tiles, first_row,
+                      min(ROWS, (QUERY_TOKENS ? query_tokens : 1) * group - first_row), num_kv_heads, group};
+      tile.start(query, rows.count, [&](int row) { return rows.index(variants, row) * HEAD_DIM; });
+      int context[Tile::HALVES];   // tokens that a row sees, the first `window` of them excepted
+      float slope[Tile::HALVES];
+#pragma unroll
+      for (int half = 0; half < Tile::HALVES; ++half) {
+        const int row = min(Tile::row_of(half), rows.count - 1);
+        context[half] = QUERY_TOKENS || WINDOW || ALIBI ? variants.context_of(load_global(seq_lens + piece.seq), rows.token(row)) : 0;
+        slope[half] = variants.slope_of(rows.head(row));
+      }
+
+      const int tile_begin = i * piece.chunks(), tile_end = tile_begin + piece.chunks();
+      for (int reached = tile_begin; reached < tile_end;) {
+        const int stop_at = !asked ? ask_at : !heard ? hear_at : tile_end;
+        reached = min(max(stop_at, reached), tile_end);
+        for (; use < reached; use += WARPS) {
+          if (issued == used) fill_ring(1);
+          wait_for_all_but(issued - used - 1);
+          __syncwarp();   // every lane's copies have arrived, and the chunk before is no longer read
+          fill_ring(STAGES);
+          const int stage = used % STAGES;
+          const Chunk& chunk = chunks[warp * STAGES + stage];
+          const unsigned mapped = exchange.mapped[warp][stage];
+          const int first_token = (piece.begin + use - tile_begin) * CHUNK;
+          tile.add(chunk.key, chunk.value, [&](float product, int half, int token) {
+            bool seen = (mapped >> token & 1) != 0;
+            if (QUERY_TOKENS) seen = seen && first_token + token < context[half];
+            if (WINDOW) seen = seen && first_token + token >= variants.first_token(context[half]);
+            const float logit = variants.logit(product * (scale * kLog2E), first_token + token, context[half], slope[half]);
+            return seen ? logit : minus_infinity();
+          });
+          ++used;
+        }
+        if (!asked && reached == ask_at) {
+          if (threadIdx.x == 0) taken = gridDim.x + static_cast<int>(atomicInc(arrivals, count - 1));
+          asked = true;
+        } else if (!heard && reached == hear_at) {
+          if (threadIdx.x == 0) exchange.taken = taken;
+          __syncthreads();
+          next = load_global_if(exchange.taken < count, queue + exchange.taken);
+          heard = true;
+          if (!load.valid() && next.tiles > 0) load.start(call, next), in_next = true;
+        }
+      }
+
+      // Add the warps up. The only part of this tile: write the result. Else leave it, and merge all if they are there.
+      tile.finish();
+      const int used_stage = (used + STAGES - 1) % STAGES;   // not yet asked to take another chunk
+#pragma unroll
+      for (int half = 0; half < Tile::HALVES; ++half)
+        if (lane % 4 == 0) {
+          exchange.max[warp][Tile::row_of(half)] = tile.softmax[half].max;
+          exchange.sum[warp][Tile::row_of(half)] = tile.softmax[half].sum;
+        }
+      if (lane == 0) exchange.used_stage[warp] = used_stage;
+      const int slot = piece.slot + i * piece.parts;
+#pragma unroll
+      for (int operand = 0; operand < Tile::OPERANDS; ++operand) {
+        __syncwarp();
+        tile.store(chunks[warp * STAGES + used_stage].as_result(), operand);
+        __syncthreads();
+        const int rows_here = min(16, rows.count - 16 * operand);
+        for (int item = threadIdx.x; item < rows_here * QUADS; item += THREADS) {
+          const int row = 16 * operand + item / QUADS, dim = item % QUADS * 4;
+          Part all;
+#pragma unroll
+          for (int w = 0; w < WARPS; ++w) {
+            const float* result = chunks[w * STAGES + exchange.used_stage[w]].as_result();
+            const auto* at = reinterpret_cast<const Vector<float, 4>*>(result + row % 16 * Tile::FLOAT_PITCH + dim);
+            all.add(exchange.max[w][row], exchange.sum[w][row], at->value);
+          }
+          if (piece.parts == 1) {
+            rows.write(out, lse, variants, row, dim, all);
+          } else {
+            const long long at = static_cast<long long>(slot + piece.part) * ROWS + row;
+            *reinterpret_cast<float4*>(partial_out + at * HEAD_DIM + dim) = {all.sum[0], all.sum[1], all.sum[2], all.sum[3]};
+            if (dim == 0) reinterpret_cast<float2*>(partial_state)[at] = {all.softmax.max, all.softmax.sum};
+          }
+        }
+        __syncthreads();   // the result is written; its memory may be written again
+      }
+      if (piece.parts > 1) {
+        if (threadIdx.x == 0) {   // its fences stand for the whole block: others need not wait for their copies
+          const unsigned others = static_cast<unsigned>(piece.parts - 1);
+          fence_device();
+          exchange.last = atomicInc(arrivals + 1 + slot, others) == others;   // back to 0 for the next launch
+          fence_device();
+        }
+        __syncthreads();
+        if (exchange.last)
+          merge_parts(out, lse, variants, rows, piece.parts, partial_out + static_cast<long long>(slot) * ROWS * HEAD_DIM,
+                      partial_state + static_cast<long long>(slot) * ROWS * 2);
+      }
+    }
+    piece = next;
+    next = {};
+    in_next = false;
+  }
+}
