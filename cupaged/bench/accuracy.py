@@ -20,7 +20,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.attention import choose_kernel
 from cupaged.ops.registry import kernels
 
-__all__ = ["DecodeBudget", "decode_budget", "decode_check"]
+__all__ = ["DecodeBudget", "decode_budget", "decode_check", "verdict_on"]
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 SAFETY = 4  # times what float32 loses
@@ -46,7 +46,15 @@ class DecodeBudget:
     lse: float
 
 
-def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> DecodeBudget:
+def decode_budget(
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    kernel: str = "auto",
+    *,
+    rounds_weights: bool | None = None,
+) -> DecodeBudget:
     """Return what a decode call should give, and how far from it a right kernel may be.
 
     Parameters
@@ -55,8 +63,12 @@ def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, 
         The arguments of `cupaged.paged_attention`.
     kernel : str
         Which kernel it is: those on tensor cores round the softmax's weights to the storage type.
+    rounds_weights : bool, optional
+        Whether it does, for kernels that are not the toolkit's own.
     """
-    rounds = kernels()[choose_kernel(query, cache, kernel).kernel].rounds_weights
+    rounds = rounds_weights
+    if rounds is None:
+        rounds = kernels()[choose_kernel(query, cache, kernel).kernel].rounds_weights
     arguments = (query, cache, block_tables, seq_lens)
     expected, expected_lse = reference.paged_attention(*arguments, return_lse=True)
     single, single_lse = reference.paged_attention(
@@ -72,7 +84,16 @@ def decode_budget(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, 
     return DecodeBudget(expected, SAFETY * arithmetic + rounding, expected_lse, SAFETY * float(arithmetic_lse))
 
 
-def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto") -> float:
+def decode_check(
+    out: Any,
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    kernel: str = "auto",
+    *,
+    rounds_weights: bool | None = None,
+) -> float:
     """Return the largest error of a decode result as a fraction of its budget: at most 1 is right, NaN is infinite.
 
     Parameters
@@ -81,9 +102,15 @@ def decode_check(out: Any, query: Any, cache: KVCache, block_tables: Any, seq_le
         The result and the arguments of `cupaged.paged_attention`, or some of their sequences.
     cache : KVCache
         The cache; only blocks of these sequences are read.
-    kernel : str
-        Which kernel made the result.
+    kernel, rounds_weights
+        Which kernel made the result, see `decode_budget`.
     """
-    budget = decode_budget(query, cache, block_tables, seq_lens, kernel)
+    budget = decode_budget(query, cache, block_tables, seq_lens, kernel, rounds_weights=rounds_weights)
     error = np.abs(reference.as_numpy(out).astype(np.float64) - budget.expected) / budget.out
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
+
+
+def verdict_on(error: float) -> dict[str, Any]:
+    """Return the part of a result row that says whether it was right, of what `decode_check` returned."""
+    status = "ok" if error <= 1 else f"wrong: error is {error:.3g} times the budget"
+    return {"status": status, "error_of_budget": round(error, 4) if np.isfinite(error) else None}
