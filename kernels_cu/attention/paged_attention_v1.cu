@@ -68,13 +68,13 @@ struct RowShare {
 
 // The tokens whose logits are in shared memory at one time.
 struct Stretch {
-  const int* block_table;   // [max_blocks], this sequence's row
+  BlockTable table;         // this sequence's row
   int begin, end;           // tokens
   int kv_head;
 
   // The block that holds a token; none past the end.
   __device__ __forceinline__ int block_of(int token) const {
-    return token < end ? load_global(block_table + static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
+    return token < end ? table.block(static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
   }
   static __device__ __forceinline__ int slot_of(int token) { return static_cast<unsigned>(token) % BLOCK_SIZE; }
 };
@@ -256,7 +256,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   SoftmaxState softmax;
   Accumulator accumulator;
   for (int begin = 0; begin < seq_len; begin += stretch_tokens) {
-    const Stretch stretch{block_tables + seq * max_blocks, begin, min(seq_len, begin + stretch_tokens), head / group};
+    const BlockTable table(block_tables, seq, max_blocks);
+    const Stretch stretch{table, begin, min(seq_len, begin + stretch_tokens), head / group};
     const float largest = compute_logits(logits, scaled_query, key_cache, key_strides, stretch);
     accumulator.scale(softmax.raise(block_reduce<Max, WARPS>(largest, max_of_warp)));
     const float sum = exponentiate(logits, stretch.end - begin, softmax.max);

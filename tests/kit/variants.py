@@ -49,8 +49,13 @@ def all_variants():
         for i, config in enumerate(CONFIGS)
     ]
     mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
+    computed = [(*v1[i][:2], {**v1[i][2], "TABLE_LOOKUP": 0}) for i in (0, 4)]
+    gather = [
+        ("bench/gather_lookup.cu", "gather_lookup", {"ROW": 512, "BLOCK_SIZE": 7, "UNIT": unit, "TABLE_LOOKUP": lookup})
+        for unit, lookup in ((1, 1), (8, 0), (512, 1))
+    ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *mma, *append, *rest)]
+    return [KernelSource.read(*variant) for variant in (*v1, *computed, *mma, *append, *gather, *rest)]
 
 
 MMA_DEFINES = [
