@@ -6,19 +6,18 @@ kernel runs the workloads that people serve; bandwidth is set beside the read ce
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-import cupaged as pg
-from cupaged.bench.accuracy import decode_check
+from cupaged.bench.accuracy import decode_check, verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
     console,
     machine_stamp,
+    measured_row,
     new_figure,
     print_table,
     result_folder,
@@ -26,8 +25,9 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
+from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
-from cupaged.bench.workload import DecodeWorkload, decode_workload
+from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode_call
 from cupaged.runtime import choose_backend
 
 KERNELS = ("paged_attention_v1", "paged_attention_persistent")
@@ -36,44 +36,6 @@ EXPECTATION = (
     "reads each byte once and can come near the ceiling; with `group` query heads to a KV head it reads each byte "
     "`group` times, mostly from L2, and falls behind. The tensor-core kernel reads each byte once whatever the group "
     "is, and shares work out by chunks of tokens, so that one long sequence or a small batch still fills the GPU."
-)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One decode step: query heads, KV heads, and the context of each sequence."""
-
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    seq_lens: tuple[int, ...]
-    head_dim: int = 128
-    block_size: int = 16
-    dtype: str = "bfloat16"
-
-    def build(self, seed: int) -> DecodeWorkload:
-        """Return the arguments of a call."""
-        return decode_workload(
-            self.seq_lens, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size,
-            dtype=self.dtype, backend="cuda", seed=seed,
-        )  # fmt: skip
-
-
-def lognormal(count: int, longest: int) -> tuple[int, ...]:
-    """Return context lengths as they are met in serving: most short, few long."""
-    lens = np.random.default_rng(0).lognormal(6.6, 0.9, count)
-    return tuple(int(n) for n in np.clip(lens, 1, longest))
-
-
-WORKLOADS = (
-    Workload("mha 32/32 b32 1k", 32, 32, (1024,) * 32),
-    Workload("gqa 32/8 b64 4k", 32, 8, (4096,) * 64),
-    Workload("gqa 32/8 b1 128k", 32, 8, (131072,)),
-    Workload("gqa 32/8 b8 1k", 32, 8, (1024,) * 8),
-    Workload("gqa 64/8 b16 8k", 64, 8, (8192,) * 16),
-    Workload("mqa 8/1 b128 2k", 8, 1, (2048,) * 128),
-    Workload("gqa 32/8 b64 lognormal", 32, 8, lognormal(64, 8192)),
-    Workload("gqa 32/8 b32 one long", 32, 8, (65536,) + (256,) * 31),
 )
 
 
@@ -86,14 +48,15 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(EXPECTATION, "\n")
     ceiling = read_ceiling()
     rows: list[dict[str, Any]] = []
-    for workload in tqdm(WORKLOADS[3:4] if options.smoke else WORKLOADS, desc="decode", unit="workload"):
-        rows += measure(workload, ceiling)
+    for step in tqdm(WORKLOADS[3:4] if options.smoke else WORKLOADS, desc="decode", unit="workload"):
+        rows += measure(step, ceiling)
     print_table(rows, COLUMNS, f"Keys and values read, beside a read ceiling of {ceiling:.0f} GB/s")
     verdict = conclusion(rows)
     console.print(verdict, "\n")
     folder = write_results(rows, stamp, "decode", options.out, read_ceiling_gb_s=ceiling, conclusion=verdict)
     draw(rows, stamp, folder / "decode.png")
-    console.print(f"table, JSON and picture: {folder}")
+    draw_roofline(rows, ceiling, f"Decode attention under the roof ({stamp['device']})", folder / "decode_roofline.png")
+    console.print(f"table, JSON and pictures: {folder}")
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
@@ -107,41 +70,36 @@ COLUMNS = {
 }
 
 
-def measure(workload: Workload, ceiling: float) -> list[dict[str, Any]]:
+def measure(step: DecodeStep, ceiling: float) -> list[dict[str, Any]]:
     """Check and time every kernel on a workload."""
-    copies = [workload.build(0)]
-    copies += [workload.build(seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
-    rows = []
-    for kernel in KERNELS:
-        row = {"workload": workload.name, "kernel": kernel}
-        try:
-            rows.append({**row, **measure_kernel(kernel, workload, copies, ceiling)})
-        except (RuntimeError, ValueError, MemoryError) as error:
-            rows.append({**row, "status": f"failed: {error}"})
-    return rows
+    copies = [step.build("cuda")]
+    copies += [step.build("cuda", seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
+    what = {"workload": step.name}
+    return [
+        measured_row({**what, "kernel": kernel}, lambda kernel=kernel: measure_kernel(kernel, step, copies, ceiling))
+        for kernel in KERNELS
+    ]
 
 
-def measure_kernel(kernel: str, workload: Workload, copies: list[DecodeWorkload], ceiling: float) -> dict[str, Any]:
-    """Return one row; the plan is made once, as it is for all layers of a step."""
-    planned = kernel == "paged_attention_persistent"
-    plans = [pg.plan_decode(c.cache, c.seq_lens, workload.num_heads) if planned else None for c in copies]
-    out = copies[0].cache.xp.full_like(copies[0].query, float("nan"))
-
-    def call(work: DecodeWorkload, plan: pg.DecodePlan | None) -> None:
-        pg.paged_attention(*work.arguments, kernel=kernel, out=out, plan=plan, validate=False)
-
-    call(copies[0], plans[0])
-    error = decode_check(out[-2:], *copies[0].some(slice(-2, None)), kernel)
-    timing = time_graph([lambda c=c, p=p: call(c, p) for c, p in zip(copies, plans, strict=True)])
-    bandwidth = copies[0].kv_bytes / timing.median_us / 1e3
+def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], ceiling: float) -> dict[str, Any]:
+    """Return what one kernel did: correctness first, then time."""
+    work = copies[0]
+    out = work.cache.xp.full_like(work.query, float("nan"))
+    calls = [decode_call(copy, kernel, out) for copy in copies]
+    calls[0]()
+    error = decode_check(out[-2:], *work.some(slice(-2, None)), kernel)
+    timing = time_graph(calls)
+    bandwidth = work.kv_bytes / timing.median_us / 1e3
     return {
-        "status": "ok" if error <= 1 else f"wrong: error is {error:.3g} times the budget",
+        **verdict_on(error),
         "time_us": timing.median_us,
         "spread_us": timing.spread_us,
-        "kv_mb": copies[0].kv_bytes / 1e6,
+        "kv_mb": work.kv_bytes / 1e6,
         "gb_s": bandwidth,
         "of_ceiling": bandwidth / ceiling,
-        **{key: value for key, value in asdict(workload).items() if key not in ("name", "seq_lens")},
+        "flop_per_byte": work.flop / work.kv_bytes,
+        "gflop_s": work.flop / timing.median_us / 1e3,
+        **{key: value for key, value in asdict(step).items() if key not in ("name", "seq_lens")},
     }
 
 

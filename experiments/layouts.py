@@ -20,12 +20,13 @@ import numpy as np
 from tqdm import tqdm
 
 import cupaged as pg
-from cupaged.bench.accuracy import decode_check
+from cupaged.bench.accuracy import decode_check, verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
     console,
     machine_stamp,
+    measured_row,
     new_figure,
     print_table,
     result_folder,
@@ -132,24 +133,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(sweep: Sweep, measure: Callable[[Cell], dict[str, Any]]) -> list[dict[str, Any]]:
     """Measure every cell; a cell that fails is a row that says why."""
-    rows = []
-    for cell in tqdm(sweep.cells(), desc="layouts", unit="cell"):
-        try:
-            rows.append({**asdict(cell), **measure(cell)})
-        except (RuntimeError, ValueError, MemoryError) as error:
-            rows.append({**asdict(cell), "status": f"failed: {error}"})
-    return rows
+    cells = tqdm(sweep.cells(), desc="layouts", unit="cell")
+    return [measured_row(asdict(cell), lambda cell=cell: measure(cell)) for cell in cells]
 
 
 def attend(work: DecodeWorkload, out: Any = None) -> Any:
     """Launch the kernel, nothing read back."""
     return pg.paged_attention(*work.arguments, kernel=KERNEL, out=out, validate=False)
-
-
-def verdict_on(error: float) -> dict[str, Any]:
-    """Return the part of a row that says whether the cell was right."""
-    status = "ok" if error <= 1 else f"wrong: error is {error:.3g} times the budget"
-    return {"status": status, "error_of_budget": round(error, 4) if np.isfinite(error) else None}
 
 
 def count_on_host(sweep: Sweep, cell: Cell) -> dict[str, Any]:

@@ -6,17 +6,14 @@ Nsight Compute, which reads l1tex's counters of global-load requests and sectors
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import cupaged as pg
+from cupaged.bench.ncu import parse_ncu, run_ncu
 from cupaged.bench.report import argument_parser, console, machine_stamp, print_table, run_experiment, write_results
 from cupaged.bench.traffic import cache_traffic
 from cupaged.bench.workload import DecodeWorkload, decode_workload
@@ -91,18 +88,9 @@ COLUMNS = {
 
 def count_on_gpu(smoke: bool) -> Iterator[tuple[int, int]]:
     """Yield requests and sectors of every launch, in order, as Nsight Compute counts them."""
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        raise RuntimeError("ncu, Nsight Compute's command line, is not on PATH: it comes with the CUDA toolkit")
-    command = [ncu, "--csv", "--page", "raw", "--clock-control", "none", "--metrics", f"{REQUESTS},{SECTORS}"]
-    command += ["--kernel-name", KERNEL, sys.executable, os.path.abspath(__file__), "--launch-only"]
-    answer = subprocess.run(command + ["--smoke"] * smoke, capture_output=True, text=True, timeout=600)
-    lines = [line for line in answer.stdout.splitlines() if line.startswith('"')]
-    if answer.returncode != 0 or not lines:
-        raise RuntimeError(f"ncu failed:\n{answer.stdout[-2000:]}\n{answer.stderr[-2000:]}")
-    for row in csv.DictReader(io.StringIO("\n".join(lines))):
-        if row["ID"]:  # the first row under the heads holds units
-            yield int(row[REQUESTS].replace(",", "")), int(row[SECTORS].replace(",", ""))
+    command = [sys.executable, os.path.abspath(__file__), "--launch-only", *["--smoke"] * smoke]
+    for launch in parse_ncu(run_ncu((REQUESTS, SECTORS), (KERNEL,), command)):
+        yield int(launch.values[REQUESTS]), int(launch.values[SECTORS])
 
 
 def compare(case: Case, gpu_requests: int, gpu_sectors: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.attention import explain
 from cupaged.ops.registry import kernels
 
-__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget"]
+__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget", "verdict_on"]
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 SAFETY = 4  # times what float32 loses
@@ -56,7 +56,14 @@ class DecodeBudget:
 
 
 def decode_budget(
-    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto", **variants: Any
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    kernel: str = "auto",
+    *,
+    rounds_weights: bool | None = None,
+    **variants: Any,
 ) -> DecodeBudget:
     """Return what a decode call should give, and how far from it a right kernel may be.
 
@@ -66,11 +73,15 @@ def decode_budget(
         The arguments of `cupaged.paged_attention`.
     kernel : str
         Which kernel it is: those on tensor cores round the softmax's weights to the storage type.
+    rounds_weights : bool, optional
+        Whether it does, for kernels that are not the toolkit's own.
     **variants
         `window`, `softcap`, `alibi_slopes` and `sinks`, where the call has them.
     """
     arguments = (query, cache, block_tables, seq_lens)
-    rounds = kernels()[explain(*arguments, kernel=kernel, **variants).kernel].rounds_weights
+    rounds = rounds_weights
+    if rounds is None:
+        rounds = kernels()[explain(*arguments, kernel=kernel, **variants).kernel].rounds_weights
     expected, expected_lse = reference.paged_attention(*arguments, return_lse=True, **variants)
     single, single_lse = reference.paged_attention(
         *arguments,
@@ -113,7 +124,15 @@ def _largest(lse: Any) -> float:
 
 
 def decode_check(
-    out: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, kernel: str = "auto", **variants: Any
+    out: Any,
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    kernel: str = "auto",
+    *,
+    rounds_weights: bool | None = None,
+    **variants: Any,
 ) -> float:
     """Return the largest error of a decode result as a fraction of its budget: at most 1 is right, NaN is infinite.
 
@@ -123,11 +142,15 @@ def decode_check(
         The result and the arguments of `cupaged.paged_attention`, or some of their sequences.
     cache : KVCache
         The cache; only blocks of these sequences are read.
-    kernel : str
-        Which kernel made the result.
-    **variants
-        `window`, `softcap`, `alibi_slopes` and `sinks`, where the call has them.
+    kernel, rounds_weights, **variants
+        Which kernel made the result of what call, see `decode_budget`.
     """
-    budget = decode_budget(query, cache, block_tables, seq_lens, kernel, **variants)
+    budget = decode_budget(query, cache, block_tables, seq_lens, kernel, rounds_weights=rounds_weights, **variants)
     error = np.abs(reference.as_numpy(out).astype(np.float64) - budget.expected) / budget.out
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
+
+
+def verdict_on(error: float) -> dict[str, Any]:
+    """Return the part of a result row that says whether it was right, of what `decode_check` returned."""
+    status = "ok" if error <= 1 else f"wrong: error is {error:.3g} times the budget"
+    return {"status": status, "error_of_budget": round(error, 4) if np.isfinite(error) else None}

@@ -26,6 +26,7 @@ __all__ = [
     "argument_parser",
     "device_folder",
     "machine_stamp",
+    "measured_row",
     "new_figure",
     "print_table",
     "result_folder",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Row = Mapping[str, Any]
+FAILURES = (RuntimeError, ValueError, MemoryError)
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 console = Console(highlight=False)
 
@@ -96,6 +98,17 @@ def device_folder(stamp: Mapping[str, str]) -> str:
         return "cpu"
     name = stamp["device"].lower().replace("nvidia", "").strip()
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def measured_row(
+    what: Row, measure: Callable[[], Row], errors: tuple[type[Exception], ...] = FAILURES
+) -> dict[str, Any]:
+    """Return a row: `what` was measured and what `measure` found, or, if it raises one of `errors`, that it failed."""
+    try:
+        return {**what, **measure()}
+    except errors as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        return {**what, "status": f"failed: {text[:300]}"}
 
 
 def write_results(rows: Sequence[Row], stamp: Mapping[str, str], name: str, out: Path | None, **notes: Any) -> Path:

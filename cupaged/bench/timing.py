@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "copies_for_cold_l2", "time_graph"]
+__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches"]
 
 LAUNCHES_PER_GRAPH = 8
 
@@ -46,22 +47,60 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
         for call in calls:  # compile, load and set attributes before the capture
             call()
         stream.synchronize()
-        stream.begin_capture()
+        graph = _capture(stream, calls, rounds)
+        times = [_elapsed_us(stream, lambda: graph.launch(stream)) for _ in range(3 + repeats)][3:]
+    return _timing(times, rounds * len(calls))
+
+
+def time_launches(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
+    """Return the time of a call when `calls` are launched one by one, as a program without graphs does.
+
+    Where the GPU is faster than the CPU launches, it is the launching that is timed. Parameters and result are those
+    of `time_graph`.
+    """
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    rounds = max(1, LAUNCHES_PER_GRAPH // len(calls))
+
+    def launch() -> None:
         for _ in range(rounds):
             for call in calls:
                 call()
-        graph = stream.end_capture()
-        for _ in range(3):
-            graph.launch(stream)
-        times = []
-        for _ in range(repeats):
-            start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(1000 * cupy.cuda.get_elapsed_time(start, end) / (rounds * len(calls)))
-    low, median, high = np.percentile(times, (25, 50, 75))
+
+    cupy.cuda.Device().synchronize()
+    with stream:
+        times = [_elapsed_us(stream, launch) for _ in range(3 + repeats)][3:]
+    return _timing(times, rounds * len(calls))
+
+
+def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int) -> Any:
+    """Return a graph of `calls`; the stream's capture is ended also if a call fails."""
+    stream.begin_capture()
+    try:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    except BaseException:
+        with suppress(Exception):  # what was captured is invalid, and says so once more
+            stream.end_capture()
+        raise
+    return stream.end_capture()
+
+
+def _elapsed_us(stream: Any, launch: Callable[[], Any]) -> float:
+    import cupy
+
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    launch()
+    end.record(stream)
+    end.synchronize()
+    return 1000 * float(cupy.cuda.get_elapsed_time(start, end))
+
+
+def _timing(times: Sequence[float], calls: int) -> Timing:
+    low, median, high = np.percentile(times, (25, 50, 75)) / calls
     return Timing(float(median), float(high - low))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,13 @@ import numpy as np
 
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache, aligned_zeros
+from cupaged.ops.attention import explain, paged_attention
+from cupaged.ops.plan import plan_decode
 
-__all__ = ["PLACEMENTS", "DecodeWorkload", "decode_workload"]
+__all__ = ["PLACEMENTS", "WORKLOADS", "DecodeStep", "DecodeWorkload", "decode_call", "decode_workload", "lognormal"]
 
 PLACEMENTS = ("sequential", "random")
+PLANNED_KERNELS = ("paged_attention_persistent",)
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,62 @@ class DecodeWorkload:
     def some(self, seqs: slice) -> tuple[Any, KVCache, Any, Any]:
         """Return the arguments of some sequences."""
         return self.query[seqs], self.cache, self.block_tables[seqs], self.seq_lens[seqs]
+
+    @property
+    def flop(self) -> int:
+        """Multiplications and additions of the two products that attention is made of."""
+        _, num_heads, head_dim = self.query.shape
+        return 4 * num_heads * head_dim * int(self.seq_lens.sum())
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One decode step to build workloads from: query heads, KV heads, and the context of each sequence in tokens."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    seq_lens: tuple[int, ...]
+    head_dim: int = 128
+    block_size: int = 16
+    dtype: str = "bfloat16"
+
+    def build(self, backend: str, seed: int = 0, **changes: Any) -> DecodeWorkload:
+        """Return the arguments of a call; `changes` are arguments of `decode_workload`."""
+        arguments = {"dtype": self.dtype, "backend": backend, "seed": seed, **changes}
+        return decode_workload(
+            self.seq_lens, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size, **arguments
+        )
+
+
+def lognormal(count: int, longest: int) -> tuple[int, ...]:
+    """Return context lengths as they are met in serving: most short, few long."""
+    lens = np.random.default_rng(0).lognormal(6.6, 0.9, count)
+    return tuple(int(n) for n in np.clip(lens, 1, longest))
+
+
+WORKLOADS = (
+    DecodeStep("mha 32/32 b32 1k", 32, 32, (1024,) * 32),
+    DecodeStep("gqa 32/8 b64 4k", 32, 8, (4096,) * 64),
+    DecodeStep("gqa 32/8 b1 128k", 32, 8, (131072,)),
+    DecodeStep("gqa 32/8 b8 1k", 32, 8, (1024,) * 8),
+    DecodeStep("gqa 64/8 b16 8k", 64, 8, (8192,) * 16),
+    DecodeStep("mqa 8/1 b128 2k", 8, 1, (2048,) * 128),
+    DecodeStep("gqa 32/8 b64 lognormal", 32, 8, lognormal(64, 8192)),
+    DecodeStep("gqa 32/8 b32 one long", 32, 8, (65536,) + (256,) * 31),
+)
+
+
+def decode_call(work: DecodeWorkload, kernel: str = "auto", out: Any = None) -> Callable[[], Any]:
+    """Return a call that launches a kernel on a workload: nothing is checked or read back.
+
+    Where the kernel takes a plan it is made here, once, as one plan serves all layers of a step.
+    """
+    chosen = explain(*work.arguments, kernel=kernel).kernel
+    plan = None
+    if chosen in PLANNED_KERNELS:
+        plan = plan_decode(work.cache, work.seq_lens, work.query.shape[1])
+    return lambda: paged_attention(*work.arguments, kernel=chosen, out=out, plan=plan, validate=False)
 
 
 def decode_workload(

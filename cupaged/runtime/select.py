@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from cupaged.errors import BackendUnavailableError
-from cupaged.runtime.source import KernelSource, kernels_folder
+from cupaged.runtime.source import KernelSource, added_defines, kernels_folder
 
 if TYPE_CHECKING:
     from cupaged.runtime.cuda import CudaKernel
@@ -101,7 +101,8 @@ def load_kernel(
         If there is no such file. Compilation errors come with the first launch, or from ``.build()``.
     """
     backend = choose_backend(backend)
-    key = (backend, kernels_folder(), file, entry, tuple((defines or {}).items()))
+    defines = {**(defines or {}), **added_defines()}
+    key = (backend, kernels_folder(), file, entry, tuple(defines.items()))
     kernel = _loaded.get(key)
     if kernel is not None and kernel.source.is_unchanged():
         return kernel

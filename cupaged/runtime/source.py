@@ -20,7 +20,7 @@ import numpy as np
 
 from cupaged.errors import KernelBuildError
 
-__all__ = ["KernelSource", "Parameter", "kernels_folder", "kernels_from"]
+__all__ = ["KernelSource", "Parameter", "added_defines", "kernels_defining", "kernels_folder", "kernels_from"]
 
 # How C++ spells the types that a kernel's parameters may have. `long` has no entry: its width differs by platform.
 DTYPE_OF_C_TYPE = {
@@ -50,6 +50,7 @@ C_TYPE_OF_DTYPE = {
 }
 
 _chosen_folder: ContextVar[Path | None] = ContextVar("cupaged_kernels_folder", default=None)
+_added_defines: ContextVar[dict[str, str] | None] = ContextVar("cupaged_added_defines", default=None)
 
 
 def kernels_folder() -> Path:
@@ -93,6 +94,30 @@ def kernels_from(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield path
     finally:
         _chosen_folder.reset(token)
+
+
+@contextmanager
+def kernels_defining(**defines: object) -> Iterator[None]:
+    """Within the block, build every kernel with these macros besides its own: an experiment's switch in a kernel.
+
+    It holds for the thread that enters the block, and for kernels that are loaded inside it. A macro that a kernel does
+    not read changes nothing in it.
+
+    Parameters
+    ----------
+    **defines
+        Macro names and their values; they win over a kernel's own.
+    """
+    token = _added_defines.set({**added_defines(), **{name: str(value) for name, value in defines.items()}})
+    try:
+        yield
+    finally:
+        _added_defines.reset(token)
+
+
+def added_defines() -> dict[str, str]:
+    """Return the macros of the `kernels_defining` blocks around the caller."""
+    return _added_defines.get() or {}
 
 
 @dataclass(frozen=True)

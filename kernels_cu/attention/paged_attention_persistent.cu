@@ -71,8 +71,9 @@ struct Cursor {
     while (chunk >= end && valid()) chunk -= end - begin, ++tile;
     if (!valid()) return;
     const unsigned index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
-    entry = load_global_if(static_cast<int>(index) < call.max_blocks,
-                           call.block_tables + static_cast<long long>(seq) * call.max_blocks + index);
+    entry = kUnmapped;
+    if (index < static_cast<unsigned>(call.max_blocks))
+      entry = BlockTable(call.block_tables, seq, call.max_blocks).block(index);
   }
 
   // Start the copies. Rows of tokens that are not there become zeros: what lies in their slots may be NaN. Returns which

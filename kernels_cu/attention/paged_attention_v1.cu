@@ -71,7 +71,7 @@ struct RowShare {
 
 // The tokens whose logits are in shared memory at one time.
 struct Stretch {
-  const int* block_table;   // [max_blocks], this sequence's row
+  BlockTable table;         // this sequence's row
   int begin, end;           // tokens; begins with a KV block
   int first;                // what lies before this token takes no part
   int kv_head;
@@ -79,7 +79,7 @@ struct Stretch {
   __device__ __forceinline__ bool holds(int token) const { return token < end && (!WINDOW || token >= first); }
   // The block that holds a token; none outside the stretch.
   __device__ __forceinline__ int block_of(int token) const {
-    return holds(token) ? load_global(block_table + static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
+    return holds(token) ? table.block(static_cast<unsigned>(token) / BLOCK_SIZE) : kUnmapped;
   }
   static __device__ __forceinline__ int slot_of(int token) { return static_cast<unsigned>(token) % BLOCK_SIZE; }
 };
@@ -282,8 +282,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   SoftmaxState softmax;
   Accumulator accumulator;
   for (int begin = first_token - first_token % BLOCK_SIZE; begin < context; begin += stretch_tokens) {
+    const BlockTable table(block_tables, seq, max_blocks);
     const int end = min(context, begin + stretch_tokens);
-    const Stretch stretch{block_tables + seq * max_blocks, begin, end, first_token, head / group};
+    const Stretch stretch{table, begin, end, first_token, head / group};
     const float largest = compute_logits(logits, scaled_query, key_cache, key_strides, stretch, place);
     accumulator.scale(softmax.raise(block_reduce<Max, WARPS>(largest, max_of_warp)));
     const float sum = exponentiate(logits, end - begin, softmax.max);

@@ -7,9 +7,10 @@ import pytest
 
 import cupaged as pg
 from cupaged.bench import report
-from cupaged.bench.accuracy import decode_budget, decode_check
+from cupaged.bench.accuracy import decode_budget, decode_check, verdict_on
+from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.traffic import cache_traffic
-from cupaged.bench.workload import decode_workload
+from cupaged.bench.workload import WORKLOADS, DecodeStep, decode_call, decode_workload, lognormal
 
 
 def test_the_budget_sees_what_a_wrong_kernel_does():
@@ -99,3 +100,82 @@ def test_a_graph_of_calls_is_timed():
     assert 0 < short.median_us < long.median_us
     assert copies_for_cold_l2(1 << 33) == 1
     assert copies_for_cold_l2(1 << 20) > 50
+
+
+def test_the_workloads_name_what_they_are():
+    """The names say heads, batch and context; the rest is what the field measures: D = 128, block size 16."""
+    assert len({step.name for step in WORKLOADS}) == len(WORKLOADS) == 8
+    for step in WORKLOADS:
+        heads, batch = step.name.split()[1:3]
+        if batch.startswith("b"):
+            assert heads == f"{step.num_heads}/{step.num_kv_heads}" and len(step.seq_lens) == int(batch[1:])
+        assert (step.head_dim, step.block_size, step.dtype) == (128, 16, "bfloat16")
+    assert lognormal(64, 8192) == lognormal(64, 8192) and max(lognormal(500, 900)) == 900
+
+
+@pytest.mark.parametrize("kernel", ["auto", "paged_attention_v1", "paged_attention_persistent"])
+def test_a_call_is_made_ready_once_and_right_every_time(kernel):
+    work = DecodeStep("small", 4, 2, (50, 33), head_dim=64).build("host")
+    out = np.full_like(work.query, np.nan)
+    call = decode_call(work, kernel, out)
+    for _ in range(2):
+        out[...] = np.nan
+        call()
+        assert decode_check(out, *work.arguments, kernel) <= 1
+    assert work.flop == 4 * 4 * 64 * 83
+    assert work.kv_bytes == 83 * 2 * 2 * 64 * 2
+
+
+def test_the_caller_can_say_that_weights_are_rounded():
+    """A tensor-core kernel's result keeps the budget of its kind, whatever the toolkit would choose."""
+    arguments = decode_workload((500, 33), 4, 2, 64, 16, dtype="bfloat16", backend="host").arguments
+    plain, rounded = (decode_budget(*arguments, rounds_weights=value) for value in (False, True))
+    assert (rounded.out >= plain.out).all() and rounded.out.max() > plain.out.max()
+    np.testing.assert_array_equal(rounded.out, decode_budget(*arguments, "paged_attention_persistent").out)
+
+
+def test_a_measurement_that_fails_is_a_row():
+    def broken():
+        raise MemoryError("out of\n  memory")
+
+    assert report.measured_row({"kernel": "a"}, lambda: {"time_us": 3.0}) == {"kernel": "a", "time_us": 3.0}
+    assert report.measured_row({"kernel": "a"}, broken) == {"kernel": "a", "status": "failed: out of memory"}
+    with pytest.raises(ZeroDivisionError):
+        report.measured_row({}, lambda: {"time_us": 1 / 0})
+    assert verdict_on(0.5) == {"status": "ok", "error_of_budget": 0.5}
+    assert verdict_on(np.inf) == {"status": "wrong: error is inf times the budget", "error_of_budget": None}
+
+
+def test_the_roofline_draws_what_went_well(tmp_path):
+    row = {"kernel": "a", "workload": "b", "status": "ok", "flop_per_byte": 4.0, "gflop_s": 9000.0}
+    path = tmp_path / "roof.png"
+    assert not draw_roofline([{**row, "status": "failed: no memory"}], 3000.0, "t", path) and not path.exists()
+    assert draw_roofline([row, {**row, "kernel": "c"}, {"kernel": "d", "status": "failed: x"}], 3000.0, "t", path)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.gpu
+def test_the_copy_ceiling_is_plausible():
+    from cupaged.bench.ceilings import copy_ceiling
+
+    assert 100 < copy_ceiling(1 << 28) < 20_000
+
+
+@pytest.mark.gpu
+def test_a_call_that_fails_under_capture_leaves_the_gpu_usable():
+    import cupy
+
+    from cupaged.bench.timing import time_graph, time_launches
+
+    array = cupy.zeros(1 << 20, dtype=cupy.float32)
+    calls = []
+
+    def fails_when_captured():
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("not under capture")
+
+    with pytest.raises(RuntimeError, match="not under capture"):
+        time_graph([fails_when_captured])
+    assert time_launches([lambda: cupy.add(array, 1, out=array)]).median_us > 0
+    assert time_graph([lambda: cupy.add(array, 1, out=array)]).median_us > 0

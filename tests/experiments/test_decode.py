@@ -30,3 +30,5 @@ def test_on_a_gpu_every_kernel_is_right_and_below_the_ceiling(tmp_path):
     rows = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert all(0 < row["of_ceiling"] < 1.05 for row in rows)
+    assert all(row["gflop_s"] == pytest.approx(row["gb_s"] * row["flop_per_byte"]) for row in rows)
+    assert (tmp_path / "decode_roofline.png").stat().st_size > 0

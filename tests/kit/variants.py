@@ -52,6 +52,11 @@ def all_variants():
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
     ]
+    computed = [(*v1[i][:2], {**v1[i][2], "TABLE_LOOKUP": 0}) for i in (0, 8)]
+    gather = [
+        ("bench/gather_lookup.cu", "gather_lookup", {"ROW": 512, "BLOCK_SIZE": 7, "UNIT": unit, "TABLE_LOOKUP": lookup})
+        for unit, lookup in ((1, 1), (8, 0), (512, 1))
+    ]
     persistent = [
         ("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines)
         for defines in PERSISTENT_DEFINES
@@ -61,7 +66,7 @@ def all_variants():
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *persistent, *merge, *append, *rest)]
+    return [KernelSource.read(*variant) for variant in (*v1, *computed, *persistent, *merge, *append, *gather, *rest)]
 
 
 VARIANTS = [
@@ -74,7 +79,8 @@ VARIANTS = [
 ]
 PERSISTENT_DEFINES = [
     {
-        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows, "WARPS": warps, "STAGES": stages,
+        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
+        "ROWS": rows, "WARPS": warps, "STAGES": stages,
         **dict.fromkeys(asked, 1),
     }
     for storage, head_dim, block_size, rows, warps, stages, asked in (

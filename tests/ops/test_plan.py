@@ -1,5 +1,7 @@
 """Plans share decode work out evenly, serve other lengths after an update, and are refused where they do not fit."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -22,9 +24,9 @@ def test_pieces_cover_every_chunk_once(lens, backend):
     for (seq, _), parts in covered.items():
         edges = sorted(parts)
         assert edges[0][0] == 0 and edges[-1][1] == max(1, -(-lens[seq] // 16))
-        assert all(before[1] == after[0] for before, after in zip(edges, edges[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in itertools.pairwise(edges))
     sizes = (pieces[:, 4] - pieces[:, 3]).tolist()
-    assert all(before >= after - 1 for before, after in zip(sizes, sizes[1:], strict=False))  # the largest first
+    assert all(before >= after - 1 for before, after in itertools.pairwise(sizes))  # the largest first
 
 
 @pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 2500])

@@ -53,6 +53,15 @@ def run_all(backend):
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
     kernel((2,), (64,), combined=combined, data=data, vectors=1000)
     assert int(combined[0]) == np.bitwise_xor.reduce(np.arange(4 * 1000, dtype=np.uint32))
+    table = xp.arange(13, dtype=np.int32)[::-1].copy()
+    rows = np.random.default_rng(0).integers(2**16, size=(13, 3, 256), dtype=np.uint16)
+    expected = np.bitwise_xor.reduce(rows[1:], axis=None) ^ np.bitwise_xor.reduce(rows[0, 0])
+    for unit in (1, 8, 256):
+        combined[...] = 0
+        defines = {"ROW": 256, "BLOCK_SIZE": 3, "UNIT": unit}
+        kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
+        kernel((3,), (64,), combined=combined, data=xp.asarray(rows), block_table=table, tokens=37)
+        assert int(combined[0]) == expected
 
 
 def run_broken(folder):

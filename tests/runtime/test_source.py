@@ -6,7 +6,8 @@ import pytest
 
 import cupaged as pg
 from cupaged.runtime.arguments import typed_scalar
-from cupaged.runtime.source import KernelSource, Parameter, kernels_folder, kernels_from
+from cupaged.runtime.source import KernelSource, Parameter, kernels_defining, kernels_folder, kernels_from
+from tests.kit.programs import kernel_from_text
 
 
 def source(tmp_path, text, entry="kernel", **defines):
@@ -115,3 +116,37 @@ def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, ex
 def test_a_scalar_that_does_not_fit_is_refused(c_type, dtype, value, error):
     with pytest.raises(error, match="kernel: argument n must"):
         typed_scalar("kernel", Parameter("n", c_type, np.dtype(dtype), False, True), value)
+
+
+def test_an_experiment_adds_a_define_for_a_while(tmp_path):
+    text = 'extern "C" __global__ void value(int* out) { out[0] = VALUE; }'
+    out = np.zeros(1, np.int32)
+
+    def run():
+        kernel_from_text(tmp_path, text, "value", "host", {"VALUE": 1})((1,), (1,), out=out)
+        return int(out[0])
+
+    assert run() == 1
+    with kernels_defining(VALUE=2):
+        assert run() == 2
+        with kernels_defining(VALUE=3, OTHER=4):
+            assert run() == 3
+        assert run() == 2
+    assert run() == 1
+
+
+@pytest.mark.parametrize("kernel", ["paged_attention_v1"])
+def test_a_kernel_can_do_without_the_table(kernel):
+    """Without look-ups it takes what a table of sequences in a row would say, and reads none of it."""
+    cache = pg.KVCache(pg.CacheConfig(6, 16, 2, 64), "host")
+    rng = np.random.default_rng(0)
+    for array in cache.storage:
+        array[...] = rng.standard_normal(array.shape).astype(np.float16)
+    query = rng.standard_normal((2, 2, 64)).astype(np.float16)
+    lens = np.array([40, 33], np.int32)
+    expected = pg.paged_attention(query, cache, np.arange(6, dtype=np.int32).reshape(2, 3), lens, kernel=kernel)
+    unmapped = np.full((2, 3), -1, np.int32)
+    with kernels_defining(TABLE_LOOKUP=0):
+        computed = pg.paged_attention(query, cache, unmapped, lens, kernel=kernel)
+    np.testing.assert_array_equal(computed, expected)
+    assert not pg.paged_attention(query, cache, unmapped, lens, kernel=kernel).any()
