@@ -22,6 +22,7 @@ from cupaged.ops.checks import (
 )
 from cupaged.ops.plan import WARPS, DecodePlan, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
+from cupaged.ops.rungs import RUNGS
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -116,6 +117,8 @@ def paged_attention(
         arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
         if choice.kernel == "paged_attention_mma":
             _launch_mma(*arguments, plan or _plan_for_one_call(cache, query, seq_lens))
+        elif choice.kernel in RUNGS:
+            RUNGS[choice.kernel](*arguments)
         else:
             _launch_v1(*arguments)
     result = like_caller(result, caller) if out is None else out

@@ -32,12 +32,31 @@ class KernelInfo:
     rounds_weights: bool = False
 
 
+_ANY = "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout"
 _KERNELS = (
+    KernelInfo(
+        "paged_attention_naive",
+        "attention/paged_attention_naive.cu",
+        "a thread a token, three passes over the context: maximum, sum, weighted values; nothing is kept between them",
+        _ANY,
+    ),
     KernelInfo(
         "paged_attention_v1",
         "attention/paged_attention_v1.cu",
         "one thread block per (sequence, query head); logits in shared memory, one stretch of the context at a time",
-        "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout",
+        _ANY,
+    ),
+    KernelInfo(
+        "paged_attention_warp",
+        "attention/paged_attention_warp.cu",
+        "one warp per (sequence, query head): 16-byte loads and shuffles, no shared memory, no barrier",
+        _ANY,
+    ),
+    KernelInfo(
+        "paged_attention_online",
+        "attention/paged_attention_online.cu",
+        "one pass: key and value of a token read together, a running maximum and sum, the block meets once",
+        _ANY,
     ),
     KernelInfo(
         "paged_attention_mma",

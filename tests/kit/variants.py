@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cupaged as pg
 from cupaged import layouts
+from cupaged.ops.rungs import rung_defines
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
 
 CONFIGS = [
@@ -34,6 +35,18 @@ def attention_defines(config):
     }
 
 
+RUNGS = ("naive", "warp", "online")
+CONFIGS_OF_RUNGS = CONFIGS[::3]  # halves, bfloat16 and float32, rows of every alignment, BHDSX
+
+
+def rung_variants():
+    """Return file, entry and defines of the rungs of the ladder."""
+    for config in CONFIGS_OF_RUNGS:
+        for rung in RUNGS:
+            entry = f"paged_attention_{rung}"
+            yield f"attention/{entry}.cu", entry, rung_defines(config)
+
+
 def append_defines(config, slot):
     """Return the defines of append_kv for a cache."""
     defines = attention_defines(config)
@@ -50,7 +63,7 @@ def all_variants():
     ]
     mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *mma, *append, *rest)]
+    return [KernelSource.read(*variant) for variant in (*v1, *rung_variants(), *mma, *append, *rest)]
 
 
 MMA_DEFINES = [

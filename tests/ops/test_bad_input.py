@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.ops.registry import ATTENTION_KERNELS
 from tests.kit.cases import DecodeShape, decode_case
 
 
@@ -42,7 +43,7 @@ def call(case, **changed):
         ("block_tables", lambda t, xp: t + 100, ValueError, r"block ids below 8, .*block_tables\[0, 0\] is 10"),
         ("scale", lambda _, xp: "1", TypeError, "scale must be a real number; got str '1'"),
         ("scale", lambda _, xp: float("nan"), ValueError, "scale must be finite; got nan"),
-        ("kernel", lambda _, xp: "v9", ValueError, "kernel must be 'auto' or one of paged_attention_v1"),
+        ("kernel", lambda _, xp: "v9", ValueError, "kernel must be 'auto' or one of paged_attention_naive"),
         ("out", lambda _, xp: xp.empty((2, 4, 64), xp.float32), TypeError, "out must have dtype float16"),
         ("out", lambda _, xp: xp.empty((2, 4, 32), xp.float16), ValueError, r"out must have shape \[2, 4, 64\]"),
         ("out", lambda _, xp: xp.empty((2, 4, 128), xp.float16)[:, :, ::2], ValueError, "out must be C-contiguous"),
@@ -68,11 +69,12 @@ def test_misaligned_lengths_are_refused():
         call(case, seq_lens=room)
 
 
-def test_nan_in_the_cache_is_not_hidden():
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+def test_nan_in_the_cache_is_not_hidden(kernel):
     """A token's key that is NaN makes output and log-sum-exp NaN, as in the reference, not an empty result."""
     case = decode_case(DecodeShape((3,), num_heads=2), "host")
     case.cache.key[int(case.block_tables[0, 0]), 1] = np.nan
-    out, lse = pg.paged_attention(*case.arguments, return_lse=True)
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
     assert np.isnan(out).all()
     assert np.isnan(lse).all()
 

@@ -11,6 +11,8 @@ import numpy as np
 
 import cupaged as pg
 from cupaged.ops.plan import why_no_tensor_cores
+from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host, load_kernel
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
@@ -28,9 +30,14 @@ SHAPES = [
 ]
 
 
-def kernels_for(cache):
-    """Return every attention kernel that serves the cache."""
-    return ["paged_attention_v1"] + ["paged_attention_mma"] * (why_no_tensor_cores(cache) is None)
+SHAPES_OF_RUNGS = SHAPES[1:2] + SHAPES[5:]  # each build with sanitizers takes seconds
+
+
+def kernels_for(shape, cache):
+    """Return the attention kernels to run: those that serve the cache, the rungs for some shapes."""
+    chosen = set(RUNGS) if shape in SHAPES_OF_RUNGS else set()
+    chosen |= {"paged_attention_v1"} | ({"paged_attention_mma"} if why_no_tensor_cores(cache) is None else set())
+    return [kernel for kernel in ATTENTION_KERNELS if kernel in chosen]
 
 
 def run_all(backend):
@@ -39,7 +46,7 @@ def run_all(backend):
         case = decode_case(shape, backend)
         for seed in range(2):
             with host.schedule(seed) if backend == "host" else nullcontext():
-                for kernel in kernels_for(case.cache):
+                for kernel in kernels_for(shape, case.cache):
                     result = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
                     assert_decode_matches_reference(case, *result, kernel)
         config, xp = case.cache.config, case.cache.xp

@@ -1,4 +1,4 @@
-"""Every barrier of paged_attention_v1 is needed, and a missing one is seen: without it, some test case fails."""
+"""Every barrier of these kernels is needed, and a missing one is seen: without it, some test case fails."""
 
 import re
 import shutil
@@ -10,13 +10,15 @@ import cupaged as pg
 from cupaged.runtime import host, kernels_folder, kernels_from
 from tests.kit.cases import DecodeShape, decode_case
 
-FILES = (
-    "attention/paged_attention_v1.cu",
-    "include/reduce.cuh",
-)
+KERNEL_OF_FILE = {
+    "attention/paged_attention_naive.cu": "paged_attention_naive",
+    "attention/paged_attention_v1.cu": "paged_attention_v1",
+    "attention/paged_attention_online.cu": "paged_attention_online",
+    "include/reduce.cuh": "paged_attention_v1",
+}
 BARRIERS = [
     (file, match.start())
-    for file in FILES
+    for file in KERNEL_OF_FILE
     for match in re.finditer(r"__syncthreads\(\);", (kernels_folder() / file).read_text(encoding="utf-8"))
 ]
 SHAPES = [
@@ -36,27 +38,28 @@ def copy_without(tmp_path, file, position):
     return copy
 
 
-def outcomes(shape):
+def outcomes(kernel, shape):
     """Return the results over three schedules."""
     case = decode_case(shape, "host")
     results = []
     for seed in range(3):
         with host.schedule(seed):
-            results.append(pg.paged_attention(*case.arguments, kernel="paged_attention_v1"))
+            results.append(pg.paged_attention(*case.arguments, kernel=kernel))
     return results
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 3
+    assert len(BARRIERS) == 6
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, file, position):
-    expected = {shape: outcomes(shape) for shape in SHAPES}
+    kernel = KERNEL_OF_FILE[file]
+    expected = {shape: outcomes(kernel, shape) for shape in SHAPES}
     with kernels_from(copy_without(tmp_path, file, position)):
         wrong = sum(
             not np.array_equal(actual, right, equal_nan=True)
             for shape in SHAPES
-            for actual, right in zip(outcomes(shape), expected[shape], strict=True)
+            for actual, right in zip(outcomes(kernel, shape), expected[shape], strict=True)
         )
     assert wrong > 0
