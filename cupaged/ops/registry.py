@@ -59,11 +59,23 @@ _KERNELS = (
         _ANY,
     ),
     KernelInfo(
+        "paged_attention_v2",
+        "attention/paged_attention_v2.cu",
+        "the context cut into partitions that run side by side, up to 4 query heads of a KV head sharing each load",
+        _ANY,
+    ),
+    KernelInfo(
         "paged_attention_mma",
         "attention/paged_attention_mma.cu",
         "tensor cores for all query heads of a KV head, copies always under way, work shared out in chunks of tokens",
         "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX",
         rounds_weights=True,
+    ),
+    KernelInfo(
+        "merge_partitions",
+        "attention/merge_partitions.cu",
+        "merges what paged_attention_v2 found over the partitions of each context",
+        "what paged_attention_v2 serves",
     ),
     KernelInfo(
         "plan_decode",

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
@@ -14,10 +16,18 @@ from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["RUNGS", "rung_defines"]
+__all__ = ["RUNGS", "rung_defines", "split_context"]
 
 THREADS = 128
 WARPS = THREADS // 32
+MAX_HEADS_OF_TILE = 4  # query heads that share a load in paged_attention_v2: more take too many registers
+BLOCKS_TO_FILL = 8  # thread blocks for each multiprocessor: two waves of what runs at once
+MOST_WAVES = 16
+PARTITION_TOKENS = 1024
+MIN_PARTITION_TOKENS = 128  # below, starting and merging a partition takes as long as reading it
+STEP_TOKENS = 32  # a multiple of them keeps all lanes of a step busy at D = 128 in half precision
+MAX_PARTITIONS = 65535  # of a grid's second axis
+HOST_MULTIPROCESSORS = 16  # enough to cut the contexts of the tests
 
 
 def rung_defines(config: CacheConfig) -> dict[str, object]:
@@ -70,8 +80,77 @@ def launch_warp(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> N
     kernel((blocks,), (THREADS,), **_arguments(out, lse, query, cache, *rest), num_seqs=num_seqs)
 
 
+def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float) -> None:
+    """Launch paged_attention_v2 over (sequence, tile of query heads) and partitions, then merge_partitions."""
+    config, xp = cache.config, cache.xp
+    num_seqs, num_heads, head_dim = query.shape
+    group = num_heads // config.num_kv_heads
+    tiles = -(-group // MAX_HEADS_OF_TILE)
+    blocks = num_seqs * config.num_kv_heads * tiles
+    tokens, partitions = split_context(block_tables.shape[1] * config.block_size, blocks, multiprocessors(cache))
+    partial: dict[str, Any] = {"partial_out": None, "partial_state": None}
+    if partitions > 1:
+        rows = (num_seqs, num_heads, partitions)
+        partial["partial_out"] = xp.empty((*rows, head_dim), dtype=np.float32)
+        partial["partial_state"] = xp.empty((*rows, 2), dtype=np.float32)
+        _keep_for_graph(cache, partial)
+    arguments = _arguments(out, lse, query, cache, block_tables, seq_lens, scale)
+    kernel = _load("paged_attention_v2", cache, HEADS=-(-group // tiles))
+    kernel((blocks, partitions), (THREADS,), **arguments, **partial, partition_tokens=tokens)
+    if partitions > 1:
+        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
+        merge = load_kernel(kernels()["merge_partitions"].file, "merge_partitions", defines, cache.backend)
+        merge(
+            (num_seqs * num_heads,),
+            (THREADS,),
+            out=out,
+            lse=lse,
+            **partial,
+            seq_lens=seq_lens,
+            num_heads=num_heads,
+            partitions=partitions,
+            partition_tokens=tokens,
+        )
+
+
+def split_context(capacity: int, blocks: int, processors: int) -> tuple[int, int]:
+    """Return the tokens of a partition, and how many partitions cover a context of up to `capacity` tokens.
+
+    Lengths are on the device and not read back, so this goes by what a table can hold. Enough partitions that `blocks`
+    thread blocks for each fill the GPU; of PARTITION_TOKENS, so that sequences of unlike length are cut into equal
+    work; but no more than MOST_WAVES times what fills the GPU, as most of them may turn out to be empty.
+    """
+    fill = BLOCKS_TO_FILL * processors
+    most = min(max(1, MOST_WAVES * fill // blocks), MAX_PARTITIONS)
+    wanted = min(max(fill // blocks, -(-capacity // PARTITION_TOKENS), 1), most)
+    tokens = max(-(-capacity // wanted), MIN_PARTITION_TOKENS)
+    tokens = -(-tokens // STEP_TOKENS) * STEP_TOKENS
+    return tokens, max(1, -(-capacity // tokens))
+
+
+def multiprocessors(cache: KVCache) -> int:
+    """Return how many multiprocessors run a launch."""
+    return HOST_MULTIPROCESSORS if cache.backend == "host" else _multiprocessors(cache.device)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+_kept: list[Any] = []  # work space of captured launches: a graph keeps no arrays alive
+
+
+def _keep_for_graph(cache: KVCache, arrays: Any) -> None:
+    if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
+        _kept.append(arrays)
+
+
 RUNGS: dict[str, Callable[..., None]] = {
     "paged_attention_naive": functools.partial(launch_block_per_head, "paged_attention_naive"),
     "paged_attention_warp": launch_warp,
     "paged_attention_online": functools.partial(launch_block_per_head, "paged_attention_online"),
+    "paged_attention_v2": launch_v2,
 }

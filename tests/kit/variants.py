@@ -35,16 +35,19 @@ def attention_defines(config):
     }
 
 
-RUNGS = ("naive", "warp", "online")
+RUNGS = ("naive", "warp", "online", "v2")
 CONFIGS_OF_RUNGS = CONFIGS[::3]  # halves, bfloat16 and float32, rows of every alignment, BHDSX
 
 
 def rung_variants():
-    """Return file, entry and defines of the rungs of the ladder."""
-    for config in CONFIGS_OF_RUNGS:
+    """Return file, entry and defines of the rungs of the ladder, v2 with every number of heads."""
+    for i, config in enumerate(CONFIGS_OF_RUNGS):
         for rung in RUNGS:
+            heads = {"HEADS": 4 - i % 4} if rung == "v2" else {}
             entry = f"paged_attention_{rung}"
-            yield f"attention/{entry}.cu", entry, rung_defines(config)
+            yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads}
+        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
+        yield "attention/merge_partitions.cu", "merge_partitions", defines
 
 
 def append_defines(config, slot):
