@@ -64,6 +64,7 @@ def paged_attention(
     scale: float | None = None,
     *,
     return_lse: bool = False,
+    query_to_seq: Any = None,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
 ) -> Any:
@@ -80,6 +81,8 @@ def paged_attention(
         ``1 / sqrt(D)`` if not given.
     return_lse : bool
         Also return the log-sum-exp.
+    query_to_seq : array, int [num_queries], optional
+        The row of `block_tables` and `seq_lens` that each query belongs to.
     dtype, weight_dtype
         See `attention`.
 
@@ -90,6 +93,8 @@ def paged_attention(
         Only with `return_lse`; both of type `dtype`.
     """
     query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
+    if query_to_seq is not None:
+        block_tables, seq_lens = block_tables[as_numpy(query_to_seq)], seq_lens[as_numpy(query_to_seq)]
     block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     out = np.zeros(query.shape, dtype)

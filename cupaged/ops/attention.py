@@ -17,12 +17,13 @@ from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
     check_dtype,
+    check_query_to_seq,
     check_shape,
     must_validate,
 )
 from cupaged.ops.plan import WARPS, DecodePlan, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
-from cupaged.ops.rungs import RUNGS
+from cupaged.ops.rungs import RUNGS, launch_batched
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -55,6 +56,7 @@ def paged_attention(
     out: Any = None,
     return_lse: bool = False,
     plan: DecodePlan | None = None,
+    query_to_seq: Any = None,
     validate: bool | None = None,
 ) -> Any:
     """Attend with one query token per sequence over keys and values in a paged cache.
@@ -81,9 +83,13 @@ def paged_attention(
     plan : DecodePlan, optional
         How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
         Without it each call plans for itself.
+    query_to_seq : array, int32 [num_queries], optional
+        Which row of `block_tables` and `seq_lens` each query of `query`, then [num_queries, H, D], belongs to: several
+        queries can attend to one sequence, each to all of its tokens. Without it query i belongs to sequence i.
+        paged_attention_batched serves it.
     validate : bool, optional
-        Read `block_tables` and `seq_lens` and check them, which on a GPU waits for it. The default reads them on the
-        host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
+        Read `block_tables`, `seq_lens` and `query_to_seq` and check them, which on a GPU waits for it. The default
+        reads them on the host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
 
     Returns
     -------
@@ -104,19 +110,24 @@ def paged_attention(
     .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
     """
     caller = query
-    query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens)
+    query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
+    if query_to_seq is not None:
+        query_to_seq = _checked_query_to_seq(query_to_seq, query, cache)
     scale = _checked_scale(scale, query.shape[2])
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
     if must_validate(validate, cache.backend):
         check_block_tables(cache, block_tables, seq_lens)
+        check_query_to_seq(query_to_seq, seq_lens.shape[0])
     lse = cache.xp.empty(query.shape[:2], dtype=np.float32) if return_lse else None
-    choice = choose_kernel(query, cache, kernel, planned=plan is not None)
+    choice = choose_kernel(query, cache, kernel, planned=plan is not None, mapped=query_to_seq is not None)
     if plan is not None:
         _check_plan(plan, choice, query, cache)
     if query.size:
         arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
         if choice.kernel == "paged_attention_mma":
             _launch_mma(*arguments, plan or _plan_for_one_call(cache, query, seq_lens))
+        elif query_to_seq is not None:
+            launch_batched(*arguments, query_to_seq=query_to_seq)
         elif choice.kernel in RUNGS:
             RUNGS[choice.kernel](*arguments)
         else:
@@ -126,16 +137,27 @@ def paged_attention(
 
 
 def explain(
-    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, kernel: str = "auto"
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float | None = None,
+    kernel: str = "auto",
+    *,
+    query_to_seq: Any = None,
 ) -> Choice:
     """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing."""
-    query, _, _ = _checked_arrays(query, cache, block_tables, seq_lens)
+    query, _, _ = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
     _checked_scale(scale, query.shape[2])
-    return choose_kernel(query, cache, kernel)
+    return choose_kernel(query, cache, kernel, mapped=query_to_seq is not None)
 
 
-def choose_kernel(query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False) -> Choice:
+def choose_kernel(
+    query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False, mapped: bool = False
+) -> Choice:
     """Return the kernel that runs for queries, [num_seqs, H, D], and a cache, and why.
+
+    `planned` and `mapped` say whether a plan and a query_to_seq are given.
 
     Raises
     ------
@@ -146,6 +168,10 @@ def choose_kernel(query: Any, cache: KVCache, kernel: str = "auto", *, planned: 
     """
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
+    if mapped and kernel == "auto":
+        return Choice("paged_attention_batched", "it serves query_to_seq")
+    if mapped and kernel != "paged_attention_batched":
+        raise UnsupportedError(f"query_to_seq is served by paged_attention_batched; the call names {kernel}")
     limit = why_no_tensor_cores(cache)
     if kernel == "auto" and limit is None:
         num_seqs, num_heads, _ = query.shape
@@ -184,36 +210,50 @@ def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any) -> DecodePlan:
     return plan
 
 
-def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> tuple[Any, Any, Any]:
-    """Return queries, tables and lengths as the backend's own arrays, or raise by name."""
+def _checked_arrays(
+    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, mapped: bool = False
+) -> tuple[Any, Any, Any]:
+    """Return queries, tables and lengths as the backend's own arrays, or raise by name.
+
+    `mapped`: the number of queries is not that of sequences.
+    """
     check_cache(cache)
     named = {"query": query, "block_tables": block_tables, "seq_lens": seq_lens}
     query, block_tables, seq_lens = (as_backend_array(array, name, cache.backend) for name, array in named.items())
     config = cache.config
     check_dtype(query, "query", config.numpy_dtype)
     check_shape(query, "query", ("num_seqs", "H", config.head_dim))
-    num_seqs, num_heads, _ = query.shape
+    num_queries, num_heads, _ = query.shape
     if num_heads == 0 or num_heads % config.num_kv_heads:
         raise ValueError(
             f"query must have a number of heads that is a multiple of the cache's {config.num_kv_heads} KV heads; "
             f"got {num_heads}"
         )
     check_dtype(block_tables, "block_tables", INT32)
-    check_shape(block_tables, "block_tables", (num_seqs, "max_blocks"))
+    check_shape(block_tables, "block_tables", ("num_seqs" if mapped else num_queries, "max_blocks"))
     check_dtype(seq_lens, "seq_lens", INT32)
-    check_shape(seq_lens, "seq_lens", (num_seqs,))
+    check_shape(seq_lens, "seq_lens", (block_tables.shape[0],))
     for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens")):
         check_contiguous(array, name)
     if query.size:
         check_alignment(query, "query")
-    if num_seqs * num_heads > 2**31 - 1:
-        raise UnsupportedError(f"query must have at most 2**31 - 1 (sequence, head) pairs; got {num_seqs * num_heads}")
+    pairs = num_queries * num_heads
+    if pairs > 2**31 - 1:
+        raise UnsupportedError(f"query must have at most 2**31 - 1 (sequence, head) pairs; got {pairs}")
     if block_tables.shape[1] * config.block_size > MAX_TOKENS:
         raise UnsupportedError(
             f"block_tables must map at most {MAX_TOKENS} tokens a sequence; got {block_tables.shape[1]} blocks "
             f"of {config.block_size}"
         )
     return query, block_tables, seq_lens
+
+
+def _checked_query_to_seq(query_to_seq: Any, query: Any, cache: KVCache) -> Any:
+    array = as_backend_array(query_to_seq, "query_to_seq", cache.backend)
+    check_dtype(array, "query_to_seq", INT32)
+    check_shape(array, "query_to_seq", query.shape[:1])
+    check_contiguous(array, "query_to_seq")
+    return array
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:

@@ -65,6 +65,12 @@ _KERNELS = (
         _ANY,
     ),
     KernelInfo(
+        "paged_attention_batched",
+        "attention/paged_attention_batched.cu",
+        "any number of queries in a launch of any size; query_to_seq says whose context a query reads",
+        _ANY,
+    ),
+    KernelInfo(
         "paged_attention_mma",
         "attention/paged_attention_mma.cu",
         "tensor cores for all query heads of a KV head, copies always under way, work shared out in chunks of tokens",

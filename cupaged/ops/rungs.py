@@ -16,7 +16,7 @@ from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["RUNGS", "rung_defines", "split_context"]
+__all__ = ["RUNGS", "launch_batched", "rung_defines", "split_context"]
 
 THREADS = 128
 WARPS = THREADS // 32
@@ -27,6 +27,7 @@ PARTITION_TOKENS = 1024
 MIN_PARTITION_TOKENS = 128  # below, starting and merging a partition takes as long as reading it
 STEP_TOKENS = 32  # a multiple of them keeps all lanes of a step busy at D = 128 in half precision
 MAX_PARTITIONS = 65535  # of a grid's second axis
+BATCHED_BLOCKS_PER_MULTIPROCESSOR = 4  # that run at once
 HOST_MULTIPROCESSORS = 16  # enough to cut the contexts of the tests
 
 
@@ -113,6 +114,23 @@ def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any,
         )
 
 
+def launch_batched(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any, query_to_seq: Any = None) -> None:
+    """Launch paged_attention_batched: the thread blocks that run at once take (query, head) pairs in turns.
+
+    `query_to_seq`, int32 [num_queries], says which row of the tables a query reads; None is the identity.
+    """
+    kernel = _load("paged_attention_batched", cache)
+    num_queries, num_heads, _ = query.shape
+    arguments = _arguments(out, lse, query, cache, *rest)
+    blocks = batched_blocks(cache, num_queries * num_heads)
+    kernel((blocks,), (THREADS,), **arguments, query_to_seq=query_to_seq, num_queries=num_queries)
+
+
+def batched_blocks(cache: KVCache, pairs: int) -> int:
+    """Return the grid of paged_attention_batched: what runs at once. Any other gives the same result."""
+    return min(pairs, BATCHED_BLOCKS_PER_MULTIPROCESSOR * multiprocessors(cache))
+
+
 def split_context(capacity: int, blocks: int, processors: int) -> tuple[int, int]:
     """Return the tokens of a partition, and how many partitions cover a context of up to `capacity` tokens.
 
@@ -153,4 +171,5 @@ RUNGS: dict[str, Callable[..., None]] = {
     "paged_attention_warp": launch_warp,
     "paged_attention_online": functools.partial(launch_block_per_head, "paged_attention_online"),
     "paged_attention_v2": launch_v2,
+    "paged_attention_batched": launch_batched,
 }

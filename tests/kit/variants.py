@@ -35,7 +35,7 @@ def attention_defines(config):
     }
 
 
-RUNGS = ("naive", "warp", "online", "v2")
+RUNGS = ("naive", "warp", "online", "v2", "batched")
 CONFIGS_OF_RUNGS = CONFIGS[::3]  # halves, bfloat16 and float32, rows of every alignment, BHDSX
 
 

@@ -55,6 +55,27 @@ def test_decode_names_the_argument(case, xp, argument, change, error, message):
         call(case, **{argument: change(given, xp)})
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q: q.astype("int64"), TypeError, "query_to_seq must have dtype int32; got int64"),
+        (lambda q: q[:1].copy(), ValueError, r"query_to_seq must have shape \[2\]; got \[1\]"),
+        (lambda q: q.repeat(2)[::2], ValueError, "query_to_seq must be C-contiguous"),
+        (lambda q: q + 1, ValueError, r"query_to_seq must hold sequences from 0 to below 2; query_to_seq\[1\] is 2"),
+        (lambda q: q - 1, ValueError, r"from 0 to below 2; query_to_seq\[0\] is -1"),
+    ],
+)
+def test_query_to_seq_is_checked(case, xp, change, error, message):
+    with pytest.raises(error, match=message):
+        call(case, query_to_seq=change(xp.arange(2, dtype=xp.int32)))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in ATTENTION_KERNELS if kernel != "paged_attention_batched"])
+def test_query_to_seq_is_refused_by_other_kernels(case, xp, kernel):
+    with pytest.raises(pg.UnsupportedError, match=f"served by paged_attention_batched; the call names {kernel}"):
+        call(case, query_to_seq=xp.arange(2, dtype=xp.int32), kernel=kernel)
+
+
 def test_out_may_not_lie_in_the_cache():
     case = decode_case(DecodeShape((20,), num_heads=2), "host")
     with pytest.raises(ValueError, match="out must not share memory with cache"):

@@ -1,4 +1,6 @@
-"""What the rungs of the decode ladder add: partitions that merge."""
+"""What the rungs of the decode ladder add: partitions that merge, and queries that share sequences."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,3 +77,69 @@ def test_partitions_cover_the_context_and_are_not_too_many(seed):
     fill = rungs.BLOCKS_TO_FILL * processors
     assert partitions == 1 or partitions * blocks <= rungs.MOST_WAVES * fill
     assert partitions * blocks >= fill // 4 or tokens == rungs.MIN_PARTITION_TOKENS
+
+
+# --- queries that share sequences ------------------------------------------------------------------------------------
+
+
+def shared_case(backend, query_to_seq, **shape):
+    """Return a case whose sequences are those of the queries, one by one, and the call's arguments."""
+    sequences = decode_case(DecodeShape((100, 0, 33, 300), **shape), backend)
+    xp = sequences.cache.xp
+    mapping = xp.asarray(query_to_seq, dtype=xp.int32)
+    rng = np.random.default_rng(1)
+    query = rng.standard_normal((len(query_to_seq), *sequences.query.shape[1:]))
+    query = xp.asarray(query.astype(sequences.cache.config.numpy_dtype))
+    one_by_one = replace(
+        sequences, query=query, block_tables=sequences.block_tables[mapping], seq_lens=sequences.seq_lens[mapping]
+    )
+    return one_by_one, (query, *sequences.arguments[1:]), mapping
+
+
+@pytest.mark.parametrize("query_to_seq", [[0, 1, 2, 3], [3, 3, 0, 1, 2, 0, 3], [2], [1, 1]], ids=str)
+def test_queries_read_the_sequence_that_they_are_mapped_to(query_to_seq, backend):
+    case, arguments, mapping = shared_case(backend, query_to_seq)
+    out, lse = pg.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_batched")
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 28, 100])
+def test_a_grid_of_any_size_gives_the_same_bits(blocks, backend, monkeypatch):
+    """Fewer blocks than (query, head) pairs, as many, and more."""
+    case, arguments, mapping = shared_case(backend, [3, 3, 0, 1, 2, 0, 3], block_size=3)
+    expected = pg.paged_attention(*arguments, query_to_seq=mapping)
+    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: blocks)
+    out, lse = pg.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_batched")
+    assert (out == expected).all()
+
+
+def test_auto_takes_the_kernel_that_serves_query_to_seq(backend):
+    _, arguments, mapping = shared_case(backend, [3, 3, 0])
+    choice = pg.explain(*arguments, query_to_seq=mapping)
+    assert choice.kernel == "paged_attention_batched" and "query_to_seq" in choice.reason
+
+
+def test_a_plan_is_refused_with_query_to_seq(backend, xp):
+    case = decode_case(DecodeShape((100, 33)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
+    with pytest.raises(ValueError, match="plan must be left out for paged_attention_batched"):
+        pg.paged_attention(*case.arguments, plan=plan, query_to_seq=xp.arange(2, dtype=xp.int32))
+
+
+def test_no_queries_of_some_sequences_give_no_rows(backend, xp):
+    _, arguments, _ = shared_case(backend, [0])
+    out = pg.paged_attention(arguments[0][:0], *arguments[1:], query_to_seq=xp.zeros(0, dtype=xp.int32))
+    assert out.shape == (0, 4, 64)
+
+
+def test_the_reference_maps_queries_one_by_one():
+    case, arguments, mapping = shared_case("host", [3, 3, 0])
+    out, lse = pg.reference.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = pg.reference.paged_attention(
+            case.query[one], case.cache, case.block_tables[one], case.seq_lens[one], return_lse=True
+        )
+        np.testing.assert_array_equal(out[one], alone[0])
+        np.testing.assert_array_equal(lse[one], alone[1])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.ops import rungs
 from cupaged.runtime import host, kernels_folder, kernels_from
 from tests.kit.cases import DecodeShape, decode_case
 
@@ -16,6 +17,7 @@ KERNEL_OF_FILE = {
     "attention/paged_attention_online.cu": "paged_attention_online",
     "attention/paged_attention_v2.cu": "paged_attention_v2",
     "attention/merge_partitions.cu": "paged_attention_v2",
+    "attention/paged_attention_batched.cu": "paged_attention_batched",
     "include/reduce.cuh": "paged_attention_v1",
 }
 BARRIERS = [
@@ -51,11 +53,12 @@ def outcomes(kernel, shape):
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 9
+    assert len(BARRIERS) == 11
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
-def test_without_it_a_result_is_wrong(tmp_path, file, position):
+def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
+    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
     kernel = KERNEL_OF_FILE[file]
     expected = {shape: outcomes(kernel, shape) for shape in SHAPES}
     with kernels_from(copy_without(tmp_path, file, position)):
