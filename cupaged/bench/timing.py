@@ -11,6 +11,7 @@ import numpy as np
 __all__ = ["Timing", "copies_for_cold_l2", "time_graph"]
 
 LAUNCHES_PER_GRAPH = 8
+SLOW_US = 20_000  # a call that takes longer is replayed less often
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
         than twice the L2 (`copies_for_cold_l2`). A few calls are captured several times over.
     repeats : int
-        Replays that are timed, after three that are not.
+        Replays that are timed, after three that are not; of slow calls three at most, after one.
 
     Returns
     -------
@@ -40,29 +41,38 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
-    rounds = max(1, LAUNCHES_PER_GRAPH // len(calls))
     cupy.cuda.Device().synchronize()  # what the calls read was written on other streams
     with stream:
         for call in calls:  # compile, load and set attributes before the capture
             call()
         stream.synchronize()
+        slow = _elapsed_us(stream, calls[0]) > SLOW_US
+        rounds = 1 if slow else max(1, LAUNCHES_PER_GRAPH // len(calls))
+        warm_ups, repeats = (1, min(3, repeats)) if slow else (3, repeats)
         stream.begin_capture()
         for _ in range(rounds):
             for call in calls:
                 call()
         graph = stream.end_capture()
-        for _ in range(3):
+        for _ in range(warm_ups):
             graph.launch(stream)
         times = []
         for _ in range(repeats):
-            start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
-            end.synchronize()
-            times.append(1000 * cupy.cuda.get_elapsed_time(start, end) / (rounds * len(calls)))
+            times.append(_elapsed_us(stream, lambda: graph.launch(stream)) / (rounds * len(calls)))
     low, median, high = np.percentile(times, (25, 50, 75))
     return Timing(float(median), float(high - low))
+
+
+def _elapsed_us(stream: Any, work: Callable[[], Any]) -> float:
+    """Return the microseconds between events before and behind what `work` puts on the stream."""
+    import cupy
+
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    start.record(stream)
+    work()
+    end.record(stream)
+    end.synchronize()
+    return 1000 * float(cupy.cuda.get_elapsed_time(start, end))
 
 
 def copies_for_cold_l2(bytes_per_call: int) -> int:
