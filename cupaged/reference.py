@@ -85,6 +85,7 @@ def paged_attention(
     alibi_slopes: Any = None,
     sinks: Any = None,
     return_lse: bool = False,
+    query_to_seq: Any = None,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
 ) -> Any:
@@ -111,6 +112,8 @@ def paged_attention(
         See `attention`.
     return_lse : bool
         Also return the log-sum-exp.
+    query_to_seq : array, int [num_queries], optional
+        The row of `block_tables` and `seq_lens` that each query belongs to.
     dtype, weight_dtype
         See `attention`.
 
@@ -122,6 +125,8 @@ def paged_attention(
     """
     query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
     slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
+    if query_to_seq is not None:
+        block_tables, seq_lens = block_tables[as_numpy(query_to_seq)], seq_lens[as_numpy(query_to_seq)]
     block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     several = query if query.ndim == 4 else query[:, np.newaxis]

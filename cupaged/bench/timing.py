@@ -12,6 +12,7 @@ import numpy as np
 __all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches"]
 
 LAUNCHES_PER_GRAPH = 8
+SLOW_US = 20_000  # a call that takes longer is replayed less often
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
         than twice the L2 (`copies_for_cold_l2`). A few calls are captured several times over.
     repeats : int
-        Replays that are timed, after three that are not.
+        Replays that are timed, after three that are not; of slow calls three at most, after one.
 
     Returns
     -------
@@ -41,14 +42,16 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
-    rounds = max(1, LAUNCHES_PER_GRAPH // len(calls))
     cupy.cuda.Device().synchronize()  # what the calls read was written on other streams
     with stream:
         for call in calls:  # compile, load and set attributes before the capture
             call()
         stream.synchronize()
+        slow = _elapsed_us(stream, calls[0]) > SLOW_US
+        rounds = 1 if slow else max(1, LAUNCHES_PER_GRAPH // len(calls))
+        warm_ups, repeats = (1, min(3, repeats)) if slow else (3, repeats)
         graph = _capture(stream, calls, rounds)
-        times = [_elapsed_us(stream, lambda: graph.launch(stream)) for _ in range(3 + repeats)][3:]
+        times = [_elapsed_us(stream, lambda: graph.launch(stream)) for _ in range(warm_ups + repeats)][warm_ups:]
     return _timing(times, rounds * len(calls))
 
 

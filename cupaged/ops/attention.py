@@ -17,11 +17,13 @@ from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
     check_dtype,
+    check_query_to_seq,
     check_shape,
     must_validate,
 )
 from cupaged.ops.plan import DecodePlan, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
+from cupaged.ops.rungs import RUNGS, launch_batched
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -32,7 +34,6 @@ __all__ = ["Choice", "choose_kernel", "explain", "paged_attention"]
 INT32 = np.dtype(np.int32)
 MAX_TOKENS = 2**31 - 2**16  # of a sequence: a kernel's int may run past the last token by what it reads at once
 V1_THREADS = 128
-V1_FILLS_A_GPU = 1024  # (sequence, head) pairs, several thread blocks for each SM of the largest GPUs
 V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, and few contexts need a second stretch
 
 
@@ -59,6 +60,7 @@ def paged_attention(
     out: Any = None,
     return_lse: bool = False,
     plan: DecodePlan | None = None,
+    query_to_seq: Any = None,
     validate: bool | None = None,
 ) -> Any:
     """Attend with one query token per sequence, or a few, over keys and values in a paged cache.
@@ -102,9 +104,13 @@ def paged_attention(
     plan : DecodePlan, optional
         How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
         Without it each call plans for itself.
+    query_to_seq : array, int32 [num_queries], optional
+        Which row of `block_tables` and `seq_lens` each query of `query`, then [num_queries, H, D], belongs to: several
+        queries can attend to one sequence, each to all of its tokens. Without it query i belongs to sequence i.
+        paged_attention_batched serves it.
     validate : bool, optional
-        Read `block_tables` and `seq_lens` and check them, which on a GPU waits for it. The default reads them on the
-        host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
+        Read `block_tables`, `seq_lens` and `query_to_seq` and check them, which on a GPU waits for it. The default
+        reads them on the host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
 
     Returns
     -------
@@ -127,7 +133,9 @@ def paged_attention(
        ICLR 2022.
     """
     caller = query
-    query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens)
+    query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
+    if query_to_seq is not None:
+        query_to_seq = _checked_query_to_seq(query_to_seq, query, cache)
     scale = _checked_scale(scale, query.shape[-1])
     variants = checked_variants(
         query, cache.backend, block_tables.shape[1] * cache.config.block_size,
@@ -136,18 +144,30 @@ def paged_attention(
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
     if must_validate(validate, cache.backend):
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
+        check_query_to_seq(query_to_seq, seq_lens.shape[0])
     lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
-    choice = choose_kernel(query, cache, kernel, planned=plan is not None, variants=variants)
+    mapped = query_to_seq is not None
+    choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants)
     if plan is not None:
         _check_plan(plan, choice, query, cache, variants)
     if query.size:
         arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
         if choice.kernel == "paged_attention_persistent":
             _launch_persistent(*arguments, variants, plan or _plan_for_one_call(cache, query, seq_lens, variants))
+        elif query_to_seq is not None:
+            launch_batched(*_without_token_axis(*arguments), query_to_seq=query_to_seq)
+        elif choice.kernel in RUNGS:
+            RUNGS[choice.kernel](*_without_token_axis(*arguments))
         else:
             _launch_v1(*arguments, variants)
     result = like_caller(result, caller) if out is None else out
     return (result, like_caller(lse, caller)) if return_lse else result
+
+
+def _without_token_axis(out: Any, lse: Any, query: Any, *rest: Any) -> tuple[Any, ...]:
+    """Return the arguments of a kernel that knows one query token a sequence, on three axes."""
+    shape = (query.shape[0], *query.shape[-2:])
+    return out.reshape(shape), None if lse is None else lse.reshape(shape[:2]), query.reshape(shape), *rest
 
 
 def explain(
@@ -157,22 +177,32 @@ def explain(
     seq_lens: Any,
     scale: float | None = None,
     kernel: str = "auto",
+    *,
+    query_to_seq: Any = None,
     **variants: Any,
 ) -> Choice:
     """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing.
 
     `variants` are `window`, `softcap`, `alibi_slopes` and `sinks`, as `paged_attention` takes them.
     """
-    query, block_tables, _ = _checked_arrays(query, cache, block_tables, seq_lens)
+    mapped = query_to_seq is not None
+    query, block_tables, _ = _checked_arrays(query, cache, block_tables, seq_lens, mapped)
     _checked_scale(scale, query.shape[-1])
-    max_tokens = block_tables.shape[1] * cache.config.block_size
-    return choose_kernel(query, cache, kernel, variants=checked_variants(query, cache.backend, max_tokens, **variants))
+    asked = checked_variants(query, cache.backend, block_tables.shape[1] * cache.config.block_size, **variants)
+    return choose_kernel(query, cache, kernel, mapped=mapped, variants=asked)
 
 
 def choose_kernel(
-    query: Any, cache: KVCache, kernel: str = "auto", *, planned: bool = False, variants: Variants | None = None
+    query: Any,
+    cache: KVCache,
+    kernel: str = "auto",
+    *,
+    mapped: bool = False,
+    variants: Variants | None = None,
 ) -> Choice:
     """Return the kernel that runs for queries, [num_seqs, H, D] or [num_seqs, Q, H, D], and a cache, and why.
+
+    `mapped` says whether a query_to_seq is given.
 
     Raises
     ------
@@ -184,18 +214,20 @@ def choose_kernel(
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
     variants = variants or Variants()
-    if kernel != "auto":
-        limit = _limit(kernel, cache, variants)
+    if mapped and kernel not in ("auto", "paged_attention_batched"):
+        raise UnsupportedError(f"query_to_seq is served by paged_attention_batched; the call names {kernel}")
+    if mapped or kernel != "auto":
+        chosen = "paged_attention_batched" if mapped else kernel
+        limit = _limit(chosen, cache, variants)
         if limit is not None:
             raise UnsupportedError(limit)
-        return Choice(kernel, "it was named")
+        return Choice(chosen, "it serves query_to_seq" if mapped else "it was named")
     limit = _limit("paged_attention_persistent", cache, variants)
-    if limit is not None:
-        return Choice("paged_attention_v1", f"it serves every shape; {limit}")
-    rows, num_heads = variants.query_tokens * query.shape[0], query.shape[-2]
-    if num_heads == cache.config.num_kv_heads and rows * num_heads >= V1_FILLS_A_GPU and not planned:
-        return Choice("paged_attention_v1", "no query heads share a KV head, and there is work for every SM")
-    return Choice("paged_attention_persistent", "tensor cores serve it, and each byte of the cache is read once")
+    if limit is None:
+        return Choice("paged_attention_persistent", "tensor cores serve it, and each byte of the cache is read once")
+    if _limit("paged_attention_v2", cache, variants) is None:
+        return Choice("paged_attention_v2", f"partitions fill the GPU, and heads share loads; {limit}")
+    return Choice("paged_attention_v1", f"it serves every shape; {limit}")
 
 
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
@@ -237,8 +269,13 @@ def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any, variants: Vari
     return plan
 
 
-def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any) -> tuple[Any, Any, Any]:
-    """Return queries, tables and lengths as the backend's own arrays, or raise by name."""
+def _checked_arrays(
+    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, mapped: bool = False
+) -> tuple[Any, Any, Any]:
+    """Return queries, tables and lengths as the backend's own arrays, or raise by name.
+
+    `mapped`: the number of queries is not that of sequences.
+    """
     check_cache(cache)
     named = {"query": query, "block_tables": block_tables, "seq_lens": seq_lens}
     query, block_tables, seq_lens = (as_backend_array(array, name, cache.backend) for name, array in named.items())
@@ -246,16 +283,16 @@ def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any
     check_dtype(query, "query", config.numpy_dtype)
     several = ("Q",) if query.ndim == 4 else ()
     check_shape(query, "query", ("num_seqs", *several, "H", config.head_dim))
-    num_seqs, num_heads = query.shape[0], query.shape[-2]
+    num_queries, num_heads = query.shape[0], query.shape[-2]
     if num_heads == 0 or num_heads % config.num_kv_heads:
         raise ValueError(
             f"query must have a number of heads that is a multiple of the cache's {config.num_kv_heads} KV heads; "
             f"got {num_heads}"
         )
     check_dtype(block_tables, "block_tables", INT32)
-    check_shape(block_tables, "block_tables", (num_seqs, "max_blocks"))
+    check_shape(block_tables, "block_tables", ("num_seqs" if mapped else num_queries, "max_blocks"))
     check_dtype(seq_lens, "seq_lens", INT32)
-    check_shape(seq_lens, "seq_lens", (num_seqs,))
+    check_shape(seq_lens, "seq_lens", (block_tables.shape[0],))
     for array, name in ((query, "query"), (block_tables, "block_tables"), (seq_lens, "seq_lens")):
         check_contiguous(array, name)
     if query.size:
@@ -269,6 +306,14 @@ def _checked_arrays(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any
             f"of {config.block_size}"
         )
     return query, block_tables, seq_lens
+
+
+def _checked_query_to_seq(query_to_seq: Any, query: Any, cache: KVCache) -> Any:
+    array = as_backend_array(query_to_seq, "query_to_seq", cache.backend)
+    check_dtype(array, "query_to_seq", INT32)
+    check_shape(array, "query_to_seq", query.shape[:1])
+    check_contiguous(array, "query_to_seq")
+    return array
 
 
 def _checked_scale(scale: float | None, head_dim: int) -> float:

@@ -14,6 +14,7 @@ __all__ = [
     "check_cache",
     "check_contiguous",
     "check_dtype",
+    "check_query_to_seq",
     "check_shape",
     "check_slots",
     "must_validate",
@@ -78,6 +79,19 @@ def check_block_tables(
         raise ValueError(
             f"block_tables must hold block ids below {num_blocks}, or -1 where unmapped; "
             f"block_tables[{seq}, {entry}] is {tables[seq, entry]}"
+        )
+
+
+def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
+    """Raise ValueError if an entry, where there is such an array, is no sequence."""
+    if query_to_seq is None:
+        return
+    seqs = _to_numpy(query_to_seq)
+    wrong = (seqs < 0) | (seqs >= num_seqs)
+    if wrong.any():
+        query = int(np.argmax(wrong))
+        raise ValueError(
+            f"query_to_seq must hold sequences from 0 to below {num_seqs}; query_to_seq[{query}] is {seqs[query]}"
         )
 
 

@@ -37,13 +37,44 @@ class KernelInfo:
     variants: frozenset[str] = frozenset()
 
 
+_ANY = "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout"
 _KERNELS = (
+    KernelInfo(
+        "paged_attention_naive",
+        "attention/paged_attention_naive.cu",
+        "a thread a token, three passes over the context: maximum, sum, weighted values; nothing is kept between them",
+        _ANY,
+    ),
     KernelInfo(
         "paged_attention_v1",
         "attention/paged_attention_v1.cu",
         "one thread block per (sequence, query head); logits in shared memory, one stretch of the context at a time",
-        "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout",
+        _ANY,
         variants=ALL_VARIANTS,
+    ),
+    KernelInfo(
+        "paged_attention_warp",
+        "attention/paged_attention_warp.cu",
+        "one warp per (sequence, query head): 16-byte loads and shuffles, no shared memory, no barrier",
+        _ANY,
+    ),
+    KernelInfo(
+        "paged_attention_online",
+        "attention/paged_attention_online.cu",
+        "one pass: key and value of a token read together, a running maximum and sum, the block meets once",
+        _ANY,
+    ),
+    KernelInfo(
+        "paged_attention_v2",
+        "attention/paged_attention_v2.cu",
+        "the context cut into partitions that run side by side, up to 4 query heads of a KV head sharing each load",
+        _ANY,
+    ),
+    KernelInfo(
+        "paged_attention_batched",
+        "attention/paged_attention_batched.cu",
+        "any number of queries in a launch of any size; query_to_seq says whose context a query reads",
+        _ANY,
     ),
     KernelInfo(
         "paged_attention_persistent",
@@ -52,6 +83,12 @@ _KERNELS = (
         "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX",
         rounds_weights=True,
         variants=ALL_VARIANTS,
+    ),
+    KernelInfo(
+        "merge_partitions",
+        "attention/merge_partitions.cu",
+        "merges what paged_attention_v2 found over the partitions of each context",
+        "what paged_attention_v2 serves",
     ),
     KernelInfo(
         "plan_decode",

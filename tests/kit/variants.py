@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cupaged as pg
 from cupaged import layouts
+from cupaged.ops.rungs import rung_defines
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
 
 CONFIGS = [
@@ -32,6 +33,21 @@ def attention_defines(config):
         "KEY_PACK": layouts.kv_strides(config, "key").pack_size,
         "VALUE_COLUMNS": int(layouts.kv_strides(config, "value").pack_size == 1),
     }
+
+
+RUNGS = ("naive", "warp", "online", "v2", "batched")
+CONFIGS_OF_RUNGS = CONFIGS[::3]  # halves, bfloat16 and float32, rows of every alignment, BHDSX
+
+
+def rung_variants():
+    """Return file, entry and defines of the rungs of the ladder, v2 with every number of heads."""
+    for i, config in enumerate(CONFIGS_OF_RUNGS):
+        for rung in RUNGS:
+            heads = {"HEADS": 4 - i % 4} if rung == "v2" else {}
+            entry = f"paged_attention_{rung}"
+            yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads}
+        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
+        yield "attention/merge_partitions.cu", "merge_partitions", defines
 
 
 def append_defines(config, slot):
@@ -66,7 +82,8 @@ def all_variants():
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    return [KernelSource.read(*variant) for variant in (*v1, *computed, *persistent, *merge, *append, *gather, *rest)]
+    groups = (v1, computed, rung_variants(), persistent, merge, append, gather, rest)
+    return [KernelSource.read(*variant) for group in groups for variant in group]
 
 
 VARIANTS = [

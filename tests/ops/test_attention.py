@@ -6,6 +6,7 @@ import pytest
 import cupaged as pg
 from cupaged.bench.accuracy import decode_check
 from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
@@ -29,10 +30,32 @@ CORNERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", CORNERS, ids=str)
-def test_corner_cases_match_the_reference(shape, backend):
+CORNERS_OF_RUNGS = [  # each costs a build for each rung
+    *(DecodeShape((0, 1, 15, 16, 17, 300), layout=layout, dtype=dtype)
+      for layout, dtype in zip(LAYOUTS, ("float16", "bfloat16", "float32", "bfloat16", "float16"), strict=True)),
+    *(DecodeShape((37, 0, 255, 256, 257), block_size=256, layout=layout, num_heads=2) for layout in ("BSHD", "BHDSX")),
+    *(DecodeShape((5, 130), block_size=1, layout=layout, head_dim=128) for layout in ("BHSD", "BHDSX")),
+    *(DecodeShape((5, 200), block_size=7, layout=layout, head_dim=72, dtype="bfloat16")
+      for layout in ("HBSD", "BHDSX")),
+    *(DecodeShape((33, 90), head_dim=head_dim, dtype=dtype)
+      for head_dim, dtype in ((32, "float16"), (40, "float32"), (120, "float32"), (248, "bfloat16"), (256, "float32"))),
+    *(DecodeShape((70, 3), num_heads=heads, num_kv_heads=kv_heads)
+      for heads, kv_heads in ((1, 1), (3, 1), (5, 1), (7, 1), (10, 2), (36, 3))),
+    *(DecodeShape((60, 100, 2), unmapped=0.5, layout=layout) for layout in ("BSHD", "BHDSX")),
+    DecodeShape((40, 20), unmapped=1.0),
+    DecodeShape((64, 64), spread=6.0, dtype="bfloat16"),
+    DecodeShape((0, 0, 0)),
+    *(DecodeShape((length,), num_heads=1, num_kv_heads=1, head_dim=128) for length in (1, 33, 500)),
+]  # fmt: skip
+BY_KERNEL = [
+    *(("paged_attention_v1", shape) for shape in CORNERS),
+    *((kernel, shape) for kernel in RUNGS for shape in CORNERS_OF_RUNGS),
+]
+
+
+@pytest.mark.parametrize(("kernel", "shape"), BY_KERNEL, ids=str)
+def test_corner_cases_match_the_reference(kernel, shape, backend):
     case = decode_case(shape, backend)
-    kernel = "paged_attention_v1"
     out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
     assert_decode_matches_reference(case, out, lse, kernel)
 
@@ -52,27 +75,41 @@ def test_contexts_longer_than_the_logits_in_shared_memory(layout, backend):
     assert_decode_matches_reference(case, out, lse)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_placement_changes_no_bit(layout, backend):
+@pytest.mark.parametrize("kernel", RUNGS)
+def test_long_contexts_by_every_rung(kernel, backend):
+    case = decode_case(DecodeShape((4097, 9000), num_heads=1, num_kv_heads=1), backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kernel"),
+    [*((layout, "auto") for layout in LAYOUTS), *((layout, k) for layout in ("BSHD", "BHDSX") for k in RUNGS)],
+)
+def test_placement_changes_no_bit(layout, kernel, backend):
     shape = DecodeShape((100, 1, 333), layout=layout)
     first, second = (decode_case(shape, backend, placement=seed) for seed in (1, 2))
     assert not np.array_equal(to_numpy(first.block_tables), to_numpy(second.block_tables))
-    a, b = (to_numpy(pg.paged_attention(*case.arguments)) for case in (first, second))
+    a, b = (to_numpy(pg.paged_attention(*case.arguments, kernel=kernel)) for case in (first, second))
     np.testing.assert_array_equal(a.view(np.uint16), b.view(np.uint16))
 
 
-@pytest.mark.parametrize("layout", ["BSHD", "BHDSX"])
-def test_the_order_of_threads_changes_no_bit(layout):
-    case = decode_case(DecodeShape((5000, 40), layout=layout, num_heads=2, num_kv_heads=1), "host")
-    expected = pg.paged_attention(*case.arguments)
+@pytest.mark.parametrize(
+    ("layout", "kernel"), [("BSHD", "auto"), ("BHDSX", "auto"), *(("BSHD", kernel) for kernel in RUNGS)]
+)
+def test_the_order_of_threads_changes_no_bit(layout, kernel):
+    length = 5000 if kernel == "auto" else 700
+    case = decode_case(DecodeShape((length, 40), layout=layout, num_heads=2, num_kv_heads=1), "host")
+    expected = pg.paged_attention(*case.arguments, kernel=kernel)
     for seed in range(1, 5):
         with host.schedule(seed):
-            np.testing.assert_array_equal(pg.paged_attention(*case.arguments), expected)
+            np.testing.assert_array_equal(pg.paged_attention(*case.arguments, kernel=kernel), expected)
 
 
-def test_a_sequence_of_length_zero_gives_zero_and_minus_infinity(backend):
+@pytest.mark.parametrize("kernel", ["auto", *ATTENTION_KERNELS])
+def test_a_sequence_of_length_zero_gives_zero_and_minus_infinity(kernel, backend):
     case = decode_case(DecodeShape((0, 8)), backend)
-    out, lse = (to_numpy(a) for a in pg.paged_attention(*case.arguments, return_lse=True))
+    out, lse = (to_numpy(a) for a in pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True))
     assert (out[0] == 0).all()
     assert np.isneginf(lse[0]).all()
     assert np.isfinite(lse[1]).all()
@@ -94,10 +131,11 @@ def test_out_is_written_and_returned(backend, xp):
     assert_decode_matches_reference(case, out)
 
 
-def test_the_scale_is_used(backend):
+@pytest.mark.parametrize("kernel", ["auto", *RUNGS])
+def test_the_scale_is_used(kernel, backend):
     case = decode_case(DecodeShape((50,)), backend)
     expected, expected_lse = pg.reference.paged_attention(*case.arguments, scale=0.5, return_lse=True)
-    _, lse = pg.paged_attention(*case.arguments, scale=0.5, return_lse=True)
+    _, lse = pg.paged_attention(*case.arguments, scale=0.5, kernel=kernel, return_lse=True)
     np.testing.assert_allclose(to_numpy(lse), expected_lse, rtol=1e-5)
     assert np.abs(pg.reference.paged_attention(*case.arguments) - expected).max() > 0.01
 
@@ -140,16 +178,3 @@ def test_auto_says_what_it_takes(backend):
     assert choice.kernel in pg.kernels()
     assert choice.reason
     assert pg.explain(*case.arguments, kernel="paged_attention_v1").reason == "it was named"
-
-
-def test_auto_takes_v1_where_nothing_is_shared_and_the_batch_is_large(backend, xp):
-    """On an H100 v1 then reads at 95 % of the ceiling; with shared KV heads, or few sequences, it does not."""
-    case = decode_case(DecodeShape((5,), num_heads=2, num_kv_heads=2), backend)
-    many = xp.zeros((600, 2, 64), dtype=case.query.dtype)
-    tables, lens = xp.full((600, 1), -1, dtype=xp.int32), xp.zeros(600, dtype=xp.int32)
-    assert pg.explain(many, case.cache, tables, lens).kernel == "paged_attention_v1"
-    assert pg.explain(*case.arguments).kernel == "paged_attention_persistent"
-    shared = xp.zeros((600, 4, 64), dtype=case.query.dtype)
-    assert pg.explain(shared, case.cache, tables, lens).kernel == "paged_attention_persistent"
-    plan = pg.plan_decode(case.cache, lens, 2)
-    assert not xp.asarray(pg.paged_attention(many, case.cache, tables, lens, plan=plan)).any()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.ops.registry import ATTENTION_KERNELS
 from tests.kit.cases import DecodeShape, decode_case
 
 
@@ -42,7 +43,7 @@ def call(case, **changed):
         ("block_tables", lambda t, xp: t + 100, ValueError, r"block ids below 8, .*block_tables\[0, 0\] is 10"),
         ("scale", lambda _, xp: "1", TypeError, "scale must be a real number; got str '1'"),
         ("scale", lambda _, xp: float("nan"), ValueError, "scale must be finite; got nan"),
-        ("kernel", lambda _, xp: "v9", ValueError, "kernel must be 'auto' or one of paged_attention_v1"),
+        ("kernel", lambda _, xp: "v9", ValueError, "kernel must be 'auto' or one of paged_attention_naive"),
         ("out", lambda _, xp: xp.empty((2, 4, 64), xp.float32), TypeError, "out must have dtype float16"),
         ("out", lambda _, xp: xp.empty((2, 4, 32), xp.float16), ValueError, r"out must have shape \[2, 4, 64\]"),
         ("out", lambda _, xp: xp.empty((2, 4, 128), xp.float16)[:, :, ::2], ValueError, "out must be C-contiguous"),
@@ -52,6 +53,27 @@ def test_decode_names_the_argument(case, xp, argument, change, error, message):
     given = {"scale": None, "kernel": "auto", "out": None}.get(argument, getattr(case, argument, None))
     with pytest.raises(error, match=message):
         call(case, **{argument: change(given, xp)})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q: q.astype("int64"), TypeError, "query_to_seq must have dtype int32; got int64"),
+        (lambda q: q[:1].copy(), ValueError, r"query_to_seq must have shape \[2\]; got \[1\]"),
+        (lambda q: q.repeat(2)[::2], ValueError, "query_to_seq must be C-contiguous"),
+        (lambda q: q + 1, ValueError, r"query_to_seq must hold sequences from 0 to below 2; query_to_seq\[1\] is 2"),
+        (lambda q: q - 1, ValueError, r"from 0 to below 2; query_to_seq\[0\] is -1"),
+    ],
+)
+def test_query_to_seq_is_checked(case, xp, change, error, message):
+    with pytest.raises(error, match=message):
+        call(case, query_to_seq=change(xp.arange(2, dtype=xp.int32)))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in ATTENTION_KERNELS if kernel != "paged_attention_batched"])
+def test_query_to_seq_is_refused_by_other_kernels(case, xp, kernel):
+    with pytest.raises(pg.UnsupportedError, match=f"served by paged_attention_batched; the call names {kernel}"):
+        call(case, query_to_seq=xp.arange(2, dtype=xp.int32), kernel=kernel)
 
 
 def test_out_may_not_lie_in_the_cache():
@@ -68,11 +90,12 @@ def test_misaligned_lengths_are_refused():
         call(case, seq_lens=room)
 
 
-def test_nan_in_the_cache_is_not_hidden():
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+def test_nan_in_the_cache_is_not_hidden(kernel):
     """A token's key that is NaN makes output and log-sum-exp NaN, as in the reference, not an empty result."""
     case = decode_case(DecodeShape((3,), num_heads=2), "host")
     case.cache.key[int(case.block_tables[0, 0]), 1] = np.nan
-    out, lse = pg.paged_attention(*case.arguments, return_lse=True)
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
     assert np.isnan(out).all()
     assert np.isnan(lse).all()
 

@@ -94,7 +94,7 @@ def test_what_tensor_cores_do_not_serve_is_named(shape, limit, backend):
     with pytest.raises(pg.UnsupportedError, match=limit):
         pg.plan_decode(case.cache, case.seq_lens, 4)
     choice = pg.explain(*case.arguments)
-    assert choice.kernel == "paged_attention_v1" and limit in choice.reason
+    assert choice.kernel == "paged_attention_v2" and limit in choice.reason
 
 
 @pytest.mark.gpu

@@ -71,7 +71,6 @@ def test_what_a_kernel_does_not_take_is_named(kernel, variant, backend):
     else:
         with pytest.raises(pg.UnsupportedError, match=f"{kernel} does not take {name}"):
             pg.paged_attention(*case.arguments, kernel=kernel, **case.variants)
-        assert f"{kernel} does not take {name}" in pg.explain(*case.arguments, **case.variants).reason
 
 
 def test_the_registry_names_variants_that_exist():

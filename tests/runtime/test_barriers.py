@@ -1,4 +1,4 @@
-"""Every barrier of paged_attention_v1 is needed, and a missing one is seen: without it, some test case fails."""
+"""Every barrier of these kernels is needed, and a missing one is seen: without it, some test case fails."""
 
 import re
 import shutil
@@ -7,16 +7,22 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.ops import rungs
 from cupaged.runtime import host, kernels_folder, kernels_from
 from tests.kit.cases import DecodeShape, decode_case
 
-FILES = (
-    "attention/paged_attention_v1.cu",
-    "include/reduce.cuh",
-)
+KERNEL_OF_FILE = {
+    "attention/paged_attention_naive.cu": "paged_attention_naive",
+    "attention/paged_attention_v1.cu": "paged_attention_v1",
+    "attention/paged_attention_online.cu": "paged_attention_online",
+    "attention/paged_attention_v2.cu": "paged_attention_v2",
+    "attention/merge_partitions.cu": "paged_attention_v2",
+    "attention/paged_attention_batched.cu": "paged_attention_batched",
+    "include/reduce.cuh": "paged_attention_v1",
+}
 BARRIERS = [
     (file, match.start())
-    for file in FILES
+    for file in KERNEL_OF_FILE
     for match in re.finditer(r"__syncthreads\(\);", (kernels_folder() / file).read_text(encoding="utf-8"))
 ]
 SHAPES = [
@@ -36,27 +42,29 @@ def copy_without(tmp_path, file, position):
     return copy
 
 
-def outcomes(shape):
+def outcomes(kernel, shape):
     """Return the results over three schedules."""
     case = decode_case(shape, "host")
     results = []
     for seed in range(3):
         with host.schedule(seed):
-            results.append(pg.paged_attention(*case.arguments, kernel="paged_attention_v1"))
+            results.append(pg.paged_attention(*case.arguments, kernel=kernel))
     return results
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 3
+    assert len(BARRIERS) == 11
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
-def test_without_it_a_result_is_wrong(tmp_path, file, position):
-    expected = {shape: outcomes(shape) for shape in SHAPES}
+def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
+    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
+    kernel = KERNEL_OF_FILE[file]
+    expected = {shape: outcomes(kernel, shape) for shape in SHAPES}
     with kernels_from(copy_without(tmp_path, file, position)):
         wrong = sum(
             not np.array_equal(actual, right, equal_nan=True)
             for shape in SHAPES
-            for actual, right in zip(outcomes(shape), expected[shape], strict=True)
+            for actual, right in zip(outcomes(kernel, shape), expected[shape], strict=True)
         )
     assert wrong > 0

@@ -1,0 +1,145 @@
+"""What the rungs of the decode ladder add: partitions that merge, and queries that share sequences."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.ops import rungs
+from tests.kit.cases import DecodeShape, decode_case
+from tests.kit.compare import assert_decode_matches_reference
+
+
+def cut_into(monkeypatch, tokens):
+    monkeypatch.setattr(rungs, "split_context", lambda capacity, *_: (tokens, max(1, -(-capacity // tokens))))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 32, 100, 10**6])
+def test_partitions_of_any_size(tokens, backend, monkeypatch):
+    """Contexts that end before, at and behind the end of a partition; more partitions than are merged at once."""
+    cut_into(monkeypatch, tokens)
+    shape = DecodeShape((0, 1, 6, 7, 8, 31, 32, 33, 99, 100, 101, 300), num_heads=6, block_size=5)
+    case = decode_case(shape, backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (5, 1), (8, 1), (9, 1), (14, 2)])
+def test_heads_that_share_loads_across_partitions(heads, kv_heads, backend, monkeypatch):
+    cut_into(monkeypatch, 48)
+    case = decode_case(DecodeShape((100, 0, 49), num_heads=heads, num_kv_heads=kv_heads), backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+
+
+@pytest.mark.parametrize("unmapped", [0.6, 1.0])
+def test_partitions_without_a_mapped_block(unmapped, backend, monkeypatch):
+    """Their maximum is -inf, and so is that of two of them merged."""
+    cut_into(monkeypatch, 16)
+    case = decode_case(DecodeShape((200, 40, 16), unmapped=unmapped), backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+
+
+def test_work_space_is_not_read_before_it_is_written(monkeypatch):
+    cut_into(monkeypatch, 32)
+    case = decode_case(DecodeShape((0, 1, 300, 33)), "host")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "empty", lambda shape, dtype: np.ones(shape, np.float32) * np.float32(np.nan))
+        out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "blocks", "expected"),
+    [
+        (1024, 1024, (1024, 1)),  # a large batch fills the GPU by itself
+        (4096, 512, (1024, 4)),
+        (131072, 8, (1024, 128)),  # one sequence is spread over it
+        (1024, 64, (128, 8)),  # short ones are not cut finer than is worth it
+        (65536, 256, (1024, 64)),
+        (0, 8, (128, 1)),
+    ],
+)
+def test_how_contexts_are_cut_on_an_h100(capacity, blocks, expected):
+    assert rungs.split_context(capacity, blocks, 132) == expected
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_partitions_cover_the_context_and_are_not_too_many(seed):
+    rng = np.random.default_rng(seed)
+    capacity, blocks = (int(2 ** rng.uniform(0, bits)) for bits in (31, 20))
+    processors = int(rng.integers(1, 200))
+    tokens, partitions = rungs.split_context(capacity, blocks, processors)
+    assert (partitions - 1) * tokens < capacity <= partitions * tokens
+    assert partitions <= rungs.MAX_PARTITIONS and tokens < 2**31
+    fill = rungs.BLOCKS_TO_FILL * processors
+    assert partitions == 1 or partitions * blocks <= rungs.MOST_WAVES * fill
+    assert partitions * blocks >= fill // 4 or tokens == rungs.MIN_PARTITION_TOKENS
+
+
+# --- queries that share sequences ------------------------------------------------------------------------------------
+
+
+def shared_case(backend, query_to_seq, **shape):
+    """Return a case whose sequences are those of the queries, one by one, and the call's arguments."""
+    sequences = decode_case(DecodeShape((100, 0, 33, 300), **shape), backend)
+    xp = sequences.cache.xp
+    mapping = xp.asarray(query_to_seq, dtype=xp.int32)
+    rng = np.random.default_rng(1)
+    query = rng.standard_normal((len(query_to_seq), *sequences.query.shape[1:]))
+    query = xp.asarray(query.astype(sequences.cache.config.numpy_dtype))
+    one_by_one = replace(
+        sequences, query=query, block_tables=sequences.block_tables[mapping], seq_lens=sequences.seq_lens[mapping]
+    )
+    return one_by_one, (query, *sequences.arguments[1:]), mapping
+
+
+@pytest.mark.parametrize("query_to_seq", [[0, 1, 2, 3], [3, 3, 0, 1, 2, 0, 3], [2], [1, 1]], ids=str)
+def test_queries_read_the_sequence_that_they_are_mapped_to(query_to_seq, backend):
+    case, arguments, mapping = shared_case(backend, query_to_seq)
+    out, lse = pg.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_batched")
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 28, 100])
+def test_a_grid_of_any_size_gives_the_same_bits(blocks, backend, monkeypatch):
+    """Fewer blocks than (query, head) pairs, as many, and more."""
+    case, arguments, mapping = shared_case(backend, [3, 3, 0, 1, 2, 0, 3], block_size=3)
+    expected = pg.paged_attention(*arguments, query_to_seq=mapping)
+    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: blocks)
+    out, lse = pg.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_batched")
+    assert (out == expected).all()
+
+
+def test_auto_takes_the_kernel_that_serves_query_to_seq(backend):
+    _, arguments, mapping = shared_case(backend, [3, 3, 0])
+    choice = pg.explain(*arguments, query_to_seq=mapping)
+    assert choice.kernel == "paged_attention_batched" and "query_to_seq" in choice.reason
+
+
+def test_a_plan_is_refused_with_query_to_seq(backend, xp):
+    case = decode_case(DecodeShape((100, 33)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
+    with pytest.raises(ValueError, match="plan must be left out for paged_attention_batched"):
+        pg.paged_attention(*case.arguments, plan=plan, query_to_seq=xp.arange(2, dtype=xp.int32))
+
+
+def test_no_queries_of_some_sequences_give_no_rows(backend, xp):
+    _, arguments, _ = shared_case(backend, [0])
+    out = pg.paged_attention(arguments[0][:0], *arguments[1:], query_to_seq=xp.zeros(0, dtype=xp.int32))
+    assert out.shape == (0, 4, 64)
+
+
+def test_the_reference_maps_queries_one_by_one():
+    case, arguments, mapping = shared_case("host", [3, 3, 0])
+    out, lse = pg.reference.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = pg.reference.paged_attention(
+            case.query[one], case.cache, case.block_tables[one], case.seq_lens[one], return_lse=True
+        )
+        np.testing.assert_array_equal(out[one], alone[0])
+        np.testing.assert_array_equal(lse[one], alone[1])
