@@ -18,11 +18,10 @@ from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
 __all__ = ["DecodePlan", "plan_decode"]
 
-CHUNK = 16  # tokens, as in kernels_cu/include/attention_tile.cuh
 HOST_BLOCKS = 7  # enough to cut sequences in the middle, few enough to be quick
 MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, some 3 us
 PIECE_BYTES = 16 * 1024  # and while a block changes to the next piece
-MANY_TILES = 6  # for each SM
+ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads without company, in an SM's fair shares
 NO_WINDOW = 2**31 - 1
 SHARED_BYTES_PER_SM = 228 * 1024  # of an H100; 1 KiB a block is the system's
 REGISTERS_PER_SM = 65536
@@ -35,10 +34,12 @@ class TileShape:
     rows: int
     warps: int
     stages: int
+    chunk: int = 16  # tokens
+    blocks_per_sm: int = 1  # at most
 
     def chunk_bytes(self, config: CacheConfig) -> int:
         """Return the bytes of a chunk in shared memory."""
-        return 2 * CHUNK * config.head_dim * config.numpy_dtype.itemsize
+        return 2 * self.chunk * config.head_dim * config.numpy_dtype.itemsize
 
     def shared_bytes(self, config: CacheConfig) -> int:
         """Return a block's dynamic shared memory."""
@@ -59,10 +60,13 @@ def tile_shape(config: CacheConfig, rows: int, many: bool) -> TileShape:
         or ends a piece, beat a large one.
     """
     tile_rows = 8 if rows <= 8 else 16
+    if config.head_dim <= 64:
+        return TileShape(tile_rows, warps=8, stages=2 if config.head_dim == 64 else 3, chunk=32)
     if config.head_dim > 192:
-        return TileShape(tile_rows, warps=4, stages=2)
-    stages = 2 if config.head_dim >= 112 else 3 if config.head_dim >= 64 else 5
-    return TileShape(tile_rows, 4 if many else 8, stages)
+        return TileShape(tile_rows, 2, 2, blocks_per_sm=2) if many else TileShape(tile_rows, 4, 2)
+    if config.head_dim == 80:
+        return TileShape(tile_rows, 4, 2, 32, blocks_per_sm=2) if many else TileShape(tile_rows, 8, 3)
+    return TileShape(tile_rows, 4, 2, blocks_per_sm=2) if many else TileShape(tile_rows, 8, 2)
 
 
 def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, variants: dict[str, int]) -> Any:
@@ -74,6 +78,7 @@ def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, varian
         "ROWS": shape.rows,
         "WARPS": shape.warps,
         "STAGES": shape.stages,
+        "CHUNK_TOKENS": shape.chunk,
         **variants,
     }
     return load_kernel("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines, backend)
@@ -102,7 +107,7 @@ class DecodePlan:
         self.query_tokens, self.window = query_tokens, window
         rows_of_kv_head = query_tokens * num_heads // config.num_kv_heads
         sms = _multiprocessors(cache.backend)
-        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads >= MANY_TILES * sms)
+        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
         self.kernel = attention_kernel(config, self.shape, cache.backend, {})
         self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
@@ -123,7 +128,9 @@ class DecodePlan:
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
         check_shape(seq_lens, "seq_lens", (self.num_seqs,))
         chunks_per_byte = self.num_sms / self.num_blocks / self.shape.chunk_bytes(self.config)
-        kernel = load_kernel("attention/plan_decode.cu", "plan_decode", backend=self.backend)
+        kernel = load_kernel(
+            "attention/plan_decode.cu", "plan_decode", {"CHUNK_TOKENS": self.shape.chunk}, self.backend
+        )
         kernel(
             (1,),
             (1024,),
@@ -140,6 +147,7 @@ class DecodePlan:
             blocks=self.num_blocks,
             min_piece=2 * self.shape.warps,
             max_slots=4 * self.num_blocks,
+            alone_speed=ALONE_SPEED[self.shape.warps] * self.num_blocks / self.num_sms,
             merge_chunks=MERGE_BYTES * chunks_per_byte,
             piece_chunks=PIECE_BYTES * chunks_per_byte,
         )
@@ -215,4 +223,4 @@ def _resident_blocks(plan: DecodePlan) -> int:
     shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + 1024
     by_shared = SHARED_BYTES_PER_SM // shared
     by_registers = REGISTERS_PER_SM // (32 * plan.shape.warps * raw.num_regs)
-    return max(1, min(by_shared, by_registers, 8 // plan.shape.warps))
+    return max(1, min(by_shared, by_registers, plan.shape.blocks_per_sm))

@@ -1,7 +1,7 @@
 // Decode attention at the speed of memory: every byte of the cache is read once, by copies that are always under way,
 // and the tensor cores answer all query rows of a KV head at once.
 //
-// Adds over paged_attention_mma: each warp has a ring of chunks of 16 tokens in shared memory that copies fill while
+// Adds over paged_attention_mma: each warp has a ring of chunks of 16 or 32 tokens in shared memory that copies fill while
 // earlier ones are used, across the borders of sequences and pieces; a thread block lives as long as the kernel and
 // takes pieces of the work from a queue (decode_plan.cuh). Where a sequence is cut into parts, the last of them to be
 // done merges their results, in their order: the same plan gives the same bits.
@@ -18,6 +18,7 @@
 //   ROWS          query rows in a tile, 8, 16 or 32; a row is a query head of a query token
 //   WARPS         warps in a block
 //   STAGES        chunks in a warp's ring
+//   CHUNK_TOKENS  tokens in a chunk, 16 or 32; the plan's
 //   and those of variants.cuh
 #include "async_copy.cuh"
 #include "attention_tile.cuh"
@@ -52,23 +53,21 @@ struct Call {
   Variants variants;
 };
 
-// Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % 16.
+// Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
 struct Cursor {
-  int seq, tile, end_tile, begin, end, chunk;   // chunks from `begin` to `end` of each tile
-  int from_token, to_token;                     // that some query of the sequence sees
+  int seq, kv_head, chunk, end;   // chunks of the sequence
+  int from_token, to_token;       // that some query of the sequence sees
   int entry;
 
-  __device__ __forceinline__ bool valid() const { return tile < end_tile; }
+  __device__ __forceinline__ bool valid() const { return chunk < end; }
   __device__ __forceinline__ void start(const Call& call, const Piece& piece) {
-    seq = piece.seq, tile = piece.tile, end_tile = piece.tile + piece.tiles, begin = piece.begin, end = piece.end;
-    chunk = begin;
-    to_token = valid() ? load_global(call.seq_lens + seq) : 0;
+    seq = piece.seq, kv_head = piece.tile / call.row_tiles, chunk = piece.begin, end = piece.end;
+    to_token = load_global(call.seq_lens + seq);
     from_token = call.variants.first_token(call.variants.context_of(to_token, 0));
     advance(call, threadIdx.x / kWarpSize);
   }
   __device__ __forceinline__ void advance(const Call& call, int chunks) {
     chunk += chunks;
-    while (chunk >= end && valid()) chunk -= end - begin, ++tile;
     if (!valid()) return;
     const unsigned index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
     entry = kUnmapped;
@@ -79,7 +78,7 @@ struct Cursor {
   // Start the copies. Rows of tokens that are not there become zeros: what lies in their slots may be NaN. Returns which
   // tokens are there, a bit each.
   __device__ __forceinline__ unsigned copy(const Call& call, Chunk& to) const {
-    const int lane = threadIdx.x % kWarpSize, first_token = chunk * CHUNK, kv_head = tile / call.row_tiles;
+    const int lane = threadIdx.x % kWarpSize, first_token = chunk * CHUNK;
     const auto block_if_seen = [&](int token) { return from_token <= token && token < to_token ? entry : kUnmapped; };
     const int block_of_lane = block_if_seen(first_token + lane % CHUNK);
 #pragma unroll
@@ -216,7 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   Piece piece = load_global(queue + blockIdx.x), next = {};
   if (static_cast<int>(blockIdx.x) >= count) return;
 
-  // The warp's ring: `issued` chunks have been asked for, `used` of them used.
+  // The warp's ring: copies of `issued` chunks have been started, `used` of them used.
   Cursor load;
   load.start(call, piece);
   int issued = 0, used = 0;
@@ -227,114 +226,106 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
       close_copy_group();
       if (lane == 0) exchange.mapped[warp][issued % STAGES] = mapped;
       load.advance(call, WARPS);
-      if (!load.valid() && !in_next && next.tiles > 0) load.start(call, next), in_next = true;
+      if (!load.valid() && !in_next && next.chunks() > 0) load.start(call, next), in_next = true;
     }
   };
   fill_ring(STAGES - 1);
 
   Tile tile;
-  while (piece.tiles > 0) {
+  while (piece.chunks() > 0) {
+    const int first_row = piece.tile % row_tiles * ROWS;
+    const Rows rows{piece.seq, piece.tile / row_tiles, first_row,
+                    min(ROWS, (QUERY_TOKENS ? query_tokens : 1) * group - first_row), num_kv_heads, group};
+    tile.start(query, rows.count, [&](int row) { return rows.index(variants, row) * HEAD_DIM; });
+    int context[Tile::HALVES];   // tokens that a row sees, those before its window too
+    float slope[Tile::HALVES];
+#pragma unroll
+    for (int half = 0; half < Tile::HALVES; ++half) {
+      const int row = min(Tile::row_of(half), rows.count - 1);
+      context[half] = variants.context_of(load_global(seq_lens + piece.seq), rows.token(row));
+      slope[half] = variants.slope_of(rows.head(row));
+    }
+
     // What the next piece is must be asked early, heard in time for its copies to follow on, and not before it need be.
-    const int ask_at = max(0, piece.length() - LOOKAHEAD), hear_at = min(ask_at + 2 * WARPS, piece.length() - 1);
-    bool asked = count <= static_cast<int>(gridDim.x), heard = asked;
+    const int ask_at = max(piece.begin, piece.end - LOOKAHEAD), hear_at = min(ask_at + 2 * WARPS, piece.end - 1);
     int taken = 0;
-    int use = warp;   // chunk of the piece that this warp uses next
-    for (int i = 0; i < piece.tiles; ++i) {
-      const int first_row = (piece.tile + i) % row_tiles * ROWS;
-      const Rows rows{piece.seq, (piece.tile + i) / row_tiles, first_row,
-                      min(ROWS, (QUERY_TOKENS ? query_tokens : 1) * group - first_row), num_kv_heads, group};
-      tile.start(query, rows.count, [&](int row) { return rows.index(variants, row) * HEAD_DIM; });
-      int context[Tile::HALVES];   // tokens that a row sees, the first `window` of them excepted
-      float slope[Tile::HALVES];
-#pragma unroll
-      for (int half = 0; half < Tile::HALVES; ++half) {
-        const int row = min(Tile::row_of(half), rows.count - 1);
-        context[half] = QUERY_TOKENS || WINDOW || ALIBI ? variants.context_of(load_global(seq_lens + piece.seq), rows.token(row)) : 0;
-        slope[half] = variants.slope_of(rows.head(row));
+    int use = piece.begin + warp;   // chunk that this warp uses next
+    for (int stop = count > static_cast<int>(gridDim.x) ? 0 : 2; stop < 3; ++stop) {
+      const int until = stop == 0 ? ask_at : stop == 1 ? hear_at : piece.end;
+      for (; use < until; use += WARPS) {
+        if (issued == used) fill_ring(1);
+        wait_for_all_but(issued - used - 1);
+        __syncwarp();   // every lane's copies have arrived, and the chunk before is no longer read
+        fill_ring(STAGES);
+        const int stage = used % STAGES;
+        const Chunk& chunk = chunks[warp * STAGES + stage];
+        const unsigned mapped = exchange.mapped[warp][stage];
+        const int first_token = use * CHUNK;
+        tile.add(chunk.key, chunk.value, [&](float product, int half, int token) {
+          bool seen = (mapped >> token & 1) != 0;
+          if (QUERY_TOKENS) seen = seen && first_token + token < context[half];
+          if (WINDOW) seen = seen && first_token + token >= variants.first_token(context[half]);
+          const float logit = variants.logit(product * (scale * kLog2E), first_token + token, context[half], slope[half]);
+          return seen ? logit : minus_infinity();
+        });
+        ++used;
       }
-
-      const int tile_begin = i * piece.chunks(), tile_end = tile_begin + piece.chunks();
-      for (int reached = tile_begin; reached < tile_end;) {
-        const int stop_at = !asked ? ask_at : !heard ? hear_at : tile_end;
-        reached = min(max(stop_at, reached), tile_end);
-        for (; use < reached; use += WARPS) {
-          if (issued == used) fill_ring(1);
-          wait_for_all_but(issued - used - 1);
-          __syncwarp();   // every lane's copies have arrived, and the chunk before is no longer read
-          fill_ring(STAGES);
-          const int stage = used % STAGES;
-          const Chunk& chunk = chunks[warp * STAGES + stage];
-          const unsigned mapped = exchange.mapped[warp][stage];
-          const int first_token = (piece.begin + use - tile_begin) * CHUNK;
-          tile.add(chunk.key, chunk.value, [&](float product, int half, int token) {
-            bool seen = (mapped >> token & 1) != 0;
-            if (QUERY_TOKENS) seen = seen && first_token + token < context[half];
-            if (WINDOW) seen = seen && first_token + token >= variants.first_token(context[half]);
-            const float logit = variants.logit(product * (scale * kLog2E), first_token + token, context[half], slope[half]);
-            return seen ? logit : minus_infinity();
-          });
-          ++used;
-        }
-        if (!asked && reached == ask_at) {
-          if (threadIdx.x == 0) taken = gridDim.x + static_cast<int>(atomicInc(arrivals, count - 1));
-          asked = true;
-        } else if (!heard && reached == hear_at) {
-          if (threadIdx.x == 0) exchange.taken = taken;
-          __syncthreads();
-          next = load_global_if(exchange.taken < count, queue + exchange.taken);
-          heard = true;
-          if (!load.valid() && next.tiles > 0) load.start(call, next), in_next = true;
-        }
-      }
-
-      // Add the warps up. The only part of this tile: write the result. Else leave it, and merge all if they are there.
-      tile.finish();
-      const int used_stage = (used + STAGES - 1) % STAGES;   // not yet asked to take another chunk
-#pragma unroll
-      for (int half = 0; half < Tile::HALVES; ++half)
-        if (lane % 4 == 0) {
-          exchange.max[warp][Tile::row_of(half)] = tile.softmax[half].max;
-          exchange.sum[warp][Tile::row_of(half)] = tile.softmax[half].sum;
-        }
-      if (lane == 0) exchange.used_stage[warp] = used_stage;
-      const int slot = piece.slot + i * piece.parts;
-#pragma unroll
-      for (int operand = 0; operand < Tile::OPERANDS; ++operand) {
-        __syncwarp();
-        tile.store(chunks[warp * STAGES + used_stage].as_result(), operand);
+      if (stop == 0 && threadIdx.x == 0) taken = gridDim.x + static_cast<int>(atomicInc(arrivals, count - 1));
+      if (stop == 1) {
+        if (threadIdx.x == 0) exchange.taken = taken;
         __syncthreads();
-        const int rows_here = min(16, rows.count - 16 * operand);
-        for (int item = threadIdx.x; item < rows_here * QUADS; item += THREADS) {
-          const int row = 16 * operand + item / QUADS, dim = item % QUADS * 4;
-          Part all;
+        next = load_global_if(exchange.taken < count, queue + exchange.taken);
+        if (!load.valid() && next.chunks() > 0) load.start(call, next), in_next = true;
+      }
+    }
+
+    // Add the warps up. The only part of this tile: write the result. Else leave it, and merge all if they are there.
+    tile.finish();
+    const int used_stage = (used + STAGES - 1) % STAGES;   // not yet asked to take another chunk
 #pragma unroll
-          for (int w = 0; w < WARPS; ++w) {
-            const float* result = chunks[w * STAGES + exchange.used_stage[w]].as_result();
-            const auto* at = reinterpret_cast<const Vector<float, 4>*>(result + row % 16 * Tile::FLOAT_PITCH + dim);
-            all.add(exchange.max[w][row], exchange.sum[w][row], at->value);
-          }
-          if (piece.parts == 1) {
-            rows.write(out, lse, variants, row, dim, all);
-          } else {
-            const long long at = static_cast<long long>(slot + piece.part) * ROWS + row;
-            *reinterpret_cast<float4*>(partial_out + at * HEAD_DIM + dim) = {all.sum[0], all.sum[1], all.sum[2], all.sum[3]};
-            if (dim == 0) reinterpret_cast<float2*>(partial_state)[at] = {all.softmax.max, all.softmax.sum};
-          }
-        }
-        __syncthreads();   // the result is written; its memory may be written again
+    for (int half = 0; half < Tile::HALVES; ++half)
+      if (lane % 4 == 0) {
+        exchange.max[warp][Tile::row_of(half)] = tile.softmax[half].max;
+        exchange.sum[warp][Tile::row_of(half)] = tile.softmax[half].sum;
       }
-      if (piece.parts > 1) {
-        if (threadIdx.x == 0) {   // its fences stand for the whole block: others need not wait for their copies
-          const unsigned others = static_cast<unsigned>(piece.parts - 1);
-          fence_device();
-          exchange.last = atomicInc(arrivals + 1 + slot, others) == others;   // back to 0 for the next launch
-          fence_device();
+    if (lane == 0) exchange.used_stage[warp] = used_stage;
+#pragma unroll
+    for (int operand = 0; operand < Tile::OPERANDS; ++operand) {
+      __syncwarp();
+      tile.store(chunks[warp * STAGES + used_stage].as_result(), operand);
+      __syncthreads();
+      const int rows_here = min(16, rows.count - 16 * operand);
+      for (int item = threadIdx.x; item < rows_here * QUADS; item += THREADS) {
+        const int row = 16 * operand + item / QUADS, dim = item % QUADS * 4;
+        Part all;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+          const float* result = chunks[w * STAGES + exchange.used_stage[w]].as_result();
+          const auto* at = reinterpret_cast<const Vector<float, 4>*>(result + row % 16 * Tile::FLOAT_PITCH + dim);
+          all.add(exchange.max[w][row], exchange.sum[w][row], at->value);
         }
-        __syncthreads();
-        if (exchange.last)
-          merge_parts(out, lse, variants, rows, piece.parts, partial_out + static_cast<long long>(slot) * ROWS * HEAD_DIM,
-                      partial_state + static_cast<long long>(slot) * ROWS * 2);
+        if (piece.parts == 1) {
+          rows.write(out, lse, variants, row, dim, all);
+        } else {
+          const long long at = static_cast<long long>(piece.slot + piece.part) * ROWS + row;
+          *reinterpret_cast<float4*>(partial_out + at * HEAD_DIM + dim) = {all.sum[0], all.sum[1], all.sum[2], all.sum[3]};
+          if (dim == 0) reinterpret_cast<float2*>(partial_state)[at] = {all.softmax.max, all.softmax.sum};
+        }
       }
+      __syncthreads();   // the result is written; its memory may be written again
+    }
+    if (piece.parts > 1) {
+      if (threadIdx.x == 0) {   // its fences stand for the whole block: others need not wait for their copies
+        const unsigned others = static_cast<unsigned>(piece.parts - 1);
+        fence_device();
+        exchange.last = atomicInc(arrivals + 1 + piece.slot, others) == others;   // back to 0 for the next launch
+        fence_device();
+      }
+      __syncthreads();
+      const long long first_slot = static_cast<long long>(piece.slot) * ROWS;
+      if (exchange.last)
+        merge_parts(out, lse, variants, rows, piece.parts, partial_out + first_slot * HEAD_DIM,
+                    partial_state + first_slot * 2);
     }
     piece = next;
     next = {};

@@ -3,15 +3,17 @@
 //
 // How finely: every warp tries one number of parts for the longest sequence, and with it a largest piece, and estimates
 // when the last thread block is done. Memory is the bottleneck, so blocks that have less company run faster, up to
-// `kAloneSpeed` times; merging parts costs time at the end. Times are in chunks that a block reads with all others busy.
+// `alone_speed` times; merging parts costs time at the end. Times are in chunks that a block reads with all others busy.
 //
 // Grid:  1.    Block: (THREADS).
+//
+// Defines
+//   CHUNK_TOKENS  tokens in a chunk, 16 or 32
 #include "decode_plan.cuh"
 #include "reduce.cuh"
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / kWarpSize;
-constexpr float kAloneSpeed = 1.75f;     // measured on an H100: 75 of its 132 SMs saturate memory
 constexpr int SORTED_SEQS = 2048;        // of more sequences the order no longer matters, but sorting them would take long
 
 // Sum over this thread and all before it in the block.
@@ -52,6 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     const int num_seqs, const int tiles,            // tiles: head tiles of a sequence
     const int query_tokens, const int window,
     const int blocks, const int min_piece, const int max_slots,
+    const float alone_speed,             // of a block without company
     const float merge_chunks, const float piece_chunks) {   // what merging costs, and what a further piece
   __shared__ int sum_of_warp[WARPS], total, longest, largest;
   __shared__ float estimate[WARPS];
@@ -79,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     const float share = static_cast<float>(total) / blocks, mean = static_cast<float>(total) / count;
     const float last_wave = static_cast<float>(count % blocks) / blocks;   // how many blocks have a piece at the end
     const float merging = slots > 0 ? merge_chunks * (1 + candidate(warp) / 64.0f) : 0.0f;
-    float time = fmaxf(share, piece / kAloneSpeed) + merging + (count - 1) / blocks * piece_chunks;
-    if (count > blocks && last_wave > 0) time += mean * fmaxf(0.0f, 1 / kAloneSpeed - last_wave);
+    float time = fmaxf(share, piece / alone_speed) + merging + (count - 1) / blocks * piece_chunks;
+    if (count > blocks && last_wave > 0) time += mean * fmaxf(0.0f, 1 / alone_speed - last_wave);
     if (count < blocks) time += 0.03f * share * (1 - last_wave);           // more blocks end more nearly together
     if (slots > max_slots || piece < min(longest, min_piece)) time = -minus_infinity();
     if (lane == 0) estimate[warp] = time;
@@ -95,10 +98,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
   __syncthreads();
 
   const auto parts_of = [&](int seq) { return divide_up(chunks_in(seq), largest); };
-  const int most_together = max(1, num_seqs * tiles / (2 * blocks));   // head tiles in a piece: not if blocks went idle
-  const auto tiles_together = [&](int seq) {
-    return parts_of(seq) > 1 ? 1 : max(1, min(min(min_piece / chunks_in(seq), tiles), most_together));
-  };
   const auto size_of = [&](int seq) { return divide_up(chunks_in(seq), parts_of(seq)); };
   for (int seq = threadIdx.x; seq < num_seqs; seq += THREADS) {
     int place = seq;
@@ -120,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     int count = 0, slots = 0;
     if (place < num_seqs) {
       const int seq = order[place], parts = parts_of(seq);
-      count = parts * divide_up(tiles, tiles_together(seq));
+      count = parts * tiles;
       slots = parts > 1 ? parts * tiles : 0;
     }
     const int count_sum = pieces_before + inclusive_sum(count, sum_of_warp);
@@ -141,14 +140,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
       if (offsets[2 * middle] <= i) low = middle;
       else high = middle;
     }
-    const int seq = order[low], parts = parts_of(seq), together = tiles_together(seq), within = i - offsets[2 * low];
-    const int groups = divide_up(tiles, together), part = within / groups, tile = within % groups * together;
+    const int seq = order[low], parts = parts_of(seq), within = i - offsets[2 * low];
     const int first = ranges[2 * seq], chunks = chunks_in(seq);
-    Piece piece;
-    piece.seq = seq, piece.tile = tile, piece.tiles = min(together, tiles - tile);
-    piece.begin = first + static_cast<int>(static_cast<long long>(chunks) * part / parts);
-    piece.end = first + static_cast<int>(static_cast<long long>(chunks) * (part + 1) / parts);
-    piece.parts = parts, piece.part = part, piece.slot = offsets[2 * low + 1] + tile * parts;
+    Piece piece = {};
+    piece.seq = seq, piece.tile = within % tiles, piece.parts = parts, piece.part = within / tiles;
+    piece.begin = first + static_cast<int>(static_cast<long long>(chunks) * piece.part / parts);
+    piece.end = first + static_cast<int>(static_cast<long long>(chunks) * (piece.part + 1) / parts);
+    piece.slot = offsets[2 * low + 1] + piece.tile * parts;
     reinterpret_cast<Piece*>(pieces)[i] = piece;
   }
 }

@@ -1,4 +1,4 @@
-// A warp's attention of a tile of query rows over chunks of 16 tokens, on tensor cores: logits, a running softmax, and
+// A warp's attention of a tile of query rows over chunks of 16 or 32 tokens, on tensor cores: logits, a running softmax, and
 // the weighted sum of values stay in registers (FlashAttention-2, Dao, arXiv 2307.08691, for one warp).
 //
 // Lane l has the rows l/4, l/4 + 8, l/4 + 16, ... of the tile, called halves here since two of them fill an operand.
@@ -11,7 +11,10 @@
 #include "softmax.cuh"
 #include "types.cuh"
 
-constexpr int CHUNK = 16;   // tokens that a warp takes at a time
+#ifndef CHUNK_TOKENS
+#define CHUNK_TOKENS 16
+#endif
+constexpr int CHUNK = CHUNK_TOKENS;   // tokens that a warp takes at a time, 16 or 32
 
 template <typename T, int HeadDim, int Rows>
 struct AttentionTile {
@@ -60,52 +63,60 @@ struct AttentionTile {
   }
 
   // Take in a chunk. `logit(product, half, token)` makes a logit, in units of log 2, of a query row's product with the
-  // key of one of the chunk's 16 tokens; -infinity leaves the token out.
+  // key of one of the chunk's tokens; -infinity leaves the token out.
   template <typename Logit>
   __device__ __forceinline__ void add(const T* key, const T* value, Logit logit) {   // [CHUNK][HeadDim], by place_of
-    ResultTile product[OPERANDS][2] = {};   // [16 rows, 8 tokens] each
+    constexpr int EIGHTS = CHUNK / 8, SIXTEENTHS = CHUNK / 16;   // tiles of 8 and of 16 tokens
+    ResultTile product[OPERANDS][EIGHTS] = {};   // [16 rows, 8 tokens] each
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      unsigned int pair[4];   // tokens 0-7 and 8-15, each as two tiles of 8 dimensions
-      load_matrices(pair, key + place_of(lane() / 16 * 8 + lane() % 8, step * 2 + lane() / 8 % 2));
+    for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-      for (int operand = 0; operand < OPERANDS; ++operand) {
-        multiply_add(product[operand][0], query[operand][step], RightTile{pair[0], pair[1]}, T());
-        multiply_add(product[operand][1], query[operand][step], RightTile{pair[2], pair[3]}, T());
+      for (int i = 0; i < SIXTEENTHS; ++i) {
+        unsigned int pair[4];   // tokens 0-7 and 8-15, each as two tiles of 8 dimensions
+        load_matrices(pair, key + place_of(i * 16 + lane() / 16 * 8 + lane() % 8, step * 2 + lane() / 8 % 2));
+#pragma unroll
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+          multiply_add(product[operand][2 * i], query[operand][step], RightTile{pair[0], pair[1]}, T());
+          multiply_add(product[operand][2 * i + 1], query[operand][step], RightTile{pair[2], pair[3]}, T());
+        }
       }
-    }
-    LeftTile weight[OPERANDS] = {};   // [16 rows, 16 tokens]
+    LeftTile weight[OPERANDS][SIXTEENTHS] = {};   // [16 rows, 16 tokens] each
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      ResultTile (&mine)[2] = product[half / 2];
-      float w[4];   // tokens 2(l%4) and its neighbour, and the same 8 on
+      float w[EIGHTS][2];   // of each 8 tokens, 2(l%4) and its neighbour
       float largest = minus_infinity();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        w[i] = logit(mine[i / 2].value[half % 2 * 2 + i % 2], half, i / 2 * 8 + lane() % 4 * 2 + i % 2);
-        largest = fmaxf(largest, w[i]);
-      }
+      for (int i = 0; i < EIGHTS; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          w[i][j] = logit(product[half / 2][i].value[half % 2 * 2 + j], half, i * 8 + lane() % 4 * 2 + j);
+          largest = fmaxf(largest, w[i][j]);
+        }
       const float factor = softmax[half].raise(warp_reduce<Max, 1, 4>(largest));
 #pragma unroll
       for (ResultTile& tile : out[half / 2]) tile.value[half % 2 * 2] *= factor, tile.value[half % 2 * 2 + 1] *= factor;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        w[i] = softmax_weight(w[i], softmax[half].max);
-        softmax[half].sum += w[i];   // this lane's tokens only, until `finish`
-      }
-      weight[half / 2].pair[half % 2] = pack_pair(w[0], w[1], T());
-      weight[half / 2].pair[half % 2 + 2] = pack_pair(w[2], w[3], T());
-    }
+      for (int i = 0; i < EIGHTS; ++i) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
-      load_matrices_transposed(pair, value + place_of(lane() / 8 % 2 * 8 + lane() % 8, step * 2 + lane() / 16));
-#pragma unroll
-      for (int operand = 0; operand < OPERANDS; ++operand) {
-        multiply_add(out[operand][2 * step], weight[operand], RightTile{pair[0], pair[1]}, T());
-        multiply_add(out[operand][2 * step + 1], weight[operand], RightTile{pair[2], pair[3]}, T());
+        for (int j = 0; j < 2; ++j) {
+          w[i][j] = softmax_weight(w[i][j], softmax[half].max);
+          softmax[half].sum += w[i][j];   // this lane's tokens only, until `finish`
+        }
+        weight[half / 2][i / 2].pair[half % 2 + i % 2 * 2] = pack_pair(w[i][0], w[i][1], T());
       }
     }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+      for (int i = 0; i < SIXTEENTHS; ++i) {
+        unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
+        load_matrices_transposed(pair, value + place_of(i * 16 + lane() / 8 % 2 * 8 + lane() % 8, step * 2 + lane() / 16));
+#pragma unroll
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+          multiply_add(out[operand][2 * step], weight[operand][i], RightTile{pair[0], pair[1]}, T());
+          multiply_add(out[operand][2 * step + 1], weight[operand][i], RightTile{pair[2], pair[3]}, T());
+        }
+      }
   }
 
   // Sum up over lanes; no chunk may be added after this.

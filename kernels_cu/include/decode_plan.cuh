@@ -1,7 +1,7 @@
-// How decode work is shared out. A head tile of a sequence is a run of chunks of 16 tokens. Long runs are cut into equal
-// parts, short ones of a sequence lie together: these are the pieces that thread blocks take from a queue, the largest
-// first (Graham, "Bounds on multiprocessing timing anomalies", 1969). Pieces of one part of a sequence stand together,
-// so that all heads of a token, neighbours in memory, are read at about the same time.
+// How decode work is shared out. A head tile of a sequence is a run of chunks of CHUNK tokens; long runs are cut into
+// equal parts. These are the pieces that thread blocks take from a queue, the largest first (Graham, "Bounds on
+// multiprocessing timing anomalies", 1969). Pieces of one part of a sequence stand together, so that all heads of a
+// token, neighbours in memory, are read at about the same time.
 //
 // Who computes a piece is open; what the pieces are is not: the same plan gives the same bits.
 #pragma once
@@ -9,15 +9,15 @@
 #include "attention_tile.cuh"
 #include "global_memory.cuh"
 
-// Some head tiles of a part of a sequence.
+// A head tile of a part of a sequence.
 struct __align__(16) Piece {
-  int seq, tile, tiles;      // tile, tile + 1, ...: `tiles` of them
+  int seq, tile;
   int begin, end;            // chunks of the sequence
   int parts, part;           // of the sequence; this one
   int slot;                  // of part 0 of this tile in the work space, where there are several parts
+  int unused;
 
-  __device__ __forceinline__ int chunks() const { return end - begin; }   // of one tile
-  __device__ __forceinline__ int length() const { return tiles * chunks(); }
+  __device__ __forceinline__ int chunks() const { return end - begin; }
 };
 
 // Chunks of a sequence that take part: with a sliding window, not those that no query token sees. An empty sequence has

@@ -97,15 +97,15 @@ VARIANTS = [
 PERSISTENT_DEFINES = [
     {
         "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
-        "ROWS": rows, "WARPS": warps, "STAGES": stages,
+        "ROWS": rows, "WARPS": warps, "STAGES": stages, "CHUNK_TOKENS": chunk,
         **dict.fromkeys(asked, 1),
     }
-    for storage, head_dim, block_size, rows, warps, stages, asked in (
-        ("__half", 128, 16, 8, 8, 2, ()),
-        ("__half", 64, 7, 16, 4, 3, ("WINDOW",)),
-        ("__nv_bfloat16", 32, 1, 8, 8, 5, ("ALIBI", "SINKS")),
-        ("__nv_bfloat16", 80, 24, 16, 8, 3, ("QUERY_TOKENS",)),
-        ("__nv_bfloat16", 256, 256, 8, 4, 2, ("SOFTCAP",)),
-        ("__nv_bfloat16", 192, 64, 16, 8, 2, VARIANTS[-1]),
+    for storage, head_dim, block_size, rows, warps, stages, chunk, asked in (
+        ("__half", 128, 16, 8, 8, 2, 16, ()),
+        ("__half", 64, 7, 16, 8, 2, 32, ("WINDOW",)),
+        ("__nv_bfloat16", 32, 1, 8, 8, 3, 32, ("ALIBI", "SINKS")),
+        ("__nv_bfloat16", 80, 24, 16, 4, 2, 32, ("QUERY_TOKENS",)),
+        ("__nv_bfloat16", 256, 256, 8, 2, 2, 16, ("SOFTCAP",)),
+        ("__nv_bfloat16", 192, 64, 16, 4, 2, 16, VARIANTS[-1]),
     )
 ]  # fmt: skip
