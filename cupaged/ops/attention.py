@@ -416,7 +416,7 @@ def _launch_persistent(
         value_cache=Strided(cache.value),
         block_tables=block_tables,
         seq_lens=seq_lens,
-        num_pieces=plan.num_pieces,
+        summary=plan.summary,
         pieces=plan.pieces,
         scale=scale,
         num_kv_heads=config.num_kv_heads,

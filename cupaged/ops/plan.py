@@ -113,7 +113,7 @@ class DecodePlan:
         self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
         xp, rows, max_slots = cache.xp, self.shape.rows, 4 * self.num_blocks
         max_pieces = max(self.num_blocks, num_seqs * self.tiles) + max_slots
-        self.num_pieces = xp.zeros(4, dtype=np.int32)
+        self.summary = xp.zeros(2, dtype=np.int32)
         self.pieces = xp.zeros((max_pieces, 8), dtype=np.int32)
         self.ranges = xp.zeros((num_seqs, 2), dtype=np.int32)
         self.order = xp.zeros(num_seqs, dtype=np.int32)
@@ -134,7 +134,7 @@ class DecodePlan:
         kernel(
             (1,),
             (1024,),
-            num_pieces=self.num_pieces,
+            summary=self.summary,
             pieces=self.pieces,
             ranges=self.ranges,
             order=self.order,

@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
     const STORAGE* __restrict__ value_cache,  // likewise
     const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
     const int* __restrict__ seq_lens,         // [num_seqs], at most what the plan was made for
-    const int* __restrict__ num_pieces,       // [1], the plan's
+    const int* __restrict__ summary,          // [2], the plan's: how many pieces, and the chunks of the largest
     const int* __restrict__ pieces,           // [max_pieces, 8], the plan's Pieces
     const float scale, const int num_kv_heads, const int group, const int max_blocks,
     const int key_block_stride, const long long key_head_stride, const int key_slot_stride,
@@ -211,9 +211,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
-  const int count = load_global(num_pieces);
-  Piece piece = load_global(queue + blockIdx.x), next = {};
-  if (static_cast<int>(blockIdx.x) >= count) return;
+  const int count = load_global(summary), largest = load_global(summary + 1);
+  int number = blockIdx.x;   // of the piece
+  Piece piece = load_global(queue + number), next = {};
+  if (number >= count) return;
+  // Pieces too short to hide a question behind are dealt out in turns.
+  const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;
 
   // The warp's ring: copies of `issued` chunks have been started, `used` of them used.
   Cursor load;
@@ -249,8 +252,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
     // What the next piece is must be asked early, heard in time for its copies to follow on, and not before it need be.
     const int ask_at = max(piece.begin, piece.end - LOOKAHEAD), hear_at = min(ask_at + 2 * WARPS, piece.end - 1);
     int taken = 0;
+    if (!queued) {
+      number += gridDim.x;
+      next = load_global_if(number < count, queue + number);
+    }
     int use = piece.begin + warp;   // chunk that this warp uses next
-    for (int stop = count > static_cast<int>(gridDim.x) ? 0 : 2; stop < 3; ++stop) {
+    for (int stop = queued ? 0 : 2; stop < 3; ++stop) {
+      if (!load.valid() && !in_next && next.chunks() > 0) load.start(call, next), in_next = true;
       const int until = stop == 0 ? ask_at : stop == 1 ? hear_at : piece.end;
       for (; use < until; use += WARPS) {
         if (issued == used) fill_ring(1);
@@ -275,7 +283,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
         if (threadIdx.x == 0) exchange.taken = taken;
         __syncthreads();
         next = load_global_if(exchange.taken < count, queue + exchange.taken);
-        if (!load.valid() && next.chunks() > 0) load.start(call, next), in_next = true;
       }
     }
 

@@ -45,7 +45,7 @@ __device__ __forceinline__ int candidate(int warp) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
-    int* __restrict__ num_pieces,        // [4], of which [0] is used
+    int* __restrict__ summary,           // [2], how many pieces, and the chunks of the largest
     int* __restrict__ pieces,            // [max_pieces, 8], Pieces, in the order in which they are taken
     int* __restrict__ ranges,            // [num_seqs, 2], work space: chunks of each sequence, first and end
     int* __restrict__ order,             // [num_seqs], work space: sequences, the largest pieces first
@@ -82,7 +82,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     const float share = static_cast<float>(total) / blocks, mean = static_cast<float>(total) / count;
     const float last_wave = static_cast<float>(count % blocks) / blocks;   // how many blocks have a piece at the end
     const float merging = slots > 0 ? merge_chunks * (1 + candidate(warp) / 64.0f) : 0.0f;
-    float time = fmaxf(share, piece / alone_speed) + merging + (count - 1) / blocks * piece_chunks;
+    // If all pieces run at once, each may run alone in the end; else the largest keep pace with the others till then.
+    const float reading = count <= blocks ? fmaxf(share, piece / alone_speed)
+                                          : share + fmaxf(0.0f, piece - share) / alone_speed;
+    float time = reading + merging + (count - 1) / blocks * piece_chunks;
     if (count > blocks && last_wave > 0) time += mean * fmaxf(0.0f, 1 / alone_speed - last_wave);
     if (count < blocks) time += 0.03f * share * (1 - last_wave);           // more blocks end more nearly together
     if (slots > max_slots || piece < min(longest, min_piece)) time = -minus_infinity();
@@ -130,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     pieces_before = total, slots_before = longest;
     __syncthreads();
   }
-  if (threadIdx.x == 0) offsets[0] = offsets[1] = 0, num_pieces[0] = pieces_before;
+  if (threadIdx.x == 0) offsets[0] = offsets[1] = 0, summary[0] = pieces_before, summary[1] = largest;
   __syncthreads();
 
   for (int i = threadIdx.x; i < pieces_before; i += THREADS) {

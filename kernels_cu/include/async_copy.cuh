@@ -3,10 +3,12 @@
 #ifndef CUPAGED_ASYNC_COPY_CUH   // the host build has included its twin by now
 #define CUPAGED_ASYNC_COPY_CUH
 
-// Start to copy 16 bytes, or to write 16 zeros where not `wanted`; both addresses are multiples of 16.
+// Start to copy 16 bytes, or to write 16 zeros where not `wanted`; both addresses are multiples of 16. L2 is told to fetch
+// the whole line of 128 bytes: a neighbouring head's row is in it where rows are no multiple of that.
 __device__ __forceinline__ void start_copy_16(void* shared, const void* global, bool wanted) {
   const unsigned int address = static_cast<unsigned int>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(wanted ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(wanted ? 16 : 0)
+               : "memory");
 }
 __device__ __forceinline__ void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Left>

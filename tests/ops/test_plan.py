@@ -14,7 +14,7 @@ from tests.kit.compare import assert_decode_matches_reference, to_numpy
 def test_pieces_cover_every_chunk_once(lens, backend):
     cache = pg.KVCache(pg.CacheConfig(1, 16, 3, 64, "float16"), backend)
     plan = pg.plan_decode(cache, cache.xp.asarray(lens, dtype=np.int32), 6)
-    pieces = to_numpy(plan.pieces)[: int(plan.num_pieces[0])]
+    pieces = to_numpy(plan.pieces)[: int(plan.summary[0])]
     covered = {}
     for seq, tile, begin, end, parts, part, slot, _ in pieces.tolist():
         covered.setdefault((seq, tile), []).append((begin, end))
@@ -33,7 +33,7 @@ def test_more_sequences_than_the_planner_has_threads(count, backend):
     lens = tuple(int(n) for n in np.random.default_rng(count).integers(0, 40, count))
     case = decode_case(DecodeShape(lens, num_heads=1, num_kv_heads=1, head_dim=32), backend)
     plan = pg.plan_decode(case.cache, case.seq_lens, 1)
-    assert int(plan.num_pieces[0]) >= count
+    assert int(plan.summary[0]) >= count
     out, lse = pg.paged_attention(*case.arguments, plan=plan, return_lse=True)
     assert_decode_matches_reference(case, out, lse, "paged_attention_persistent")
 
