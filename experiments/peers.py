@@ -153,7 +153,7 @@ def find_peers(backend: str, parts: Sequence[str] = ()) -> tuple[list[Peer], lis
     for peer in PEERS:
         if parts and not any(part in peer.name for part in parts):
             continue
-        why = f"it needs a GPU; this is the {backend} backend" if backend not in peer.backends else why_not(peer)
+        why = why_not(peer) if backend in peer.backends else f"it is for the {peer.backends[0]} backend"
         if why is None:
             found.append(peer)
         else:
