@@ -110,7 +110,7 @@ struct Exchange {
   float max[WARPS][ROWS], sum[WARPS][ROWS];
   unsigned int mapped[WARPS][STAGES];   // of each chunk in a ring: bit t says whether token t is there
   int used_stage[WARPS];                // whose memory holds a warp's result
-  int taken;                            // number of the next piece
+  unsigned int taken;                   // number of the next piece
   bool last;                            // whether all other parts of a tile are there
 };
 
@@ -251,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
 
     // What the next piece is must be asked early, heard in time for its copies to follow on, and not before it need be.
     const int ask_at = max(piece.begin, piece.end - LOOKAHEAD), hear_at = min(ask_at + 2 * WARPS, piece.end - 1);
-    int taken = 0;
+    unsigned int taken = 0;
     if (!queued) {
       number += gridDim.x;
       next = load_global_if(number < count, queue + number);
@@ -278,11 +278,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
         });
         ++used;
       }
-      if (stop == 0 && threadIdx.x == 0) taken = gridDim.x + static_cast<int>(atomicInc(arrivals, count - 1));
+      if (stop == 0 && threadIdx.x == 0) taken = gridDim.x + atomicInc(arrivals, count - 1);
       if (stop == 1) {
         if (threadIdx.x == 0) exchange.taken = taken;
         __syncthreads();
-        next = load_global_if(exchange.taken < count, queue + exchange.taken);
+        next = load_global_if(exchange.taken < static_cast<unsigned>(count), queue + exchange.taken);
       }
     }
 
