@@ -331,6 +331,8 @@ def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
     check_dtype(array, "out", query.dtype)
     check_shape(array, "out", query.shape)
     check_contiguous(array, "out")
+    if array.size:
+        check_alignment(array, "out")
     for name, read in (("query", query), *(("cache", storage) for storage in cache.storage)):
         if cache.xp.may_share_memory(array, read):
             raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
