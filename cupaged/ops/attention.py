@@ -232,7 +232,7 @@ def choose_kernel(
 
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     """Return None if a kernel serves the cache and the variants, else what it does not."""
-    if kernel == "paged_attention_persistent" and (limit := why_no_tensor_cores(cache)):
+    if kernels()[kernel].rounds_weights and (limit := why_no_tensor_cores(cache, kernel)):
         return limit
     missing = sorted(variants.names - kernels()[kernel].variants)
     if missing:
