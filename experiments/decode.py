@@ -37,6 +37,7 @@ KERNELS = (  # rung by rung
     "paged_attention_online",
     "paged_attention_v2",
     "paged_attention_batched",
+    "paged_attention_mma",
     "paged_attention_persistent",
 )
 EXPECTATION = (
@@ -47,8 +48,11 @@ EXPECTATION = (
     "of all on small batches. The online kernel reads as v1 does, without the passes over logits: level. v2 lets up "
     "to 4 query heads share each load and cuts contexts into partitions: ahead of v1 wherever heads share or the "
     "batch is small. The batched kernel is the online one with no more blocks than run at once: level with it, but "
-    "for the wait for the longest pairs. The tensor-core kernel reads each byte once whatever the group is, and "
-    "shares work out by chunks of tokens, so that one long sequence or a small batch still fills the GPU."
+    "for the wait for the longest pairs. The mma kernel takes v2's partitions and reads each byte once whatever the "
+    "group is, as tensor cores answer all its heads at once: ahead of v2 wherever arithmetic held that back, most of "
+    "all with 8 heads and more; with one head to a KV head, behind it, as 7 of 8 rows are idle and chunks go through "
+    "shared memory. The persistent kernel keeps copies on the way at all times and shares work out by chunks of "
+    "tokens: ahead of mma wherever partitions fit the lengths badly, and where starting and merging them shows."
 )
 
 

@@ -75,7 +75,7 @@ def check_alignment(array: Any, name: str) -> None:
     address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
     if address % VECTOR_BYTES:
         raise ValueError(
-            f"{name} must start on a {VECTOR_BYTES}-byte boundary, as kernels load {VECTOR_BYTES} bytes at once; "
+            f"{name} must start on a {VECTOR_BYTES}-byte boundary, as kernels move {VECTOR_BYTES} bytes at once; "
             f"it starts {address % VECTOR_BYTES} bytes past one. Pass a copy"
         )
 

@@ -232,7 +232,7 @@ def choose_kernel(
 
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     """Return None if a kernel serves the cache and the variants, else what it does not."""
-    if kernel == "paged_attention_persistent" and (limit := why_no_tensor_cores(cache)):
+    if kernels()[kernel].rounds_weights and (limit := why_no_tensor_cores(cache, kernel)):
         return limit
     missing = sorted(variants.names - kernels()[kernel].variants)
     if missing:
@@ -331,6 +331,8 @@ def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
     check_dtype(array, "out", query.dtype)
     check_shape(array, "out", query.shape)
     check_contiguous(array, "out")
+    if array.size:
+        check_alignment(array, "out")
     for name, read in (("query", query), *(("cache", storage) for storage in cache.storage)):
         if cache.xp.may_share_memory(array, read):
             raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")

@@ -186,17 +186,17 @@ def plan_decode(
     return plan
 
 
-def why_no_tensor_cores(cache: KVCache) -> str | None:
-    """Return None if paged_attention_persistent serves the cache where it lies, else what it does not."""
+def why_no_tensor_cores(cache: KVCache, kernel: str = "paged_attention_persistent") -> str | None:
+    """Return None if a kernel on tensor cores serves the cache where it lies, else what it does not."""
     config = cache.config
     if cache.backend == "cuda" and _compute_capability(cache.device) < 80:
-        return "paged_attention_persistent needs compute capability 8.0"
+        return f"{kernel} needs compute capability 8.0"
     if config.dtype == "float32":
-        return "paged_attention_persistent takes float16 or bfloat16; the cache is float32"
+        return f"{kernel} takes float16 or bfloat16; the cache is float32"
     if config.head_dim % 16:
-        return f"paged_attention_persistent takes a head_dim that is a multiple of 16; the cache's is {config.head_dim}"
+        return f"{kernel} takes a head_dim that is a multiple of 16; the cache's is {config.head_dim}"
     if config.layout == "BHDSX" and config.block_size > 1:
-        return "paged_attention_persistent takes layouts that keep a token's row together; BHDSX does not"
+        return f"{kernel} takes layouts that keep a token's row together; BHDSX does not"
     return None
 
 

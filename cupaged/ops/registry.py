@@ -38,6 +38,9 @@ class KernelInfo:
 
 
 _ANY = "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group, length and layout"
+_TENSOR_CORES = (
+    "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX"
+)
 _KERNELS = (
     KernelInfo(
         "paged_attention_naive",
@@ -77,17 +80,24 @@ _KERNELS = (
         _ANY,
     ),
     KernelInfo(
+        "paged_attention_mma",
+        "attention/paged_attention_mma.cu",
+        "tensor cores for up to 16 query heads of a KV head at once, which read each byte once, over v2's partitions",
+        _TENSOR_CORES,
+        rounds_weights=True,
+    ),
+    KernelInfo(
         "paged_attention_persistent",
         "attention/paged_attention_persistent.cu",
-        "tensor cores for all query heads of a KV head, copies always under way, work shared out in chunks of tokens",
-        "float16, bfloat16; D 32 to 256 in steps of 16; block size 1 to 256; any group and length; all but BHDSX",
+        "tensor cores, copies that are always under way, and work shared out in chunks of tokens",
+        _TENSOR_CORES,
         rounds_weights=True,
         variants=ALL_VARIANTS,
     ),
     KernelInfo(
         "merge_partitions",
         "attention/merge_partitions.cu",
-        "merges what paged_attention_v2 found over the partitions of each context",
+        "merges what paged_attention_v2 or _mma found over the partitions of each context",
         "what paged_attention_v2 serves",
     ),
     KernelInfo(

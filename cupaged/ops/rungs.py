@@ -11,6 +11,7 @@ import numpy as np
 from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
+from cupaged.ops.plan import CHUNK
 from cupaged.ops.registry import kernels
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -81,34 +82,54 @@ def launch_warp(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> N
     kernel((blocks,), (THREADS,), **_arguments(out, lse, query, cache, *rest), num_seqs=num_seqs)
 
 
-def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float) -> None:
-    """Launch paged_attention_v2 over (sequence, tile of query heads) and partitions, then merge_partitions."""
+def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
+    """Launch paged_attention_v2, tiles of up to 4 query heads, and merge_partitions."""
+    tiles = -(-_group(query, cache) // MAX_HEADS_OF_TILE)
+    kernel = _load("paged_attention_v2", cache, HEADS=-(-_group(query, cache) // tiles))
+    _launch_over_partitions(kernel, tiles, 0, _arguments(out, lse, query, cache, *rest), cache)
+
+
+def launch_mma(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
+    """Launch paged_attention_mma, tiles of 8 or 16 query heads, and merge_partitions."""
+    config, group = cache.config, _group(query, cache)
+    rows = 8 if group <= 8 else 16
+    defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+    name = "paged_attention_mma"
+    kernel = load_kernel(kernels()[name].file, name, {**defines, "ROWS": rows}, cache.backend)
+    arguments = _arguments(out, lse, query, cache, *rest)
+    del arguments["key_pack_stride"], arguments["value_pack_stride"]  # a row is one pack
+    chunk_bytes = 2 * CHUNK * config.head_dim * config.numpy_dtype.itemsize
+    _launch_over_partitions(kernel, -(-group // rows), WARPS * chunk_bytes, arguments, cache)
+
+
+def _group(query: Any, cache: KVCache) -> int:
+    return int(query.shape[1]) // cache.config.num_kv_heads
+
+
+def _launch_over_partitions(
+    kernel: Any, tiles: int, shared_bytes: int, arguments: dict[str, Any], cache: KVCache
+) -> None:
+    """Launch a kernel over (sequence, KV head, tile of its query heads) and partitions, then merge_partitions."""
     config, xp = cache.config, cache.xp
-    num_seqs, num_heads, head_dim = query.shape
-    group = num_heads // config.num_kv_heads
-    tiles = -(-group // MAX_HEADS_OF_TILE)
+    num_seqs, num_heads, head_dim = arguments["query"].shape
     blocks = num_seqs * config.num_kv_heads * tiles
-    tokens, partitions = split_context(block_tables.shape[1] * config.block_size, blocks, multiprocessors(cache))
+    tokens, partitions = split_context(arguments["max_blocks"] * config.block_size, blocks, multiprocessors(cache))
     partial: dict[str, Any] = {"partial_out": None, "partial_state": None}
     if partitions > 1:
         rows = (num_seqs, num_heads, partitions)
         partial["partial_out"] = xp.empty((*rows, head_dim), dtype=np.float32)
         partial["partial_state"] = xp.empty((*rows, 2), dtype=np.float32)
         _keep_for_graph(cache, partial)
-    arguments = _arguments(out, lse, query, cache, block_tables, seq_lens, scale)
-    kernel = _load("paged_attention_v2", cache, HEADS=-(-group // tiles))
-    kernel((blocks, partitions), (THREADS,), **arguments, **partial, partition_tokens=tokens)
+    grid = (blocks, partitions)
+    kernel(grid, (THREADS,), shared_bytes=shared_bytes, **arguments, **partial, partition_tokens=tokens)
     if partitions > 1:
         defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
         merge = load_kernel(kernels()["merge_partitions"].file, "merge_partitions", defines, cache.backend)
         merge(
             (num_seqs * num_heads,),
             (THREADS,),
-            out=out,
-            lse=lse,
+            **{name: arguments[name] for name in ("out", "lse", "seq_lens", "num_heads")},
             **partial,
-            seq_lens=seq_lens,
-            num_heads=num_heads,
             partitions=partitions,
             partition_tokens=tokens,
         )
@@ -172,4 +193,5 @@ RUNGS: dict[str, Callable[..., None]] = {
     "paged_attention_online": functools.partial(launch_block_per_head, "paged_attention_online"),
     "paged_attention_v2": launch_v2,
     "paged_attention_batched": launch_batched,
+    "paged_attention_mma": launch_mma,
 }

@@ -1,4 +1,4 @@
-// Merge the attention that paged_attention_v2 found over the partitions of each context into one.
+// Merge the attention that paged_attention_v2 or _mma found over the partitions of each context into one.
 //
 // Lanes that read a row of sums together take every GROUPS-th partition, several in flight, then meet as in the online
 // kernel. Partitions past the end of the context were never written and are not read.

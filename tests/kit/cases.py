@@ -120,6 +120,12 @@ def serving_kernels(case: DecodeCase) -> list[str]:
     return [kernel for kernel in ATTENTION_KERNELS if serves(kernel)]
 
 
+def tensor_cores_serve(shape: DecodeShape) -> bool:
+    """Return whether kernels on tensor cores serve the shape; needs no cache."""
+    together = shape.layout != "BHDSX" or shape.block_size == 1
+    return shape.dtype != "float32" and shape.head_dim % 16 == 0 and together
+
+
 def random_shape(seed: int, specialisations: int) -> DecodeShape:
     """Return a shape that paged_attention_v1 serves, small enough to check by hand.
 

@@ -77,12 +77,13 @@ def all_variants():
         ("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines)
         for defines in PERSISTENT_DEFINES
     ]
+    mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
     merge = [
         ("attention/merge_states.cu", "merge_states", {"STORAGE": storage})
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    groups = (v1, computed, rung_variants(), persistent, merge, append, gather, rest)
+    groups = (v1, computed, rung_variants(), mma, persistent, merge, append, gather, rest)
     return [KernelSource.read(*variant) for group in groups for variant in group]
 
 
@@ -93,6 +94,15 @@ VARIANTS = [
     ("ALIBI",),
     ("SINKS",),
     ("QUERY_TOKENS", "WINDOW", "SOFTCAP", "ALIBI", "SINKS"),
+]
+MMA_DEFINES = [
+    {"STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROWS": rows}
+    for storage, head_dim, block_size, rows in (
+        ("__half", 128, 16, 8),
+        ("__half", 80, 7, 16),
+        ("__nv_bfloat16", 32, 1, 8),
+        ("__nv_bfloat16", 256, 256, 16),
+    )
 ]
 PERSISTENT_DEFINES = [
     {

@@ -8,7 +8,7 @@ from cupaged.bench.accuracy import decode_check
 from cupaged.ops.registry import ATTENTION_KERNELS
 from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host
-from tests.kit.cases import DecodeShape, decode_case
+from tests.kit.cases import DecodeShape, decode_case, tensor_cores_serve
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
@@ -49,8 +49,9 @@ CORNERS_OF_RUNGS = [  # each costs a build for each rung
 ]  # fmt: skip
 BY_KERNEL = [
     *(("paged_attention_v1", shape) for shape in CORNERS),
-    *((kernel, shape) for kernel in RUNGS for shape in CORNERS_OF_RUNGS),
-]
+    *((kernel, shape) for kernel in RUNGS for shape in CORNERS_OF_RUNGS
+      if kernel != "paged_attention_mma" or tensor_cores_serve(shape)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "shape"), BY_KERNEL, ids=str)
@@ -84,7 +85,11 @@ def test_long_contexts_by_every_rung(kernel, backend):
 
 @pytest.mark.parametrize(
     ("layout", "kernel"),
-    [*((layout, "auto") for layout in LAYOUTS), *((layout, k) for layout in ("BSHD", "BHDSX") for k in RUNGS)],
+    [
+        *((layout, "auto") for layout in LAYOUTS),
+        *(("BSHD", kernel) for kernel in RUNGS),
+        *(("BHDSX", kernel) for kernel in RUNGS if kernel != "paged_attention_mma"),
+    ],
 )
 def test_placement_changes_no_bit(layout, kernel, backend):
     shape = DecodeShape((100, 1, 333), layout=layout)

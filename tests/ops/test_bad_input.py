@@ -47,6 +47,8 @@ def call(case, **changed):
         ("out", lambda _, xp: xp.empty((2, 4, 64), xp.float32), TypeError, "out must have dtype float16"),
         ("out", lambda _, xp: xp.empty((2, 4, 32), xp.float16), ValueError, r"out must have shape \[2, 4, 64\]"),
         ("out", lambda _, xp: xp.empty((2, 4, 128), xp.float16)[:, :, ::2], ValueError, "out must be C-contiguous"),
+        ("out", lambda _, xp: xp.empty(520, xp.float16)[1:513].reshape(2, 4, 64), ValueError,
+         "out must start on a 16-byte boundary"),
     ],
 )  # fmt: skip
 def test_decode_names_the_argument(case, xp, argument, change, error, message):

@@ -81,15 +81,16 @@ def test_a_plan_that_does_not_fit_is_refused(backend):
 @pytest.mark.parametrize(
     ("shape", "limit"),
     [
-        (DecodeShape((20,), dtype="float32"), "takes float16 or bfloat16; the cache is float32"),
-        (DecodeShape((20,), head_dim=72), "takes a head_dim that is a multiple of 16; the cache's is 72"),
+        (DecodeShape((20,), dtype="float32"), "float16 or bfloat16; the cache is float32"),
+        (DecodeShape((20,), head_dim=72), "a head_dim that is a multiple of 16; the cache's is 72"),
         (DecodeShape((20,), layout="BHDSX"), "keep a token's row together; BHDSX does not"),
     ],
 )
 def test_what_tensor_cores_do_not_serve_is_named(shape, limit, backend):
     case = decode_case(shape, backend)
-    with pytest.raises(pg.UnsupportedError, match=limit):
-        pg.paged_attention(*case.arguments, kernel="paged_attention_persistent")
+    for kernel in ("paged_attention_mma", "paged_attention_persistent"):
+        with pytest.raises(pg.UnsupportedError, match=f"{kernel} takes .*{limit}"):
+            pg.paged_attention(*case.arguments, kernel=kernel)
     with pytest.raises(pg.UnsupportedError, match=limit):
         pg.plan_decode(case.cache, case.seq_lens, 4)
     choice = pg.explain(*case.arguments)

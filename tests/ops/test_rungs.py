@@ -10,45 +10,63 @@ from cupaged.ops import rungs
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
 
+OVER_PARTITIONS = pytest.mark.parametrize("kernel", ["paged_attention_v2", "paged_attention_mma"])
+
 
 def cut_into(monkeypatch, tokens):
     monkeypatch.setattr(rungs, "split_context", lambda capacity, *_: (tokens, max(1, -(-capacity // tokens))))
 
 
+@OVER_PARTITIONS
 @pytest.mark.parametrize("tokens", [1, 7, 32, 100, 10**6])
-def test_partitions_of_any_size(tokens, backend, monkeypatch):
+def test_partitions_of_any_size(tokens, kernel, backend, monkeypatch):
     """Contexts that end before, at and behind the end of a partition; more partitions than are merged at once."""
     cut_into(monkeypatch, tokens)
     shape = DecodeShape((0, 1, 6, 7, 8, 31, 32, 33, 99, 100, 101, 300), num_heads=6, block_size=5)
     case = decode_case(shape, backend)
-    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
-    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (5, 1), (8, 1), (9, 1), (14, 2)])
-def test_heads_that_share_loads_across_partitions(heads, kv_heads, backend, monkeypatch):
+@OVER_PARTITIONS
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (5, 1), (8, 1), (9, 1), (16, 1), (14, 2), (51, 3)])
+def test_heads_that_share_loads_across_partitions(heads, kv_heads, kernel, backend, monkeypatch):
     cut_into(monkeypatch, 48)
     case = decode_case(DecodeShape((100, 0, 49), num_heads=heads, num_kv_heads=kv_heads), backend)
-    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
-    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
 
 
+@OVER_PARTITIONS
 @pytest.mark.parametrize("unmapped", [0.6, 1.0])
-def test_partitions_without_a_mapped_block(unmapped, backend, monkeypatch):
+def test_partitions_without_a_mapped_block(unmapped, kernel, backend, monkeypatch):
     """Their maximum is -inf, and so is that of two of them merged."""
     cut_into(monkeypatch, 16)
     case = decode_case(DecodeShape((200, 40, 16), unmapped=unmapped), backend)
-    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
-    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
 
 
-def test_work_space_is_not_read_before_it_is_written(monkeypatch):
+@OVER_PARTITIONS
+def test_work_space_is_not_read_before_it_is_written(kernel, monkeypatch):
     cut_into(monkeypatch, 32)
     case = decode_case(DecodeShape((0, 1, 300, 33)), "host")
     with monkeypatch.context() as patch:
         patch.setattr(np, "empty", lambda shape, dtype: np.ones(shape, np.float32) * np.float32(np.nan))
-        out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True)
-    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+        out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
+    assert_decode_matches_reference(case, out, lse, kernel)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 256])
+@pytest.mark.parametrize("head_dim", [32, 80, 256])
+def test_chunks_of_rows_of_any_length_and_blocks_of_any_size(head_dim, block_size, backend):
+    """Chunks that lie in many blocks, or share one; tokens that are not there before and behind others."""
+    shape = DecodeShape(
+        (0, 1, 15, 17, 64, 65, 200), num_heads=18, head_dim=head_dim, block_size=block_size, unmapped=0.2
+    )
+    case = decode_case(shape, backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_mma", return_lse=True)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_mma")
 
 
 @pytest.mark.parametrize(
