@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
+from cupaged.ops.checks import check_shared_prefix, checked_shared_prefix
 
 __all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention"]
 
@@ -86,6 +87,7 @@ def paged_attention(
     sinks: Any = None,
     return_lse: bool = False,
     query_to_seq: Any = None,
+    shared_prefix: int = 0,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
 ) -> Any:
@@ -114,6 +116,8 @@ def paged_attention(
         Also return the log-sum-exp.
     query_to_seq : array, int [num_queries], optional
         The row of `block_tables` and `seq_lens` that each query belongs to.
+    shared_prefix : int
+        So many tokens of all sequences lie in the same blocks: checked, and it changes nothing.
     dtype, weight_dtype
         See `attention`.
 
@@ -131,6 +135,8 @@ def paged_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     several = query if query.ndim == 4 else query[:, np.newaxis]
     num_queries = several.shape[1]
+    shared_prefix = checked_shared_prefix(shared_prefix, block_size, max_blocks=block_tables.shape[1])
+    check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, num_queries)
     out = np.zeros(several.shape, dtype)
     lse = np.full(several.shape[:3], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens):

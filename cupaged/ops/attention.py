@@ -19,6 +19,8 @@ from cupaged.ops.checks import (
     check_dtype,
     check_query_to_seq,
     check_shape,
+    check_shared_prefix,
+    checked_shared_prefix,
     must_validate,
 )
 from cupaged.ops.plan import DecodePlan, attention_kernel, plan_decode, why_no_tensor_cores
@@ -39,10 +41,11 @@ V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, a
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernel runs, and why."""
+    """Which kernel runs, and why; `shared_prefix` is how many tokens are read once for all sequences."""
 
     kernel: str
     reason: str
+    shared_prefix: int = 0
 
 
 def paged_attention(
@@ -61,6 +64,7 @@ def paged_attention(
     return_lse: bool = False,
     plan: DecodePlan | None = None,
     query_to_seq: Any = None,
+    shared_prefix: int = 0,
     validate: bool | None = None,
 ) -> Any:
     """Attend with one query token per sequence, or a few, over keys and values in a paged cache.
@@ -108,6 +112,13 @@ def paged_attention(
         Which row of `block_tables` and `seq_lens` each query of `query`, then [num_queries, H, D], belongs to: several
         queries can attend to one sequence, each to all of its tokens. Without it query i belongs to sequence i.
         paged_attention_batched serves it.
+    shared_prefix : int
+        So many first tokens of all sequences, a multiple of the block size, lie in the same blocks: all rows of
+        `block_tables`, complete as ever, begin with the same ids, also those of empty sequences. A length counts them,
+        and is 0 or at least ``shared_prefix + Q``, so that the query tokens come after them. The result is that of a
+        call without it, but paged_attention_persistent reads these tokens for all sequences at once [3]_, in a launch
+        of its own; other kernels read them for each. Not with a window, which hides another part of them from each
+        sequence.
     validate : bool, optional
         Read `block_tables`, `seq_lens` and `query_to_seq` and check them, which on a GPU waits for it. The default
         reads them on the host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
@@ -124,13 +135,14 @@ def paged_attention(
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing was launched.
     UnsupportedError
-        If the named kernel does not serve this shape or variant.
+        If the named kernel does not serve this shape or variant; for `shared_prefix` with a window.
 
     References
     ----------
     .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
     .. [2] Press et al., "Train Short, Test Long: Attention with Linear Biases Enables Input Length Extrapolation",
        ICLR 2022.
+    .. [3] Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", arXiv 2402.05099.
     """
     caller = query
     query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
@@ -141,19 +153,23 @@ def paged_attention(
         query, cache.backend, block_tables.shape[1] * cache.config.block_size,
         window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
+    block_size, max_blocks = cache.config.block_size, block_tables.shape[1]
+    shared_prefix = checked_shared_prefix(shared_prefix, block_size, variants.window, max_blocks)
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
     if must_validate(validate, cache.backend):
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
         check_query_to_seq(query_to_seq, seq_lens.shape[0])
+        check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, variants.query_tokens)
     lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
     mapped = query_to_seq is not None
-    choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants)
+    choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
-        _check_plan(plan, choice, query, cache, variants)
+        _check_plan(plan, choice, query, cache, variants, shared_prefix)
     if query.size:
         arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
         if choice.kernel == "paged_attention_persistent":
-            _launch_persistent(*arguments, variants, plan or _plan_for_one_call(cache, query, seq_lens, variants))
+            plan = plan or _plan_for_one_call(cache, query, seq_lens, variants, shared_prefix)
+            _launch_persistent(*arguments, variants, plan)
         elif query_to_seq is not None:
             launch_batched(*_without_token_axis(*arguments), query_to_seq=query_to_seq)
         elif choice.kernel in RUNGS:
@@ -179,6 +195,7 @@ def explain(
     kernel: str = "auto",
     *,
     query_to_seq: Any = None,
+    shared_prefix: int = 0,
     **variants: Any,
 ) -> Choice:
     """Return which kernel `paged_attention` would run with these arguments, and why; launches nothing.
@@ -189,7 +206,8 @@ def explain(
     query, block_tables, _ = _checked_arrays(query, cache, block_tables, seq_lens, mapped)
     _checked_scale(scale, query.shape[-1])
     asked = checked_variants(query, cache.backend, block_tables.shape[1] * cache.config.block_size, **variants)
-    return choose_kernel(query, cache, kernel, mapped=mapped, variants=asked)
+    shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, asked.window, block_tables.shape[1])
+    return choose_kernel(query, cache, kernel, mapped=mapped, variants=asked, shared_prefix=shared_prefix)
 
 
 def choose_kernel(
@@ -199,6 +217,7 @@ def choose_kernel(
     *,
     mapped: bool = False,
     variants: Variants | None = None,
+    shared_prefix: int = 0,
 ) -> Choice:
     """Return the kernel that runs for queries, [num_seqs, H, D] or [num_seqs, Q, H, D], and a cache, and why.
 
@@ -213,7 +232,20 @@ def choose_kernel(
     """
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
-    variants = variants or Variants()
+    choice = _choose(cache, kernel, mapped, variants or Variants())
+    if not shared_prefix:
+        return choice
+    tokens = f"the {shared_prefix} tokens that sequences share"
+    if choice.kernel != "paged_attention_persistent":
+        return replace(choice, reason=f"{choice.reason}; it reads {tokens} for each of them")
+    if query.shape[0] < 2:
+        return replace(choice, reason=f"{choice.reason}; there is no other sequence to share with")
+    return replace(
+        choice, reason=f"{choice.reason}; {tokens} are read for all of them at once", shared_prefix=shared_prefix
+    )
+
+
+def _choose(cache: KVCache, kernel: str, mapped: bool, variants: Variants) -> Choice:
     if mapped and kernel not in ("auto", "paged_attention_batched"):
         raise UnsupportedError(f"query_to_seq is served by paged_attention_batched; the call names {kernel}")
     if mapped or kernel != "auto":
@@ -240,7 +272,9 @@ def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     return None
 
 
-def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, variants: Variants) -> None:
+def _check_plan(
+    plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, variants: Variants, shared_prefix: int
+) -> None:
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
     if choice.kernel != "paged_attention_persistent":
@@ -253,6 +287,7 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, va
         ("number of query heads", plan.num_heads, query.shape[-2]),
         ("number of query tokens", plan.query_tokens, variants.query_tokens),
         ("window", plan.window, variants.window),
+        ("shared prefix", plan.shared_prefix, shared_prefix),
         ("cache", replace(plan.config, num_blocks=1), replace(cache.config, num_blocks=1)),
     ):
         if planned != given:
@@ -262,8 +297,11 @@ def _check_plan(plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, va
 _captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these must outlive it
 
 
-def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any, variants: Variants) -> DecodePlan:
-    plan = plan_decode(cache, seq_lens, query.shape[-2], query_tokens=variants.query_tokens, window=variants.window)
+def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any, variants: Variants, shared_prefix: int) -> DecodePlan:
+    plan = plan_decode(
+        cache, seq_lens, query.shape[-2],
+        query_tokens=variants.query_tokens, window=variants.window, shared_prefix=shared_prefix,
+    )  # fmt: skip
     if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
         _captured_plans.append(plan)
     return plan
@@ -401,9 +439,35 @@ def _launch_persistent(
     variants: Variants,
     plan: DecodePlan,
 ) -> None:
-    config = cache.config
+    """Launch what a plan shares out: a shared prefix first, without the sinks, which count once."""
+    arguments = (query, cache, block_tables, seq_lens, scale)
+    of_prefix = {"prefix_out": None, "prefix_state": None, "prefix_tokens": 0}
+    if plan.prefix is not None:
+        of_prefix = {
+            "prefix_out": plan.prefix_out,
+            "prefix_state": plan.prefix_state,
+            "prefix_tokens": plan.shared_prefix,
+        }
+        _launch_planned(out, None, *arguments, replace(variants, sinks=None), plan.prefix, of_prefix)
+    _launch_planned(out, lse, *arguments, variants, plan, of_prefix)
+
+
+def _launch_planned(
+    out: Any,
+    lse: Any,
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float,
+    variants: Variants,
+    plan: DecodePlan,
+    of_prefix: dict[str, Any],
+) -> None:
+    config, kernel = cache.config, plan.kernel
     key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
-    kernel = attention_kernel(config, plan.shape, cache.backend, variants.defines) if variants.names else plan.kernel
+    if variants.names:
+        kernel = attention_kernel(config, plan.shape, cache.backend, {**plan.defines, **variants.defines})
     kernel(
         (plan.num_blocks,),
         (32 * plan.shape.warps,),
@@ -426,4 +490,6 @@ def _launch_persistent(
         max_blocks=block_tables.shape[1],
         **layouts.stride_arguments(key, value, ("block", "head", "slot")),
         **variants.arguments,
+        **of_prefix,
+        num_seqs=query.shape[0],
     )

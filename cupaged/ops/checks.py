@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "check_dtype",
     "check_query_to_seq",
     "check_shape",
+    "check_shared_prefix",
     "check_slots",
+    "checked_shared_prefix",
     "must_validate",
 ]
 
@@ -79,6 +82,55 @@ def check_block_tables(
         raise ValueError(
             f"block_tables must hold block ids below {num_blocks}, or -1 where unmapped; "
             f"block_tables[{seq}, {entry}] is {tables[seq, entry]}"
+        )
+
+
+def checked_shared_prefix(
+    shared_prefix: Any, block_size: int, window: int | None = None, max_blocks: int | None = None
+) -> int:
+    """Return `shared_prefix`, in tokens, or raise by name unless it is whole blocks, and there is no window."""
+    if not isinstance(shared_prefix, int | np.integer) or isinstance(shared_prefix, bool):
+        raise TypeError(
+            f"shared_prefix must be an integer, in tokens; got {type(shared_prefix).__name__} {shared_prefix!r}"
+        )
+    if shared_prefix < 0 or shared_prefix % block_size:
+        raise ValueError(f"shared_prefix must be whole blocks, a multiple of {block_size} tokens; got {shared_prefix}")
+    if max_blocks is not None and shared_prefix > max_blocks * block_size:
+        raise ValueError(
+            f"shared_prefix must be at most {max_blocks * block_size}, what the table maps; got {shared_prefix}"
+        )
+    if shared_prefix and window is not None:
+        raise UnsupportedError(
+            "shared_prefix must be left out where there is a window, which hides another part of it from each "
+            f"sequence; got shared_prefix {shared_prefix} and window {window}"
+        )
+    return int(shared_prefix)
+
+
+def check_shared_prefix(
+    shared_prefix: int, block_size: int, block_tables: Any, seq_lens: Any, query_tokens: int = 1
+) -> None:
+    """Raise ValueError unless all rows begin with the same blocks, and all query tokens stand behind these.
+
+    A sequence of length 0 may share a prefix, of which it sees nothing.
+    """
+    if not shared_prefix:
+        return
+    tables, lens = _to_numpy(block_tables), _to_numpy(seq_lens).astype(np.int64)
+    tables = tables[:, : shared_prefix // block_size]
+    differs = tables != tables[:1]
+    if differs.any():
+        seq, entry = (int(i) for i in np.argwhere(differs)[0])
+        raise ValueError(
+            f"block_tables must have the same blocks in all rows for the shared prefix of {shared_prefix} tokens; "
+            f"block_tables[{seq}, {entry}] is {tables[seq, entry]}, and {tables[0, entry]} in row 0"
+        )
+    short = (lens != 0) & (lens < shared_prefix + query_tokens)
+    if short.any():
+        seq = int(np.argmax(short))
+        raise ValueError(
+            f"seq_lens must be 0 or count the shared prefix of {shared_prefix} tokens and the query tokens, "
+            f"{shared_prefix + query_tokens} at least; seq_lens[{seq}] is {lens[seq]}"
         )
 
 

@@ -12,7 +12,7 @@ from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
-from cupaged.ops.checks import check_cache, check_dtype, check_shape
+from cupaged.ops.checks import check_cache, check_dtype, check_shape, checked_shared_prefix
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -23,6 +23,8 @@ MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, s
 PIECE_BYTES = 16 * 1024  # and while a block changes to the next piece
 ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads without company, in an SM's fair shares
 NO_WINDOW = 2**31 - 1
+TALL_TILES_DIM = 128  # of longer rows, registers hold no more than 16
+PREFIX_ALONE, PREFIX_BEFORE = 1, 2  # values of SHARED_PREFIX, as in kernels_cu/include/shared_prefix.cuh
 SHARED_BYTES_PER_SM = 228 * 1024  # of an H100; 1 KiB a block is the system's
 REGISTERS_PER_SM = 65536
 
@@ -46,7 +48,7 @@ class TileShape:
         return self.warps * self.stages * self.chunk_bytes(config)
 
 
-def tile_shape(config: CacheConfig, rows: int, many: bool) -> TileShape:
+def tile_shape(config: CacheConfig, rows: int, many: bool, shared: bool = False) -> TileShape:
     """Return rows, warps and stages: about 64 KiB on the way to an SM are enough, and more slow each other down.
 
     Parameters
@@ -58,8 +60,10 @@ def tile_shape(config: CacheConfig, rows: int, many: bool) -> TileShape:
     many : bool
         Whether there are many head tiles for each SM: then two small blocks on an SM, each busy while the other starts
         or ends a piece, beat a large one.
+    shared : bool
+        Whether many tiles read the same tokens at about the same time: the taller they are, the fewer times.
     """
-    tile_rows = 8 if rows <= 8 else 16
+    tile_rows = 8 if rows <= 8 else 32 if shared and rows > 16 and config.head_dim <= TALL_TILES_DIM else 16
     if config.head_dim <= 64:
         return TileShape(tile_rows, warps=8, stages=2 if config.head_dim == 64 else 3, chunk=32)
     if config.head_dim > 192:
@@ -96,20 +100,40 @@ class DecodePlan:
         What it was made for.
     num_blocks : int
         Thread blocks that the work is shared out over.
+    shared_prefix : int
+        Tokens that all sequences share.
+    prefix : DecodePlan or None
+        Of the launch that reads these for all sequences at once; None: each sequence reads its own.
     """
 
     def __init__(
-        self, cache: KVCache, num_seqs: int, num_heads: int, query_tokens: int = 1, window: int | None = None
+        self,
+        cache: KVCache,
+        num_seqs: int,
+        num_heads: int,
+        query_tokens: int = 1,
+        window: int | None = None,
+        shared_prefix: int = 0,
+        shared_by: int = 1,
     ) -> None:
+        """Make room for a plan; `shared_by` sequences, if several, share the one that it is for, as their prefix."""
         config = cache.config
         self.config, self.backend = config, cache.backend
         self.num_seqs, self.num_heads = num_seqs, num_heads
         self.query_tokens, self.window = query_tokens, window
-        rows_of_kv_head = query_tokens * num_heads // config.num_kv_heads
+        self.shared_prefix = shared_prefix
+        self.prefix: DecodePlan | None = None
+        self.defines: dict[str, int] = {}  # besides those of a call's variants
+        if shared_by > 1:
+            self.defines = {"QUERY_TOKENS": 1, "SHARED_PREFIX": PREFIX_ALONE}
+        elif shared_prefix and num_seqs > 1:
+            self.defines = {"SHARED_PREFIX": PREFIX_BEFORE}
+            self._plan_prefix(cache)
+        rows_of_kv_head = shared_by * query_tokens * num_heads // config.num_kv_heads
         sms = _multiprocessors(cache.backend)
-        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms)
+        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms, shared_by > 1)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
-        self.kernel = attention_kernel(config, self.shape, cache.backend, {})
+        self.kernel = attention_kernel(config, self.shape, cache.backend, self.defines)
         self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
         xp, rows, max_slots = cache.xp, self.shape.rows, 4 * self.num_blocks
         max_pieces = max(self.num_blocks, num_seqs * self.tiles) + max_slots
@@ -121,6 +145,15 @@ class DecodePlan:
         self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
+
+    def _plan_prefix(self, cache: KVCache) -> None:
+        """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""
+        xp, rows = cache.xp, self.num_seqs * self.query_tokens * self.num_heads
+        self.prefix = DecodePlan(cache, 1, self.num_heads, self.query_tokens, shared_by=self.num_seqs)
+        self.prefix_lens = xp.full(1, self.shared_prefix, dtype=np.int32)
+        self.prefix.update(self.prefix_lens)
+        self.prefix_out = xp.empty((rows, self.config.head_dim), dtype=np.float32)
+        self.prefix_state = xp.empty((rows, 2), dtype=np.float32)
 
     def update(self, seq_lens: Any) -> None:
         """Share out anew for other lengths, int32 [num_seqs]; returns without waiting for the device."""
@@ -144,6 +177,7 @@ class DecodePlan:
             tiles=self.tiles,
             query_tokens=self.query_tokens,
             window=NO_WINDOW if self.window is None else self.window,
+            prefix=self.shared_prefix if self.prefix else 0,
             blocks=self.num_blocks,
             min_piece=2 * self.shape.warps,
             max_slots=4 * self.num_blocks,
@@ -154,7 +188,13 @@ class DecodePlan:
 
 
 def plan_decode(
-    cache: KVCache, seq_lens: Any, num_heads: int, *, query_tokens: int = 1, window: int | None = None
+    cache: KVCache,
+    seq_lens: Any,
+    num_heads: int,
+    *,
+    query_tokens: int = 1,
+    window: int | None = None,
+    shared_prefix: int = 0,
 ) -> DecodePlan:
     """Return a plan for decode attention of these lengths.
 
@@ -166,13 +206,16 @@ def plan_decode(
         Lengths on the cache's backend; they are not read back.
     num_heads : int
         Query heads.
+    query_tokens, window, shared_prefix : int
+        Those of the calls. A plan's shared prefix stays as it is: `DecodePlan.update` is told the whole lengths.
 
     Raises
     ------
     UnsupportedError
-        If tensor cores do not serve the cache; the message names the limit.
+        If tensor cores do not serve the cache, or there is a window besides a shared prefix; the message names it.
     """
     check_cache(cache)
+    shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, window)
     reason = why_no_tensor_cores(cache)
     if reason:
         raise UnsupportedError(reason)
@@ -181,7 +224,7 @@ def plan_decode(
             f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
         )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
-    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window)
+    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix)
     plan.update(lens)
     return plan
 

@@ -11,7 +11,6 @@ import numpy as np
 from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
-from cupaged.ops.plan import CHUNK
 from cupaged.ops.registry import kernels
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -20,6 +19,7 @@ from cupaged.runtime.source import C_TYPE_OF_DTYPE
 __all__ = ["RUNGS", "launch_batched", "rung_defines", "split_context"]
 
 THREADS = 128
+MMA_CHUNK = 16  # tokens, as in kernels_cu/include/attention_tile.cuh
 WARPS = THREADS // 32
 MAX_HEADS_OF_TILE = 4  # query heads that share a load in paged_attention_v2: more take too many registers
 BLOCKS_TO_FILL = 8  # thread blocks for each multiprocessor: two waves of what runs at once
@@ -98,7 +98,7 @@ def launch_mma(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> No
     kernel = load_kernel(kernels()[name].file, name, {**defines, "ROWS": rows}, cache.backend)
     arguments = _arguments(out, lse, query, cache, *rest)
     del arguments["key_pack_stride"], arguments["value_pack_stride"]  # a row is one pack
-    chunk_bytes = 2 * CHUNK * config.head_dim * config.numpy_dtype.itemsize
+    chunk_bytes = 2 * MMA_CHUNK * config.head_dim * config.numpy_dtype.itemsize
     _launch_over_partitions(kernel, -(-group // rows), WARPS * chunk_bytes, arguments, cache)
 
 

@@ -19,11 +19,12 @@
 //   WARPS         warps in a block
 //   STAGES        chunks in a warp's ring
 //   CHUNK_TOKENS  tokens in a chunk, 16 or 32; the plan's
-//   and those of variants.cuh
+//   and those of variants.cuh and shared_prefix.cuh
 #include "async_copy.cuh"
 #include "attention_tile.cuh"
 #include "decode_plan.cuh"
 #include "paged_kv.cuh"
+#include "shared_prefix.cuh"
 #include "variants.cuh"
 
 constexpr int THREADS = WARPS * kWarpSize;
@@ -51,6 +52,7 @@ struct Call {
   const STORAGE *key_cache, *value_cache;
   Strides key_strides, value_strides;
   Variants variants;
+  SharedPrefix prefix;
 };
 
 // Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
@@ -62,8 +64,8 @@ struct Cursor {
   __device__ __forceinline__ bool valid() const { return chunk < end; }
   __device__ __forceinline__ void start(const Call& call, const Piece& piece) {
     seq = piece.seq, kv_head = piece.tile / call.row_tiles, chunk = piece.begin, end = piece.end;
-    to_token = load_global(call.seq_lens + seq);
-    from_token = call.variants.first_token(call.variants.context_of(to_token, 0));
+    to_token = call.prefix.end_token(call.seq_lens, seq);
+    from_token = max(call.variants.first_token(call.variants.context_of(to_token, 0)), call.prefix.first_token());
     advance(call, threadIdx.x / kWarpSize);
   }
   __device__ __forceinline__ void advance(const Call& call, int chunks) {
@@ -131,6 +133,7 @@ struct Part {
 struct Rows {
   int seq, kv_head, first, count;   // first row within the KV head's, and how many
   int num_kv_heads, group;
+  SharedPrefix prefix;
 
   __device__ __forceinline__ int token(int row) const { return QUERY_TOKENS ? (first + row) / group : 0; }
   __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row - token(row) * group); }
@@ -140,11 +143,13 @@ struct Rows {
   }
   // Write 4 dimensions of a row's attention over the whole context.
   __device__ __forceinline__ void write(STORAGE* out, float* lse, const Variants& variants, int row, int dim, Part all) const {
+    const long long at = index(variants, row);
+    if (SHARED_PREFIX == PREFIX_ALONE) return prefix.store(all, at, HEAD_DIM, dim);
+    if (SHARED_PREFIX == PREFIX_BEFORE) prefix.add_to(all, at, HEAD_DIM, dim);
     const float factor = variants.add_sink(all.softmax, head(row)) * all.softmax.normaliser();
     Vector<STORAGE, 4> result;
 #pragma unroll
     for (int i = 0; i < 4; ++i) result.value[i] = from_float<STORAGE>(all.sum[i] * factor);
-    const long long at = index(variants, row);
     *reinterpret_cast<Vector<STORAGE, 4>*>(out + at * HEAD_DIM + dim) = result;
     if (dim == 0 && lse != nullptr) lse[at] = all.softmax.log_sum_exp();
   }
@@ -200,16 +205,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
     const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
     const int query_tokens, const int window, const float softcap,
     const float* __restrict__ alibi_slopes,   // [num_heads], read if ALIBI
-    const float* __restrict__ sinks) {        // [num_heads], read if SINKS
+    const float* __restrict__ sinks,          // [num_heads], read if SINKS
+    float* prefix_out, float* prefix_state,   // SharedPrefix's; null without SHARED_PREFIX
+    const int prefix_tokens, const int num_seqs) {
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   __shared__ Exchange exchange;
   Chunk* const chunks = reinterpret_cast<Chunk*>(dynamic_shared);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int row_tiles = ((QUERY_TOKENS ? query_tokens : 1) * group + ROWS - 1) / ROWS;
   const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
+  const SharedPrefix prefix{prefix_tokens, num_seqs, prefix_out, prefix_state};
+  const int rows_of_head = prefix.query_tokens(variants) * group, row_tiles = (rows_of_head + ROWS - 1) / ROWS;
   const Call call{block_tables, seq_lens, max_blocks, num_kv_heads, group, row_tiles, key_cache, value_cache,
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
-                  Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants};
+                  Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
@@ -238,14 +246,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   while (piece.chunks() > 0) {
     const int first_row = piece.tile % row_tiles * ROWS;
     const Rows rows{piece.seq, piece.tile / row_tiles, first_row,
-                    min(ROWS, (QUERY_TOKENS ? query_tokens : 1) * group - first_row), num_kv_heads, group};
+                    min(ROWS, rows_of_head - first_row), num_kv_heads, group, prefix};
     tile.start(query, rows.count, [&](int row) { return rows.index(variants, row) * HEAD_DIM; });
     int context[Tile::HALVES];   // tokens that a row sees, those before its window too
     float slope[Tile::HALVES];
 #pragma unroll
     for (int half = 0; half < Tile::HALVES; ++half) {
       const int row = min(Tile::row_of(half), rows.count - 1);
-      context[half] = variants.context_of(load_global(seq_lens + piece.seq), rows.token(row));
+      context[half] = prefix.context_of(variants, seq_lens, piece.seq, rows.token(row));
       slope[half] = variants.slope_of(rows.head(row));
     }
 

@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     int* __restrict__ offsets,           // [num_seqs + 1, 2], work space: pieces, and slots, before each in that order
     const int* __restrict__ seq_lens,    // [num_seqs]
     const int num_seqs, const int tiles,            // tiles: head tiles of a sequence
-    const int query_tokens, const int window,
+    const int query_tokens, const int window, const int prefix,   // prefix: tokens of a sequence that are read elsewhere
     const int blocks, const int min_piece, const int max_slots,
     const float alone_speed,             // of a block without company
     const float merge_chunks, const float piece_chunks) {   // what merging costs, and what a further piece
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
   if (threadIdx.x == 0) total = longest = 0;
   __syncthreads();
   for (int seq = threadIdx.x; seq < num_seqs; seq += THREADS) {
-    const ChunkRange range = chunks_of(load_global(seq_lens + seq), query_tokens, window);
+    const ChunkRange range = chunks_of(load_global(seq_lens + seq), query_tokens, window, prefix);
     ranges[2 * seq] = range.first, ranges[2 * seq + 1] = range.end;
     atomicAdd(&total, (range.end - range.first) * tiles);
     atomicMax(&longest, range.end - range.first);

@@ -20,12 +20,12 @@ struct __align__(16) Piece {
   __device__ __forceinline__ int chunks() const { return end - begin; }
 };
 
-// Chunks of a sequence that take part: with a sliding window, not those that no query token sees. An empty sequence has
-// one, without tokens, so that somebody writes its output.
+// Chunks of a sequence that take part: with a sliding window, not those that no query token sees; not those of a prefix
+// that is read elsewhere. A sequence of which nothing is left has one, so that somebody writes its output.
 struct ChunkRange {
   int first, end;
 };
-__device__ __forceinline__ ChunkRange chunks_of(int seq_len, int query_tokens, int window) {
-  const int first_token = max(0, max(0, seq_len - query_tokens) - (window - 1));
-  return {first_token / CHUNK, max(1, (seq_len + CHUNK - 1) / CHUNK)};
+__device__ __forceinline__ ChunkRange chunks_of(int seq_len, int query_tokens, int window, int prefix) {
+  const int first = max(prefix, max(0, seq_len - query_tokens) - (window - 1)) / CHUNK;
+  return {first, max(first + 1, (seq_len + CHUNK - 1) / CHUNK)};
 }

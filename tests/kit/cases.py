@@ -30,6 +30,7 @@ class DecodeShape:
     softcap: float | None = None
     alibi: bool = False
     sinks: bool = False
+    shared_prefix: int = 0
 
     def __str__(self):
         lens = "+".join(map(str, self.seq_lens[:4]))
@@ -38,6 +39,7 @@ class DecodeShape:
         extra += f"-window{self.window}" if self.window else ""
         extra += f"-softcap{self.softcap:g}" if self.softcap else ""
         extra += "-alibi" * self.alibi + "-sinks" * self.sinks
+        extra += f"-prefix{self.shared_prefix}" if self.shared_prefix else ""
         return (
             f"{self.layout}-{self.dtype}-D{self.head_dim}-bs{self.block_size}-"
             f"H{self.num_heads}/{self.num_kv_heads}-len{lens}{extra}"
@@ -64,34 +66,40 @@ def decode_case(shape: DecodeShape, backend: str, seed: int = 0, placement: int 
     """Build a case; `placement` seeds where blocks lie, apart from what they hold.
 
     Slots that hold no token of any sequence, or one that no query sees through its window, are NaN; table entries past
-    a sequence's blocks, or wholly before the windows, are illegal ids.
+    a sequence's blocks, or wholly before the windows, are illegal ids. All rows begin with a shared prefix's blocks.
     """
     content, place = np.random.default_rng(seed), np.random.default_rng(seed if placement is None else placement)
     bs, lens = shape.block_size, np.array(shape.seq_lens, dtype=np.int64)
     blocks_of = -(-lens // bs)
-    num_blocks = int(blocks_of.sum()) + 3
+    shared = shape.shared_prefix // bs
+    num_blocks = shared + int(blocks_of.sum()) + 3
     cache = pg.KVCache(
         pg.CacheConfig(num_blocks, bs, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.layout), backend
     )
     dtype = cache.config.numpy_dtype
     dense = [np.full((num_blocks, bs, shape.num_kv_heads, shape.head_dim), np.nan, dtype=dtype) for _ in "kv"]
-    max_blocks = int(blocks_of.max(initial=0)) + 2
+    max_blocks = int(blocks_of.max(initial=shared)) + 2
     tables = content.choice(ILLEGAL_IDS, size=(len(lens), max_blocks))
-    ids = place.permutation(num_blocks)
+    prefix, ids = np.split(place.permutation(num_blocks), [shared])
+    for array in dense:
+        rows = shape.spread * content.standard_normal((shared, bs, shape.num_kv_heads, shape.head_dim))
+        array[prefix] = rows.astype(dtype)
+    tables[:, :shared] = np.where(content.random(shared) < shape.unmapped, -1, prefix)
     firsts = np.maximum(lens - (shape.query_tokens or 1) - shape.window + 1, 0) if shape.window else 0 * lens
     for seq, (length, first, count) in enumerate(zip(lens, firsts, blocks_of, strict=True)):
         mine, ids = ids[:count], ids[count:]
+        first = max(first, shape.shared_prefix)
         tables[seq, first // bs : count] = mine[first // bs :]
         tokens = np.arange(first, length)
         for array in dense:
             rows = shape.spread * content.standard_normal((len(tokens), shape.num_kv_heads, shape.head_dim))
             array[mine[tokens // bs], tokens % bs] = rows.astype(dtype)
-        tables[seq, first // bs : count][content.random(count - first // bs) < shape.unmapped] = -1
+        tables[seq, first // bs : count][content.random(max(0, count - first // bs)) < shape.unmapped] = -1
     cache.fill_from_dense(*dense)
     rows = (len(lens), *([shape.query_tokens] if shape.query_tokens else []), shape.num_heads)
     query = shape.spread * content.standard_normal((*rows, shape.head_dim))
     xp = cache.xp
-    variants = {"window": shape.window, "softcap": shape.softcap}
+    variants = {"window": shape.window, "softcap": shape.softcap, "shared_prefix": shape.shared_prefix or None}
     if shape.alibi:
         slopes = 2.0 ** (-8 * (np.arange(shape.num_heads) + 1) / shape.num_heads)  # as published
         variants["alibi_slopes"] = xp.asarray(slopes.astype(np.float32))
@@ -148,6 +156,10 @@ def random_shape(seed: int, specialisations: int) -> DecodeShape:
     lens = [int(rng.choice([rng.choice(edges), rng.integers(0, 400)])) for _ in range(rng.integers(1, 6))]
     if rng.random() < 0.03:
         lens[-1] = int(rng.integers(4000, 9000))
+    shared_prefix = 0
+    if "window" not in asked and rng.random() < 0.3:
+        shared_prefix = block_size * int(rng.integers(1, 1 + max(1, 300 // block_size)))
+        lens = [length and length + shared_prefix + query_tokens for length in lens]
     return DecodeShape(
         seq_lens=tuple(lens),
         num_heads=kv_heads * int(rng.integers(1, 17)),
@@ -163,6 +175,7 @@ def random_shape(seed: int, specialisations: int) -> DecodeShape:
         softcap=float(rng.choice([0.5, 5.0, 30.0, 50.0])) if "softcap" in asked else None,
         alibi="alibi" in asked,
         sinks="sinks" in asked,
+        shared_prefix=shared_prefix,
     )
 
 

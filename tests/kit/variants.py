@@ -108,7 +108,7 @@ PERSISTENT_DEFINES = [
     {
         "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size,
         "ROWS": rows, "WARPS": warps, "STAGES": stages, "CHUNK_TOKENS": chunk,
-        **dict.fromkeys(asked, 1),
+        **(asked if isinstance(asked, dict) else dict.fromkeys(asked, 1)),
     }
     for storage, head_dim, block_size, rows, warps, stages, chunk, asked in (
         ("__half", 128, 16, 8, 8, 2, 16, ()),
@@ -117,5 +117,9 @@ PERSISTENT_DEFINES = [
         ("__nv_bfloat16", 80, 24, 16, 4, 2, 32, ("QUERY_TOKENS",)),
         ("__nv_bfloat16", 256, 256, 8, 2, 2, 16, ("SOFTCAP",)),
         ("__nv_bfloat16", 192, 64, 16, 4, 2, 16, VARIANTS[-1]),
+        ("__half", 128, 16, 32, 8, 2, 16, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 1}),
+        ("__nv_bfloat16", 64, 7, 32, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 1, "SOFTCAP": 1, "ALIBI": 1}),
+        ("__half", 256, 16, 8, 4, 2, 16, {"SHARED_PREFIX": 2}),
+        ("__half", 64, 7, 16, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 2, "SOFTCAP": 1, "ALIBI": 1, "SINKS": 1}),
     )
 ]  # fmt: skip

@@ -28,6 +28,7 @@ SHAPES = [
     DecodeShape((33, 90), query_tokens=2, window=20, softcap=3.0, alibi=True, sinks=True, layout="BHDSX"),
     DecodeShape((40,), window=16, dtype="bfloat16", head_dim=72, block_size=7, layout="BHDSX"),
     DecodeShape((300, 0, 40), layout="BHSD", dtype="bfloat16", head_dim=80, num_heads=24, block_size=5),
+    DecodeShape((340, 0, 60, 45), num_heads=8, block_size=7, shared_prefix=42, query_tokens=3, alibi=True, sinks=True),
 ]
 
 
