@@ -25,7 +25,7 @@ from cupaged.ops.checks import (
 )
 from cupaged.ops.plan import DecodePlan, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
-from cupaged.ops.rungs import RUNGS, launch_batched
+from cupaged.ops.rungs import RUNGS, launch_batched, launch_v2
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -171,18 +171,20 @@ def paged_attention(
             plan = plan or _plan_for_one_call(cache, query, seq_lens, variants, shared_prefix)
             _launch_persistent(*arguments, variants, plan)
         elif query_to_seq is not None:
-            launch_batched(*_without_token_axis(*arguments), query_to_seq=query_to_seq)
+            launch_batched(*_on_three_axes(*arguments), query_to_seq=query_to_seq)
+        elif choice.kernel == "paged_attention_v2":
+            launch_v2(*_on_three_axes(*arguments), variants=variants)
         elif choice.kernel in RUNGS:
-            RUNGS[choice.kernel](*_without_token_axis(*arguments))
+            RUNGS[choice.kernel](*_on_three_axes(*arguments))
         else:
             _launch_v1(*arguments, variants)
     result = like_caller(result, caller) if out is None else out
     return (result, like_caller(lse, caller)) if return_lse else result
 
 
-def _without_token_axis(out: Any, lse: Any, query: Any, *rest: Any) -> tuple[Any, ...]:
-    """Return the arguments of a kernel that knows one query token a sequence, on three axes."""
-    shape = (query.shape[0], *query.shape[-2:])
+def _on_three_axes(out: Any, lse: Any, query: Any, *rest: Any) -> tuple[Any, ...]:
+    """Return the arguments of a kernel whose query is [rows, H, D]: the query tokens of a sequence in order."""
+    shape = (-1, *query.shape[-2:])
     return out.reshape(shape), None if lse is None else lse.reshape(shape[:2]), query.reshape(shape), *rest
 
 
@@ -257,9 +259,9 @@ def _choose(cache: KVCache, kernel: str, mapped: bool, variants: Variants) -> Ch
     limit = _limit("paged_attention_persistent", cache, variants)
     if limit is None:
         return Choice("paged_attention_persistent", "tensor cores serve it, and each byte of the cache is read once")
-    if _limit("paged_attention_v2", cache, variants) is None:
-        return Choice("paged_attention_v2", f"partitions fill the GPU, and heads share loads; {limit}")
-    return Choice("paged_attention_v1", f"it serves every shape; {limit}")
+    return Choice(
+        "paged_attention_v2", f"it serves everything: partitions fill the GPU, and heads share loads; {limit}"
+    )
 
 
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:

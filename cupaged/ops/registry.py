@@ -72,6 +72,7 @@ _KERNELS = (
         "attention/paged_attention_v2.cu",
         "the context cut into partitions that run side by side, up to 4 query heads of a KV head sharing each load",
         _ANY,
+        variants=ALL_VARIANTS,
     ),
     KernelInfo(
         "paged_attention_batched",

@@ -12,6 +12,7 @@ from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
 from cupaged.ops.registry import kernels
+from cupaged.ops.variants import Variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -30,6 +31,7 @@ STEP_TOKENS = 32  # a multiple of them keeps all lanes of a step busy at D = 128
 MAX_PARTITIONS = 65535  # of a grid's second axis
 BATCHED_BLOCKS_PER_MULTIPROCESSOR = 4  # that run at once
 HOST_MULTIPROCESSORS = 16  # enough to cut the contexts of the tests
+PLAIN = Variants()
 
 
 def rung_defines(config: CacheConfig) -> dict[str, object]:
@@ -82,11 +84,15 @@ def launch_warp(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> N
     kernel((blocks,), (THREADS,), **_arguments(out, lse, query, cache, *rest), num_seqs=num_seqs)
 
 
-def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
-    """Launch paged_attention_v2, tiles of up to 4 query heads, and merge_partitions."""
+def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any, variants: Variants = PLAIN) -> None:
+    """Launch paged_attention_v2, tiles of up to 4 query heads, and merge_partitions.
+
+    `query`, [rows, H, D], has the query tokens of a sequence one behind the other.
+    """
     tiles = -(-_group(query, cache) // MAX_HEADS_OF_TILE)
-    kernel = _load("paged_attention_v2", cache, HEADS=-(-_group(query, cache) // tiles))
-    _launch_over_partitions(kernel, tiles, 0, _arguments(out, lse, query, cache, *rest), cache)
+    kernel = _load("paged_attention_v2", cache, HEADS=-(-_group(query, cache) // tiles), **variants.defines)
+    arguments = {**_arguments(out, lse, query, cache, *rest), **variants.arguments}
+    _launch_over_partitions(kernel, tiles, 0, arguments, cache, variants)
 
 
 def launch_mma(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
@@ -99,7 +105,7 @@ def launch_mma(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> No
     arguments = _arguments(out, lse, query, cache, *rest)
     del arguments["key_pack_stride"], arguments["value_pack_stride"]  # a row is one pack
     chunk_bytes = 2 * MMA_CHUNK * config.head_dim * config.numpy_dtype.itemsize
-    _launch_over_partitions(kernel, -(-group // rows), WARPS * chunk_bytes, arguments, cache)
+    _launch_over_partitions(kernel, -(-group // rows), WARPS * chunk_bytes, arguments, cache, PLAIN)
 
 
 def _group(query: Any, cache: KVCache) -> int:
@@ -107,28 +113,30 @@ def _group(query: Any, cache: KVCache) -> int:
 
 
 def _launch_over_partitions(
-    kernel: Any, tiles: int, shared_bytes: int, arguments: dict[str, Any], cache: KVCache
+    kernel: Any, tiles: int, shared_bytes: int, arguments: dict[str, Any], cache: KVCache, variants: Variants
 ) -> None:
-    """Launch a kernel over (sequence, KV head, tile of its query heads) and partitions, then merge_partitions."""
+    """Launch a kernel over (query token, KV head, tile of its query heads) and partitions, then merge_partitions."""
     config, xp = cache.config, cache.xp
-    num_seqs, num_heads, head_dim = arguments["query"].shape
-    blocks = num_seqs * config.num_kv_heads * tiles
-    tokens, partitions = split_context(arguments["max_blocks"] * config.block_size, blocks, multiprocessors(cache))
+    rows, num_heads, head_dim = arguments["query"].shape
+    blocks = rows * config.num_kv_heads * tiles
+    capacity = arguments["max_blocks"] * config.block_size if variants.window is None else variants.window
+    tokens, partitions = split_context(capacity, blocks, multiprocessors(cache))
     partial: dict[str, Any] = {"partial_out": None, "partial_state": None}
     if partitions > 1:
-        rows = (num_seqs, num_heads, partitions)
-        partial["partial_out"] = xp.empty((*rows, head_dim), dtype=np.float32)
-        partial["partial_state"] = xp.empty((*rows, 2), dtype=np.float32)
+        partial["partial_out"] = xp.empty((rows, num_heads, partitions, head_dim), dtype=np.float32)
+        partial["partial_state"] = xp.empty((rows, num_heads, partitions, 2), dtype=np.float32)
         _keep_for_graph(cache, partial)
     grid = (blocks, partitions)
     kernel(grid, (THREADS,), shared_bytes=shared_bytes, **arguments, **partial, partition_tokens=tokens)
     if partitions > 1:
         defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
+        defines |= {name: 1 for name in variants.defines if name in ("QUERY_TOKENS", "WINDOW", "SINKS")}
         merge = load_kernel(kernels()["merge_partitions"].file, "merge_partitions", defines, cache.backend)
         merge(
-            (num_seqs * num_heads,),
+            (rows * num_heads,),
             (THREADS,),
             **{name: arguments[name] for name in ("out", "lse", "seq_lens", "num_heads")},
+            **{name: variants.arguments[name] for name in ("query_tokens", "window", "sinks")},
             **partial,
             partitions=partitions,
             partition_tokens=tokens,

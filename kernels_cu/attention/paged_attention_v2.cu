@@ -6,10 +6,12 @@
 // values in work space, which merge_partitions.cu merges; and a block serves up to HEADS query heads of a KV head, whose
 // keys and values it then loads once for all of them. Where one partition covers the context the result is written at
 // once. The host chooses the partitions from shapes alone and knows no length: those past a sequence's end stop at once.
+// Of a sliding window only what the query sees is cut up. Query tokens of a sequence have thread blocks of their own.
 //
 // Measured: not measured yet.
 //
-// Grid:  (num_seqs * num_kv_heads * tiles, partitions), tile of query heads fastest.    Block: (THREADS).
+// Grid:  (rows * num_kv_heads * tiles, partitions), tile of query heads fastest; rows = num_seqs * query_tokens.
+// Block: (THREADS).
 //
 // Defines
 //   STORAGE      __half, __nv_bfloat16 or float
@@ -18,6 +20,7 @@
 //   KEY_PACK     neighbouring dimensions of a key: HEAD_DIM, or 16 / sizeof(STORAGE) in BHDSX
 //   VALUE_PACK   of a value: HEAD_DIM, or 1 in BHDSX, where values are read one by one
 //   HEADS        query heads that share a load, 1 to 4; those past the group are computed and not written
+//   and those of variants.cuh
 #include "global_memory.cuh"
 #include "paged_kv.cuh"
 #include "reduce.cuh"
@@ -25,6 +28,7 @@
 #include "softmax.cuh"
 #include "token_row.cuh"
 #include "types.cuh"
+#include "variants.cuh"
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / kWarpSize;
@@ -49,8 +53,11 @@ struct __align__(16) QueryTile {
 };
 
 // Logits of IN_FLIGHT tokens with every head of the tile. A vector of a query is read once for all of them.
+// `to_logit(product, head, r)` makes a logit of a head's product with key r.
+template <typename ToLogit>
 __device__ __forceinline__ void compute_logits(float (&logit)[HEADS][IN_FLIGHT], const QueryTile& query,
-                                               const Row (&key)[IN_FLIGHT], const int (&block_id)[IN_FLIGHT]) {
+                                               const Row (&key)[IN_FLIGHT], const int (&block_id)[IN_FLIGHT],
+                                               ToLogit to_logit) {
   float product[HEADS][IN_FLIGHT] = {};   // this lane's part of it
 #pragma unroll
   for (int i = 0; i < Row::COUNT; ++i)
@@ -66,17 +73,17 @@ __device__ __forceinline__ void compute_logits(float (&logit)[HEADS][IN_FLIGHT],
   for (int head = 0; head < HEADS; ++head)
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) {
-      const float sum = warp_reduce<Sum, 1, Row::LANES>(product[head][r]);
-      logit[head][r] = block_id[r] == kUnmapped ? minus_infinity() : sum;
+      const float whole = to_logit(warp_reduce<Sum, 1, Row::LANES>(product[head][r]), head, r);
+      logit[head][r] = block_id[r] == kUnmapped ? minus_infinity() : whole;
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_attention_v2(
-    STORAGE* __restrict__ out,                // [num_seqs, num_heads, HEAD_DIM]; written if there is one partition
-    float* __restrict__ lse,                  // [num_seqs, num_heads], or null; likewise
-    float* __restrict__ partial_out,          // [num_seqs, num_heads, partitions, HEAD_DIM], else: relative to the maximum
-    float* __restrict__ partial_state,        // [num_seqs, num_heads, partitions, 2]: maximum and sum
-    const STORAGE* __restrict__ query,        // [num_seqs, num_heads, HEAD_DIM]
+    STORAGE* __restrict__ out,                // [rows, num_heads, HEAD_DIM]; written if there is one partition
+    float* __restrict__ lse,                  // [rows, num_heads], or null; likewise
+    float* __restrict__ partial_out,          // [rows, num_heads, partitions, HEAD_DIM], else: relative to the maximum
+    float* __restrict__ partial_state,        // [rows, num_heads, partitions, 2]: maximum and sum
+    const STORAGE* __restrict__ query,        // [rows, num_heads, HEAD_DIM], a sequence's query tokens in order
     const STORAGE* __restrict__ key_cache,    // by the four strides below
     const STORAGE* __restrict__ value_cache,  // likewise
     const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
@@ -85,19 +92,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
     const int max_blocks, const int partition_tokens,
     const int key_block_stride, const long long key_head_stride, const int key_slot_stride, const int key_pack_stride,
     const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
-    const int value_pack_stride) {
+    const int value_pack_stride,
+    const int query_tokens, const int window, const float softcap,   // see variants.cuh
+    const float* __restrict__ alibi_slopes,   // [num_heads]
+    const float* __restrict__ sinks) {        // [num_heads]
   __shared__ QueryTile query_tile;
   __shared__ WarpResults<WARPS, HEAD_DIM> results[HEADS];
-  const int tiles = (group + HEADS - 1) / HEADS, tiles_of_seq = num_heads / group * tiles;
-  const int tile = blockIdx.x % tiles, kv_head = blockIdx.x % tiles_of_seq / tiles;
-  const long long seq = blockIdx.x / tiles_of_seq;
-  const int heads = min(HEADS, group - tile * HEADS);
-  const long long first_row = seq * num_heads + kv_head * group + tile * HEADS;
+  const int tiles = (group + HEADS - 1) / HEADS, tiles_of_row = num_heads / group * tiles;
+  const int tile = blockIdx.x % tiles, kv_head = blockIdx.x % tiles_of_row / tiles;
+  const long long query_row = blockIdx.x / tiles_of_row;
+  const long long seq = QUERY_TOKENS ? static_cast<int>(query_row) / query_tokens : query_row;
+  const int heads = min(HEADS, group - tile * HEADS), first_head = kv_head * group + tile * HEADS;
+  const long long first_row = query_row * num_heads + first_head;
 
+  const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
+  const int seen = variants.context_of(load_global(seq_lens + seq), static_cast<int>(query_row - seq * query_tokens));
   const int partitions = gridDim.y, partition = blockIdx.y;
-  const int seq_len = load_global(seq_lens + seq), begin = partition * partition_tokens;
-  if (begin >= seq_len && partitions > 1) return;   // the whole block
-  const Context<BLOCK_SIZE> context{block_tables + seq * max_blocks, begin + min(partition_tokens, seq_len - begin)};
+  const int begin = variants.first_token(seen) + partition * partition_tokens;
+  if (begin >= seen && partitions > 1) return;   // the whole block
+  const Context<BLOCK_SIZE> context{block_tables + seq * max_blocks, begin + min(partition_tokens, seen - begin)};
   const KvStrides<KEY_PACK> key_strides{key_block_stride, key_head_stride, key_slot_stride, key_pack_stride};
   const KvStrides<VALUE_PACK> value_strides{value_block_stride, value_head_stride, value_slot_stride, value_pack_stride};
 
@@ -107,6 +120,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   for (int r = 0; r < IN_FLIGHT; ++r) next_block_id[r] = context.block_of(token + r * GROUPS);
   query_tile.load(query + first_row * HEAD_DIM, heads, scale * kLog2E);
   __syncthreads();
+  float slope[HEADS];
+#pragma unroll
+  for (int head = 0; head < HEADS; ++head) slope[head] = variants.slope_of(first_head + min(head, heads - 1));
 
   RunningAttention<Row::SHARE> attention[HEADS];
   for (int first = begin; first < context.end; first += GROUPS * IN_FLIGHT, token += GROUPS * IN_FLIGHT) {
@@ -122,7 +138,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) next_block_id[r] = context.block_of(token + (IN_FLIGHT + r) * GROUPS);
     float logit[HEADS][IN_FLIGHT];   // in units of log 2
-    compute_logits(logit, query_tile, key, block_id);
+    compute_logits(logit, query_tile, key, block_id, [&](float product, int head, int r) {
+      return variants.logit(product, token + r * GROUPS, seen, slope[head]);
+    });
 #pragma unroll
     for (int head = 0; head < HEADS; ++head) attention[head].add(logit[head], value);
   }
@@ -135,12 +153,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   __syncthreads();
   for (int head = 0; head < heads; ++head) {
     const long long row = first_row + head;
+    SoftmaxState softmax = results[head].merged_softmax();
     if (partitions == 1) {
-      results[head].write(out + row * HEAD_DIM, lse == nullptr ? nullptr : lse + row);
+      variants.add_sink(softmax, first_head + head);
+      results[head].write(out + row * HEAD_DIM, lse == nullptr ? nullptr : lse + row, softmax);
       continue;
     }
     const long long part = row * partitions + partition;
-    const SoftmaxState softmax = results[head].merged_softmax();
     for (int dim = threadIdx.x; dim < HEAD_DIM; dim += THREADS)
       partial_out[part * HEAD_DIM + dim] = results[head].merged_sum(dim, softmax.max);
     if (threadIdx.x == 0) {

@@ -94,7 +94,11 @@ struct WarpResults {
   template <typename T>
   __device__ __forceinline__ void write(T* out,       // [HeadDim]
                                         float* lse) const {   // one, or null
-    const SoftmaxState all = merged_softmax();
+    write(out, lse, merged_softmax());
+  }
+  // The same with a softmax that something besides the tokens has joined.
+  template <typename T>
+  __device__ __forceinline__ void write(T* out, float* lse, const SoftmaxState& all) const {
     for (int dim = threadIdx.x; dim < HeadDim; dim += Warps * kWarpSize)
       out[dim] = from_float<T>(merged_sum(dim, all.max) * all.normaliser());
     if (lse != nullptr && threadIdx.x == 0) *lse = all.log_sum_exp();

@@ -46,8 +46,12 @@ def rung_variants():
             heads = {"HEADS": 4 - i % 4} if rung == "v2" else {}
             entry = f"paged_attention_{rung}"
             yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads}
+            if rung == "v2":
+                asked = dict.fromkeys((VARIANTS[-1], *VARIANTS[1:4])[i], 1)
+                yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads, **asked}
         defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
-        yield "attention/merge_partitions.cu", "merge_partitions", defines
+        for asked in ({}, dict.fromkeys(("QUERY_TOKENS", "WINDOW", "SINKS")[: i % 3 + 1], 1)):
+            yield "attention/merge_partitions.cu", "merge_partitions", {**defines, **asked}
 
 
 def append_defines(config, slot):

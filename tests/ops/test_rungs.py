@@ -7,6 +7,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops import rungs
+from cupaged.runtime.host import record_traffic
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
 
@@ -45,6 +46,31 @@ def test_partitions_without_a_mapped_block(unmapped, kernel, backend, monkeypatc
     case = decode_case(DecodeShape((200, 40, 16), unmapped=unmapped), backend)
     out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
     assert_decode_matches_reference(case, out, lse, kernel)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 32, 10**6])
+@pytest.mark.parametrize("window", [None, 1, 31, 33, 100, 300])
+def test_partitions_of_a_window(tokens, window, backend, monkeypatch):
+    """They begin where the window does, another place for each query token, and a sink joins once for all of them."""
+    cut_into(monkeypatch, tokens)
+    shape = DecodeShape(
+        (0, 1, 2, 3, 33, 40, 300), num_heads=6, block_size=5, window=window, query_tokens=3,
+        softcap=3.0, alibi=True, sinks=True, unmapped=0.2,
+    )  # fmt: skip
+    case = decode_case(shape, backend)
+    out, lse = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", return_lse=True, **case.variants)
+    assert_decode_matches_reference(case, out, lse, "paged_attention_v2")
+
+
+def test_no_partition_lies_before_the_window():
+    """Of 5000 tokens the 300 that are seen are cut up and read, by one query head of each KV head."""
+    case = decode_case(DecodeShape((5000,), num_heads=2, window=300), "host")
+    with record_traffic() as log:
+        out = pg.paged_attention(*case.arguments, kernel="paged_attention_v2", **case.variants)
+    assert_decode_matches_reference(case, out, kernel="paged_attention_v2")
+    attention, merge = log
+    assert attention.of("key_cache", "value_cache").bytes == 300 * 2 * 64 * 2 * 2
+    assert merge.of("partial_out").bytes == 3 * 2 * 64 * 4  # 128 tokens or less in each partition
 
 
 @OVER_PARTITIONS

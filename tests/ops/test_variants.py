@@ -36,7 +36,7 @@ SHAPES = [
 def test_every_kernel_that_serves_it_matches_the_reference(shape, backend):
     case = decode_case(shape, backend)
     served_by = serving_kernels(case)
-    assert "paged_attention_v1" in served_by
+    assert {"paged_attention_v1", "paged_attention_v2"} <= set(served_by)
     for kernel in served_by:
         out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True, **case.variants)
         assert_decode_matches_reference(case, out, lse, kernel)
@@ -74,7 +74,8 @@ def test_what_a_kernel_does_not_take_is_named(kernel, variant, backend):
 
 
 def test_the_registry_names_variants_that_exist():
-    assert pg.kernels()["paged_attention_v1"].variants == ALL_VARIANTS
+    for kernel in ("paged_attention_v1", "paged_attention_v2"):
+        assert pg.kernels()[kernel].variants == ALL_VARIANTS
     for info in pg.kernels().values():
         assert info.variants <= ALL_VARIANTS
 
@@ -91,8 +92,9 @@ def test_placement_changes_no_bit(layout, backend):
         np.testing.assert_array_equal(a.view(np.uint16), b.view(np.uint16))
 
 
+@pytest.mark.parametrize("kernel", ["paged_attention_v1", "paged_attention_v2"])
 @pytest.mark.parametrize(("length", "window"), [(300, 20), (300, 1), (64, 16), (65, 16), (5, 16)])
-def test_nothing_outside_the_window_is_read(length, window):
+def test_nothing_outside_the_window_is_read(length, window, kernel):
     """Counted: the keys and values of the window's tokens, and the table entries of their blocks."""
     from cupaged.bench.traffic import cache_traffic
     from cupaged.runtime.host import record_traffic
@@ -100,7 +102,7 @@ def test_nothing_outside_the_window_is_read(length, window):
     case = decode_case(DecodeShape((length,), num_heads=1, num_kv_heads=1, window=window), "host")
 
     def call():
-        pg.paged_attention(*case.arguments, kernel="paged_attention_v1", **case.variants)
+        pg.paged_attention(*case.arguments, kernel=kernel, **case.variants)
 
     _, cache = cache_traffic(call)
     assert cache.bytes == min(length, window) * 64 * 2 * 2
@@ -159,6 +161,18 @@ def test_query_tokens_are_single_queries_over_shorter_contexts(backend, xp):
             query, case.cache, case.block_tables, lens, kernel="paged_attention_v1", **case.variants
         )
         np.testing.assert_array_equal(to_numpy(alone), together[:, i])
+
+
+@pytest.mark.parametrize("kernel", ["auto", "paged_attention_v1", "paged_attention_v2"])
+@pytest.mark.parametrize(
+    ("dtype", "layout", "head_dim"), [("float32", "BSHD", 64), ("float16", "BHDSX", 64), ("bfloat16", "HBSD", 72)]
+)
+def test_what_tensor_cores_do_not_serve_has_every_variant(dtype, layout, head_dim, kernel, backend):
+    shape = DecodeShape((600, 9), num_heads=10, dtype=dtype, layout=layout, head_dim=head_dim, **{**ALL, "window": 400})
+    case = decode_case(shape, backend)
+    assert pg.explain(*case.arguments, **case.variants).kernel == "paged_attention_v2"
+    out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True, **case.variants)
+    assert_decode_matches_reference(case, out, lse, kernel)
 
 
 @pytest.mark.parametrize(
