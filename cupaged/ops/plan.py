@@ -13,10 +13,11 @@ from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import check_cache, check_dtype, check_shape
+from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["DecodePlan", "plan_decode"]
+__all__ = ["DecodePlan", "PreparedAttention", "plan_decode"]
 
 CHUNK = 16  # tokens, as in kernels_cu/include/attention_tile.cuh
 HOST_BLOCKS = 7  # enough to cut sequences in the middle, few enough to be quick
@@ -116,15 +117,47 @@ class DecodePlan:
         self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
+        self.calls, self.updates = CheckedCalls(cache.backend), CheckedCalls(cache.backend)
+
+    def prepare(
+        self, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, **options: Any
+    ) -> PreparedAttention:
+        """Check a call of `paged_attention` with this plan, and return it to be launched as often as need be.
+
+        Parameters
+        ----------
+        query, cache, block_tables, seq_lens, scale, **options
+            As `paged_attention` takes them; without `out`, one array is made here that every launch writes to.
+
+        Returns
+        -------
+        PreparedAttention
+            Called without arguments, it launches on CuPy's current stream, checks nothing again and returns what
+            `paged_attention` would. It holds the arrays: what they contain may change between launches, lengths too
+            (after `update`). It keeps the kernel that it was made with, also if the kernel's file is edited.
+
+        Raises
+        ------
+        TypeError, ValueError, UnsupportedError
+            As `paged_attention` does.
+        """
+        from cupaged.ops.attention import prepare_attention  # which itself takes plans
+
+        return prepare_attention(self, query, cache, block_tables, seq_lens, scale=scale, **options)
 
     def update(self, seq_lens: Any) -> None:
         """Share out anew for other lengths, int32 [num_seqs]; returns without waiting for the device."""
+        checked = self.updates.find((), (seq_lens,))
+        if checked is not None:
+            checked.launch(seq_lens)
+            return
+        given = seq_lens
         seq_lens = as_backend_array(seq_lens, "seq_lens", self.backend)
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
         check_shape(seq_lens, "seq_lens", (self.num_seqs,))
         chunks_per_byte = self.num_sms / self.num_blocks / self.shape.chunk_bytes(self.config)
         kernel = load_kernel("attention/plan_decode.cu", "plan_decode", backend=self.backend)
-        kernel(
+        launch = kernel.prepare(
             (1,),
             (1024,),
             num_pieces=self.num_pieces,
@@ -143,6 +176,36 @@ class DecodePlan:
             merge_chunks=MERGE_BYTES * chunks_per_byte,
             piece_chunks=PIECE_BYTES * chunks_per_byte,
         )
+        launch()
+        self.updates.add((), (given,), launch, ("seq_lens",))
+
+
+class PreparedAttention:
+    """A planned call of `paged_attention` that passed its checks; made by `DecodePlan.prepare`.
+
+    Attributes
+    ----------
+    launch : PreparedLaunch, optional
+        What a call does; None if there is no query.
+    result : array or tuple of array
+        What a call returns.
+    """
+
+    def __init__(self, launch: PreparedLaunch | None, result: Any) -> None:
+        self.launch = launch
+        self.result = result
+
+    def __call__(self) -> Any:
+        """Launch, and return the result: the same arrays each time.
+
+        Raises
+        ------
+        ValueError
+            If another device is current than when it was made.
+        """
+        if self.launch is not None:
+            self.launch()
+        return self.result
 
 
 def plan_decode(

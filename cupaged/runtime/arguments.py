@@ -13,7 +13,15 @@ import numpy as np
 
 from cupaged.runtime.source import Parameter
 
-__all__ = ["Strided", "argument_converters", "check_array", "check_extent", "typed_scalar", "typed_values"]
+__all__ = [
+    "Strided",
+    "argument_converters",
+    "byte_bounds",
+    "check_array",
+    "check_extent",
+    "typed_scalar",
+    "typed_values",
+]
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
@@ -26,6 +34,12 @@ class Strided:
     """Marks an array whose strides the caller passes to the kernel as well; any other array must be contiguous."""
 
     array: Any
+
+
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """Return the addresses between which a contiguous array lies, NumPy's or CuPy's."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return start, start + array.nbytes
 
 
 def argument_converters(

@@ -160,6 +160,7 @@ class CudaKernel:
         if device not in self._built:
             module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
             self._built[device] = module.get_function(self.source.entry)
+            int(self._built[device].num_regs)  # loads it now: its first launch may be one that a graph captures
         return self._built[device]
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "KernelSource",
     "Parameter",
     "added_defines",
+    "asked_for",
     "kernels_defining",
     "kernels_folder",
     "kernels_from",
@@ -128,6 +129,11 @@ def kernels_defining(**defines: object) -> Iterator[None]:
 def added_defines() -> dict[str, str]:
     """Return the macros of the `kernels_defining` blocks around the caller."""
     return _added_defines.get() or {}
+
+
+def asked_for() -> tuple[object, object]:
+    """Return what the `kernels_from` and `kernels_defining` blocks around the caller ask for."""
+    return _chosen_folder.get(), _added_defines.get()
 
 
 @dataclass(frozen=True)
