@@ -57,7 +57,7 @@ class KVCache:
         else:
             self.storage = self._zeros(layout.key_axes), self._zeros(layout.value_axes)
             self._key, self._value = self.storage
-        self.appends = CheckedCalls(self.backend)
+        self.appends = CheckedCalls(self.backend)  # of append_kv
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:

@@ -117,7 +117,8 @@ class DecodePlan:
         self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
-        self.calls, self.updates = CheckedCalls(cache.backend), CheckedCalls(cache.backend)
+        self.calls = CheckedCalls(cache.backend)  # of paged_attention
+        self.updates = CheckedCalls(cache.backend)
 
     def prepare(
         self, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, **options: Any
