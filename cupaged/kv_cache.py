@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from cupaged import layouts
 from cupaged.config import CacheConfig
+from cupaged.runtime.arguments import byte_bounds
+from cupaged.runtime.launch import CheckedCalls
 from cupaged.runtime.select import choose_backend
 
 __all__ = ["KVCache", "aligned_zeros"]
@@ -54,8 +57,14 @@ class KVCache:
         else:
             self.storage = self._zeros(layout.key_axes), self._zeros(layout.value_axes)
             self._key, self._value = self.storage
+        self.appends = CheckedCalls(self.backend)  # of append_kv
 
-    @property
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """The addresses between which each array of `storage` lies."""
+        return tuple(map(byte_bounds, self.storage))
+
+    @cached_property
     def device(self) -> int:
         """The CUDA device that holds the arrays; 0 on the host."""
         return self.storage[0].device.id if self.backend == "cuda" else 0

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def shape(config: CacheConfig, axes: Sequence[str]) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in axes)
 
 
+@cache
 def kv_strides(config: CacheConfig, kind: Kind) -> KvStrides:
     """Return the strides at which the kernels find a cache's keys or values."""
     layout = LAYOUTS[config.layout]

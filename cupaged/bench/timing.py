@@ -1,15 +1,16 @@
-"""Time on the GPU: CUDA-graph replay, cold L2, median over repeats."""
+"""Time on the GPU: CUDA-graph replay, cold L2, median over repeats; and of the Python that launches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches"]
+__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches", "time_python"]
 
 LAUNCHES_PER_GRAPH = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
@@ -75,6 +76,27 @@ def time_launches(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timin
     with stream:
         times = [_elapsed_us(stream, launch) for _ in range(3 + repeats)][3:]
     return _timing(times, rounds * len(calls))
+
+
+def time_python(calls: Sequence[Callable[[], Any]], batches: int = 200, batch: int = 20) -> list[Timing]:
+    """Return for each call how long the CPU takes to make it, the GPU's work left out.
+
+    The calls take turns, a batch of each, so that a slow spell of the machine falls on all of them. Between batches the
+    GPU is waited for, so that no launch waits for room in its queue.
+    """
+    import cupy
+
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(-3, batches):
+        for call, taken in zip(calls, times, strict=True):
+            cupy.cuda.Device().synchronize()
+            start = perf_counter()
+            for _ in range(batch):
+                call()
+            if turn >= 0:
+                taken.append(1e6 * (perf_counter() - start))
+    cupy.cuda.Device().synchronize()
+    return [_timing(taken, batch) for taken in times]
 
 
 def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int) -> Any:

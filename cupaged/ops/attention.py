@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,11 +23,12 @@ from cupaged.ops.checks import (
     checked_shared_prefix,
     must_validate,
 )
-from cupaged.ops.plan import DecodePlan, attention_kernel, plan_decode, why_no_tensor_cores
+from cupaged.ops.plan import DecodePlan, PreparedAttention, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.ops.rungs import RUNGS, launch_batched, launch_v2
 from cupaged.ops.variants import Variants, checked_variants
-from cupaged.runtime.arguments import Strided
+from cupaged.runtime.arguments import Strided, byte_bounds
+from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -37,6 +38,9 @@ INT32 = np.dtype(np.int32)
 MAX_TOKENS = 2**31 - 2**16  # of a sequence: a kernel's int may run past the last token by what it reads at once
 V1_THREADS = 128
 V1_STRETCH_TOKENS = 4096  # 16 KiB of logits: several thread blocks fit an SM, and few contexts need a second stretch
+ARRAYS_OF_A_CALL = (
+    "query", "block_tables", "seq_lens", "alibi_slopes", "sinks", "key_cache", "value_cache", "out", "lse",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ def paged_attention(
         of a context: give the sinks to one of the parts.
     plan : DecodePlan, optional
         How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
-        Without it each call plans for itself.
+        Without it each call plans for itself. A plan also remembers calls that passed their checks: another like it,
+        with the same options and with arrays of the backend that are alike in all but place and content, is launched
+        at once. `DecodePlan.prepare` leaves out even that.
     query_to_seq : array, int32 [num_queries], optional
         Which row of `block_tables` and `seq_lens` each query of `query`, then [num_queries, H, D], belongs to: several
         queries can attend to one sequence, each to all of its tokens. Without it query i belongs to sequence i.
@@ -144,7 +150,91 @@ def paged_attention(
        ICLR 2022.
     .. [3] Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", arXiv 2402.05099.
     """
-    caller = query
+    known_calls = plan.calls if isinstance(plan, DecodePlan) and isinstance(cache, KVCache) else None
+    if known_calls is not None and query_to_seq is None:
+        # every argument that anything below goes by stands in `asked`: a call that differs in it is another call
+        arrays = (query, block_tables, seq_lens, alibi_slopes, sinks)
+        options = (cache.config, cache.device, scale, kernel, window, softcap, shared_prefix, bool(return_lse))
+        asked = options, (*arrays, out)
+        checked = None if must_validate(validate, cache.backend) else known_calls.find(*asked)
+        if checked is not None and (out is None or _shares_memory(out, query, cache) is None):
+            result = cache.xp.empty_like(query) if out is None else out
+            lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
+            checked.launch(*arrays, cache.key, cache.value, result, lse)
+            return (result, lse) if return_lse else result
+    call = _checked_call(
+        query, cache, block_tables, seq_lens, scale, kernel, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        sinks=sinks, shared_prefix=shared_prefix, out=out, return_lse=return_lse, plan=plan, query_to_seq=query_to_seq,
+        validate=validate,
+    )  # fmt: skip
+    if call.query.size:
+        if call.kernel == "paged_attention_persistent":
+            launches = _persistent_launches(*call.arguments, call.variants, plan or _plan_for_one_call(call))
+            for launch in launches:
+                launch()
+            if known_calls is not None and len(launches) == 1:
+                known_calls.add(*asked, launches[0], ARRAYS_OF_A_CALL)
+        elif query_to_seq is not None:
+            launch_batched(*_on_three_axes(*call.arguments), query_to_seq=call.query_to_seq)
+        elif call.kernel == "paged_attention_v2":
+            launch_v2(*_on_three_axes(*call.arguments), variants=call.variants)
+        elif call.kernel in RUNGS:
+            RUNGS[call.kernel](*_on_three_axes(*call.arguments))
+        else:
+            _launch_v1(*call.arguments, call.variants)
+    return _returned(call, query, out)
+
+
+def prepare_attention(
+    plan: DecodePlan, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, **options: Any
+) -> PreparedAttention:
+    """Check a planned call of `paged_attention`, and return it to be launched; see `DecodePlan.prepare`."""
+    call = _checked_call(query, cache, block_tables, seq_lens, plan=plan, **options)
+    launches = _persistent_launches(*call.arguments, call.variants, plan) if call.query.size else ()
+    return PreparedAttention(launches, _returned(call, query, options.get("out")))
+
+
+class _Call(NamedTuple):
+    """A call that passed its checks; arrays are the backend's."""
+
+    kernel: str
+    out: Any
+    lse: Any
+    query: Any
+    cache: KVCache
+    block_tables: Any
+    seq_lens: Any
+    scale: float
+    variants: Variants
+    query_to_seq: Any
+    shared_prefix: int
+
+    @property
+    def arguments(self) -> tuple[Any, Any, Any, KVCache, Any, Any, float]:
+        """What every kernel takes."""
+        return self.out, self.lse, self.query, self.cache, self.block_tables, self.seq_lens, self.scale
+
+
+def _checked_call(
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float | None = None,
+    kernel: str = "auto",
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    shared_prefix: int = 0,
+    out: Any = None,
+    return_lse: bool = False,
+    plan: DecodePlan | None = None,
+    query_to_seq: Any = None,
+    validate: bool | None = None,
+) -> _Call:
+    """Check a call of `paged_attention`, choose its kernel, and make room for what it writes."""
     query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
     if query_to_seq is not None:
         query_to_seq = _checked_query_to_seq(query_to_seq, query, cache)
@@ -165,21 +255,15 @@ def paged_attention(
     choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
         _check_plan(plan, choice, query, cache, variants, shared_prefix)
-    if query.size:
-        arguments = (result, lse, query, cache, block_tables, seq_lens, scale)
-        if choice.kernel == "paged_attention_persistent":
-            plan = plan or _plan_for_one_call(cache, query, seq_lens, variants, shared_prefix)
-            _launch_persistent(*arguments, variants, plan)
-        elif query_to_seq is not None:
-            launch_batched(*_on_three_axes(*arguments), query_to_seq=query_to_seq)
-        elif choice.kernel == "paged_attention_v2":
-            launch_v2(*_on_three_axes(*arguments), variants=variants)
-        elif choice.kernel in RUNGS:
-            RUNGS[choice.kernel](*_on_three_axes(*arguments))
-        else:
-            _launch_v1(*arguments, variants)
-    result = like_caller(result, caller) if out is None else out
-    return (result, like_caller(lse, caller)) if return_lse else result
+    return _Call(
+        choice.kernel, result, lse, query, cache, block_tables, seq_lens, scale, variants, query_to_seq, shared_prefix
+    )
+
+
+def _returned(call: _Call, caller: Any, out: Any) -> Any:
+    """Return what a call returns: arrays of the kind that `caller`, its query, is, or the caller's own `out`."""
+    result = like_caller(call.out, caller) if out is None else out
+    return result if call.lse is None else (result, like_caller(call.lse, caller))
 
 
 def _on_three_axes(out: Any, lse: Any, query: Any, *rest: Any) -> tuple[Any, ...]:
@@ -299,10 +383,11 @@ def _check_plan(
 _captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these must outlive it
 
 
-def _plan_for_one_call(cache: KVCache, query: Any, seq_lens: Any, variants: Variants, shared_prefix: int) -> DecodePlan:
+def _plan_for_one_call(call: _Call) -> DecodePlan:
+    cache, variants = call.cache, call.variants
     plan = plan_decode(
-        cache, seq_lens, query.shape[-2],
-        query_tokens=variants.query_tokens, window=variants.window, shared_prefix=shared_prefix,
+        cache, call.seq_lens, call.query.shape[-2],
+        query_tokens=variants.query_tokens, window=variants.window, shared_prefix=call.shared_prefix,
     )  # fmt: skip
     if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
         _captured_plans.append(plan)
@@ -373,10 +458,22 @@ def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
     check_contiguous(array, "out")
     if array.size:
         check_alignment(array, "out")
-    for name, read in (("query", query), *(("cache", storage) for storage in cache.storage)):
-        if cache.xp.may_share_memory(array, read):
-            raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
+    name = _shares_memory(array, query, cache)
+    if name is not None:
+        raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
     return array
+
+
+def _shares_memory(out: Any, query: Any, cache: KVCache) -> str | None:
+    """Return whose memory `out` takes part of, "query" or "cache", or None."""
+    start, end = byte_bounds(out)
+    low, high = byte_bounds(query)
+    if start < high and low < end:
+        return "query"
+    for low, high in cache.bounds:
+        if start < high and low < end:
+            return "cache"
+    return None
 
 
 def _launch_v1(
@@ -430,7 +527,7 @@ def _launch_v1(
     )
 
 
-def _launch_persistent(
+def _persistent_launches(
     out: Any,
     lse: Any,
     query: Any,
@@ -440,21 +537,22 @@ def _launch_persistent(
     scale: float,
     variants: Variants,
     plan: DecodePlan,
-) -> None:
-    """Launch what a plan shares out: a shared prefix first, without the sinks, which count once."""
+) -> tuple[PreparedLaunch, ...]:
+    """Return the launches of what a plan shares out: a shared prefix first, without the sinks, which count once."""
     arguments = (query, cache, block_tables, seq_lens, scale)
     of_prefix = {"prefix_out": None, "prefix_state": None, "prefix_tokens": 0}
-    if plan.prefix is not None:
-        of_prefix = {
-            "prefix_out": plan.prefix_out,
-            "prefix_state": plan.prefix_state,
-            "prefix_tokens": plan.shared_prefix,
-        }
-        _launch_planned(out, None, *arguments, replace(variants, sinks=None), plan.prefix, of_prefix)
-    _launch_planned(out, lse, *arguments, variants, plan, of_prefix)
+    if plan.prefix is None:
+        return (_planned_launch(out, lse, *arguments, variants, plan, of_prefix),)
+    of_prefix = {
+        "prefix_out": plan.prefix_out,
+        "prefix_state": plan.prefix_state,
+        "prefix_tokens": plan.shared_prefix,
+    }
+    first = _planned_launch(out, None, *arguments, replace(variants, sinks=None), plan.prefix, of_prefix)
+    return first, _planned_launch(out, lse, *arguments, variants, plan, of_prefix)
 
 
-def _launch_planned(
+def _planned_launch(
     out: Any,
     lse: Any,
     query: Any,
@@ -465,12 +563,11 @@ def _launch_planned(
     variants: Variants,
     plan: DecodePlan,
     of_prefix: dict[str, Any],
-) -> None:
-    config, kernel = cache.config, plan.kernel
+) -> PreparedLaunch:
+    config = cache.config
     key, value = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
-    if variants.names:
-        kernel = attention_kernel(config, plan.shape, cache.backend, {**plan.defines, **variants.defines})
-    kernel(
+    kernel = attention_kernel(config, plan.shape, cache.backend, {**plan.defines, **variants.defines})
+    return kernel.prepare(
         (plan.num_blocks,),
         (32 * plan.shape.warps,),
         shared_bytes=plan.shape.shared_bytes(config),

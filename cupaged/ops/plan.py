@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,10 +14,11 @@ from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import check_cache, check_dtype, check_shape, checked_shared_prefix
+from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["DecodePlan", "plan_decode"]
+__all__ = ["DecodePlan", "PreparedAttention", "plan_decode"]
 
 HOST_BLOCKS = 7  # enough to cut sequences in the middle, few enough to be quick
 MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, some 3 us
@@ -145,6 +147,34 @@ class DecodePlan:
         self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
+        self.calls = CheckedCalls(cache.backend)  # of paged_attention
+        self.updates = CheckedCalls(cache.backend)
+
+    def prepare(
+        self, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, **options: Any
+    ) -> PreparedAttention:
+        """Check a call of `paged_attention` with this plan, and return it to be launched as often as need be.
+
+        Parameters
+        ----------
+        query, cache, block_tables, seq_lens, scale, **options
+            As `paged_attention` takes them; without `out`, one array is made here that every launch writes to.
+
+        Returns
+        -------
+        PreparedAttention
+            Called without arguments, it launches on CuPy's current stream, checks nothing again and returns what
+            `paged_attention` would. It holds the arrays: what they contain may change between launches, lengths too
+            (after `update`). It keeps the kernel that it was made with, also if the kernel's file is edited.
+
+        Raises
+        ------
+        TypeError, ValueError, UnsupportedError
+            As `paged_attention` does.
+        """
+        from cupaged.ops.attention import prepare_attention  # which itself takes plans
+
+        return prepare_attention(self, query, cache, block_tables, seq_lens, scale=scale, **options)
 
     def _plan_prefix(self, cache: KVCache) -> None:
         """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""
@@ -157,6 +187,11 @@ class DecodePlan:
 
     def update(self, seq_lens: Any) -> None:
         """Share out anew for other lengths, int32 [num_seqs]; returns without waiting for the device."""
+        checked = self.updates.find((), (seq_lens,))
+        if checked is not None:
+            checked.launch(seq_lens)
+            return
+        given = seq_lens
         seq_lens = as_backend_array(seq_lens, "seq_lens", self.backend)
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
         check_shape(seq_lens, "seq_lens", (self.num_seqs,))
@@ -164,7 +199,7 @@ class DecodePlan:
         kernel = load_kernel(
             "attention/plan_decode.cu", "plan_decode", {"CHUNK_TOKENS": self.shape.chunk}, self.backend
         )
-        kernel(
+        launch = kernel.prepare(
             (1,),
             (1024,),
             summary=self.summary,
@@ -185,6 +220,36 @@ class DecodePlan:
             merge_chunks=MERGE_BYTES * chunks_per_byte,
             piece_chunks=PIECE_BYTES * chunks_per_byte,
         )
+        launch()
+        self.updates.add((), (given,), launch, ("seq_lens",))
+
+
+class PreparedAttention:
+    """A planned call of `paged_attention` that passed its checks; made by `DecodePlan.prepare`.
+
+    Attributes
+    ----------
+    launches : sequence of PreparedLaunch
+        What a call does, in order; none if there is no query.
+    result : array or tuple of array
+        What a call returns.
+    """
+
+    def __init__(self, launches: Sequence[PreparedLaunch], result: Any) -> None:
+        self.launches = tuple(launches)
+        self.result = result
+
+    def __call__(self) -> Any:
+        """Launch, and return the result: the same arrays each time.
+
+        Raises
+        ------
+        ValueError
+            If another device is current than when it was made.
+        """
+        for launch in self.launches:
+            launch()
+        return self.result
 
 
 def plan_decode(

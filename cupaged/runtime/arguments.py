@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -13,11 +13,20 @@ import numpy as np
 
 from cupaged.runtime.source import Parameter
 
-__all__ = ["Strided", "check_array", "check_extent", "check_names", "typed_scalar"]
+__all__ = [
+    "Strided",
+    "argument_converters",
+    "byte_bounds",
+    "check_array",
+    "check_extent",
+    "typed_scalar",
+    "typed_values",
+]
 
 MAX_THREADS_PER_BLOCK = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
+NULL = np.uint64(0)  # what a kernel gets for None
 
 
 @dataclass(frozen=True)
@@ -27,15 +36,65 @@ class Strided:
     array: Any
 
 
-def check_names(kernel: str, parameters: tuple[Parameter, ...], arguments: Mapping[str, Any]) -> None:
-    """Raise TypeError unless `arguments` has exactly the kernel's parameter names."""
-    expected = [p.name for p in parameters]
-    if expected == list(arguments):
-        return
-    missing = [name for name in expected if name not in arguments]
-    unknown = [name for name in arguments if name not in expected]
-    if missing or unknown:
+def byte_bounds(array: Any) -> tuple[int, int]:
+    """Return the addresses between which a contiguous array lies, NumPy's or CuPy's."""
+    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    return start, start + array.nbytes
+
+
+def argument_converters(
+    kernel: str, parameters: tuple[Parameter, ...], check: Callable[[Parameter, Any, bool], None]
+) -> dict[str, Callable[[Any], Any]]:
+    """Return, by parameter, what turns a launch's argument into the value that the kernel gets; made once a kernel.
+
+    A number becomes a NumPy scalar of the parameter's width, None a null pointer, and an array stays what it is, after
+    ``check(parameter, array, contiguous)``, which raises if it is not an array that the backend takes.
+    """
+
+    def of_array(parameter: Parameter) -> Callable[[Any], Any]:
+        def convert(value: Any) -> Any:
+            strided = isinstance(value, Strided)
+            array = value.array if strided else value
+            if array is None:
+                return NULL
+            check(parameter, array, not strided)
+            return array
+
+        return convert
+
+    def of_scalar(parameter: Parameter) -> Callable[[Any], Any]:
+        dtype = parameter.dtype
+        if dtype.kind == "b":
+            return lambda value: typed_scalar(kernel, parameter, value)
+        plain, limits = (int, np.iinfo) if dtype.kind in "iu" else (float, ml_dtypes.finfo)
+        low, high = plain(limits(dtype).min), plain(limits(dtype).max)
+
+        def convert(value: Any) -> Any:
+            if type(value) is plain and low <= value <= high:  # what nearly every number is
+                return dtype.type(value)
+            return typed_scalar(kernel, parameter, value)
+
+        return convert
+
+    return {p.name: of_array(p) if p.is_pointer else of_scalar(p) for p in parameters}
+
+
+def typed_values(
+    kernel: str, converters: Mapping[str, Callable[[Any], Any]], arguments: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return what the kernel gets for `arguments`, in the order of its parameters.
+
+    Raises
+    ------
+    TypeError
+        If `arguments` does not have exactly the kernel's parameter names; besides, what a converter raises.
+    """
+    if arguments.keys() != converters.keys():
+        expected = list(converters)
+        missing = [name for name in expected if name not in arguments]
+        unknown = [name for name in arguments if name not in converters]
         raise TypeError(f"{kernel}: missing arguments {missing}, unknown arguments {unknown}; it takes {expected}")
+    return tuple([convert(arguments[name]) for name, convert in converters.items()])
 
 
 def typed_scalar(kernel: str, parameter: Parameter, value: Any) -> np.generic:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
-from cupaged.runtime.arguments import Strided, check_array, check_extent, check_names, typed_scalar
+from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
 from cupaged.runtime.cache import cache_folder, store
-from cupaged.runtime.source import KernelSource
+from cupaged.runtime.launch import PreparedLaunch
+from cupaged.runtime.source import KernelSource, Parameter
 
 __all__ = ["CudaKernel", "compile_cubin", "cuda_headers", "nvrtc_version"]
 
@@ -156,10 +156,11 @@ class CudaKernel:
         """Return the ``cupy.RawKernel`` for the current device."""
         import cupy
 
-        device = cupy.cuda.Device().id
+        device = cupy.cuda.runtime.getDevice()
         if device not in self._built:
             module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
             self._built[device] = module.get_function(self.source.entry)
+            int(self._built[device].num_regs)  # loads it now: its first launch may be one that a graph captures
         return self._built[device]
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
@@ -174,48 +175,46 @@ class CudaKernel:
         **arguments
             By the names in the kernel's signature: CuPy arrays (None for a null pointer), and numbers.
         """
+        self.prepare(grid, block, shared_bytes, **arguments)()
+
+    def prepare(
+        self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any
+    ) -> PreparedLaunch:
+        """Check a launch, and return it to be launched, on the current device, as often as need be."""
         import cupy
 
         grid, block = check_extent(self.source.entry, grid, block)
-        values = self._values(arguments)
-        kernel = self.raw_kernel()
-        device = cupy.cuda.Device()
-        if shared_bytes > self._shared_bytes.get(device.id, SHARED_BYTES_WITHOUT_OPT_IN):
-            limit = device.attributes["MaxSharedMemoryPerBlockOptin"]
+        values = typed_values(self.source.entry, self._converters, arguments)
+        kernel, device = self.raw_kernel(), cupy.cuda.runtime.getDevice()
+        if shared_bytes > self._shared_bytes.get(device, SHARED_BYTES_WITHOUT_OPT_IN):
+            limit = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
             if shared_bytes > limit:
                 raise UnsupportedError(
                     f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
                 )
             kernel.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_bytes[device.id] = shared_bytes
-        kernel(grid, block, values, shared_mem=shared_bytes)
+            self._shared_bytes[device] = shared_bytes
+        run = partial(kernel, grid, block, shared_mem=shared_bytes)
+        return PreparedLaunch(self.source, run, tuple(self._converters), values, device, cupy.cuda.runtime.getDevice)
 
-    def _values(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+    @cached_property
+    def _converters(self) -> dict[str, Callable[[Any], Any]]:
         import cupy
 
-        check_names(self.source.entry, self.source.parameters, arguments)
-        device = cupy.cuda.Device().id
-        values = []
-        for parameter in self.source.parameters:
-            value = arguments[parameter.name]
-            if not parameter.is_pointer:
-                values.append(typed_scalar(self.source.entry, parameter, value))
-                continue
-            contiguous = not isinstance(value, Strided)
-            array = value.array if isinstance(value, Strided) else value
-            if array is None:
-                values.append(np.uintp(0))
-                continue
+        entry = self.source.entry
+
+        def check(parameter: Parameter, array: Any, contiguous: bool) -> None:
             if not isinstance(array, cupy.ndarray):
                 raise TypeError(
-                    f"{self.source.entry}: argument {parameter.name} must be a CuPy array on the cuda backend; "
+                    f"{entry}: argument {parameter.name} must be a CuPy array on the cuda backend; "
                     f"got {type(array).__module__}.{type(array).__name__}"
                 )
-            if array.device.id != device:
+            device = cupy.cuda.runtime.getDevice()
+            if array.data.device_id != device:
                 raise ValueError(
-                    f"{self.source.entry}: argument {parameter.name} lies on device {array.device.id}; "
+                    f"{entry}: argument {parameter.name} lies on device {array.data.device_id}; "
                     f"the current device is {device}"
                 )
-            check_array(self.source.entry, parameter, array, array.data.ptr, contiguous=contiguous)
-            values.append(array)
-        return tuple(values)
+            check_array(entry, parameter, array, array.data.ptr, contiguous=contiguous)
+
+        return argument_converters(entry, self.source.parameters, check)

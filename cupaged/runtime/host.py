@@ -19,20 +19,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError
-from cupaged.runtime.arguments import Strided, check_array, check_extent, check_names, typed_scalar
+from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
 from cupaged.runtime.cache import cache_folder
-from cupaged.runtime.source import KernelSource
+from cupaged.runtime.launch import PreparedLaunch
+from cupaged.runtime.source import KernelSource, Parameter
 
 __all__ = ["ArrayTraffic", "HostKernel", "LaunchTraffic", "LineTraffic", "find_compiler", "record_traffic", "schedule"]
 
@@ -416,18 +417,29 @@ class HostKernel:
         KernelLaunchError
             If the kernel diverged at a barrier, wrote just past its dynamic shared memory, or trapped.
         """
+        self.prepare(grid, block, shared_bytes, **arguments)()
+
+    def prepare(
+        self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any
+    ) -> PreparedLaunch:
+        """Check a launch, and return it to be run as often as need be."""
         grid, block = check_extent(self.source.entry, grid, block)
         if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
             raise UnsupportedError(
                 f"{self.source.entry}: shared_bytes must be at most {MAX_SHARED_BYTES} (an H100's); got {shared_bytes}"
             )
-        values = self._values(arguments)
+        values = typed_values(self.source.entry, self._converters, arguments)
+        run = partial(self._run, grid, block, shared_bytes)
+        return PreparedLaunch(self.source, run, tuple(self._converters), values)
+
+    def _run(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, values: tuple[Any, ...]) -> None:
         self.build()
         assert self._built is not None
         run, entry, touch, libraries = self._built
-        pointers = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
+        held = [np.asarray(v.ctypes.data if isinstance(v, np.ndarray) else v) for v in values]
+        pointers = (ctypes.c_void_p * len(held))(*(value.ctypes.data for value in held))
         log = _traffic_log.get()
-        names, ranges = _array_ranges(arguments if log is not None else {})
+        names, ranges = _array_ranges(dict(zip(self._converters, values, strict=True)) if log is not None else {})
         launch = _Launch(
             entry, touch, ctypes.addressof(pointers), grid, block, shared_bytes, _seed.get(), workers(),
             log is not None, len(names), ranges.ctypes.data,
@@ -438,28 +450,21 @@ class HostKernel:
         if log is not None:
             log.append(_read_traffic(self.source.entry, libraries[1], names))
 
-    def _values(self, arguments: dict[str, Any]) -> list[np.ndarray]:
-        """Return one 0-d array per parameter that holds its value, an address for a pointer."""
-        check_names(self.source.entry, self.source.parameters, arguments)
-        values = []
-        for parameter in self.source.parameters:
-            value = arguments[parameter.name]
-            if not parameter.is_pointer:
-                values.append(np.asarray(typed_scalar(self.source.entry, parameter, value)))
-                continue
-            contiguous = not isinstance(value, Strided)
-            array = value.array if isinstance(value, Strided) else value
-            if array is not None:
-                if not isinstance(array, np.ndarray):
-                    raise TypeError(
-                        f"{self.source.entry}: argument {parameter.name} must be a NumPy array on the host backend; "
-                        f"got {type(array).__module__}.{type(array).__name__}"
-                    )
-                check_array(self.source.entry, parameter, array, array.ctypes.data, contiguous=contiguous)
-                if not parameter.is_const and not array.flags.writeable:
-                    raise ValueError(f"{self.source.entry}: argument {parameter.name} is written, but it is read-only")
-            values.append(np.asarray(0 if array is None else array.ctypes.data, dtype=np.uint64))
-        return values
+    @cached_property
+    def _converters(self) -> dict[str, Callable[[Any], Any]]:
+        entry = self.source.entry
+
+        def check(parameter: Parameter, array: Any, contiguous: bool) -> None:
+            if not isinstance(array, np.ndarray):
+                raise TypeError(
+                    f"{entry}: argument {parameter.name} must be a NumPy array on the host backend; "
+                    f"got {type(array).__module__}.{type(array).__name__}"
+                )
+            check_array(entry, parameter, array, array.ctypes.data, contiguous=contiguous)
+            if not parameter.is_const and not array.flags.writeable:
+                raise ValueError(f"{entry}: argument {parameter.name} is written, but it is read-only")
+
+        return argument_converters(entry, self.source.parameters, check)
 
 
 def workers() -> int:
@@ -477,9 +482,8 @@ def _array_ranges(arguments: dict[str, Any]) -> tuple[list[str], np.ndarray]:
 
     Arrays that are interleaved, as keys and values are in BS2HD, are one to the recorder: ``key_cache+value_cache``.
     """
-    arrays = {name: value.array if isinstance(value, Strided) else value for name, value in arguments.items()}
     found: list[tuple[str, int, int]] = []
-    for name, array in arrays.items():
+    for name, array in arguments.items():
         if not isinstance(array, np.ndarray) or array.size == 0:
             continue
         low, high = np.lib.array_utils.byte_bounds(array)

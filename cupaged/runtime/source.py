@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import ml_dtypes
@@ -20,7 +20,15 @@ import numpy as np
 
 from cupaged.errors import KernelBuildError
 
-__all__ = ["KernelSource", "Parameter", "added_defines", "kernels_defining", "kernels_folder", "kernels_from"]
+__all__ = [
+    "KernelSource",
+    "Parameter",
+    "added_defines",
+    "asked_for",
+    "kernels_defining",
+    "kernels_folder",
+    "kernels_from",
+]
 
 # How C++ spells the types that a kernel's parameters may have. `long` has no entry: its width differs by platform.
 DTYPE_OF_C_TYPE = {
@@ -63,8 +71,11 @@ def kernels_folder() -> Path:
     if chosen is not None:
         return chosen
     named = os.environ.get("CUPAGED_KERNELS")
-    if named:
-        return Path(named).resolve()
+    return Path(named).resolve() if named else _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     beside = package.parent / "kernels_cu"
     return beside if beside.is_dir() else package / "kernels_cu"
@@ -118,6 +129,11 @@ def kernels_defining(**defines: object) -> Iterator[None]:
 def added_defines() -> dict[str, str]:
     """Return the macros of the `kernels_defining` blocks around the caller."""
     return _added_defines.get() or {}
+
+
+def asked_for() -> tuple[object, object]:
+    """Return what the `kernels_from` and `kernels_defining` blocks around the caller ask for."""
+    return _chosen_folder.get(), _added_defines.get()
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,11 @@ class KernelSource:
 
     def stamp(self) -> tuple[tuple[str, int, int], ...]:
         """Return path, time and size of every file: unchanged as long as nothing was edited."""
-        return tuple((str(p), s.st_mtime_ns, s.st_size) for p in self.files for s in (p.stat(),))
+        return tuple((name, s.st_mtime_ns, s.st_size) for name in self._file_names for s in (os.stat(name),))
+
+    @cached_property
+    def _file_names(self) -> tuple[str, ...]:
+        return tuple(map(str, self.files))
 
     @cached_property
     def stamp_when_read(self) -> tuple[tuple[str, int, int], ...]:

@@ -1,11 +1,13 @@
 """Plans share decode work out evenly, serve other lengths after an update, and are refused where they do not fit."""
 
+import functools
 import itertools
 
 import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.bench.timing import time_python
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
@@ -98,23 +100,39 @@ def test_what_tensor_cores_do_not_serve_is_named(shape, limit, backend):
 
 
 @pytest.mark.gpu
-def test_a_planned_step_is_captured_and_serves_growing_sequences(monkeypatch):
+@pytest.mark.parametrize("prepared", [False, True], ids=["called", "prepared"])
+def test_a_planned_step_is_captured_and_serves_growing_sequences(prepared, monkeypatch):
     import cupy
 
     monkeypatch.delenv("CUPAGED_VALIDATE", raising=False)
     case = decode_case(DecodeShape((300, 70)), "cuda")
     case.seq_lens[:] = cupy.asarray([20, 5], dtype=cupy.int32)
     plan, out = pg.plan_decode(case.cache, case.seq_lens, 4), cupy.empty_like(case.query)
-    pg.paged_attention(*case.arguments, plan=plan, out=out)
+    called = functools.partial(pg.paged_attention, *case.arguments, plan=plan, out=out)
+    call = plan.prepare(*case.arguments, out=out) if prepared else called
+    call()
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
         stream.begin_capture()
         plan.update(case.seq_lens)
-        pg.paged_attention(*case.arguments, plan=plan, out=out)
+        call()
         graph = stream.end_capture()
         for lens in ((20, 5), (21, 6), (160, 17), (300, 70)):
             case.seq_lens[:] = cupy.asarray(lens, dtype=cupy.int32)
             graph.launch(stream)
             stream.synchronize()
             assert_decode_matches_reference(case, out)
+
+
+@pytest.mark.gpu
+def test_a_planned_call_costs_at_most_10_us_of_python_more_than_a_bare_launch(monkeypatch):
+    monkeypatch.delenv("CUPAGED_VALIDATE", raising=False)
+    case = decode_case(DecodeShape((40, 33), num_heads=8, head_dim=128), "cuda")
+    plan, out = pg.plan_decode(case.cache, case.seq_lens, 8), case.cache.xp.empty_like(case.query)
+    prepared = plan.prepare(*case.arguments, out=out)
+    (launch,) = prepared.launches
+    bare = functools.partial(launch.run, launch.values)
+    planned = functools.partial(pg.paged_attention, *case.arguments, plan=plan, out=out)
+    bare_us, planned_us = (timing.median_us for timing in time_python([bare, planned]))
+    assert planned_us - bare_us <= 10

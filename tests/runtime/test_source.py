@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.runtime.arguments import typed_scalar
+from cupaged.runtime.arguments import argument_converters, typed_values
 from cupaged.runtime.source import KernelSource, Parameter, kernels_defining, kernels_folder, kernels_from
 from tests.kit.programs import kernel_from_text
 
@@ -78,6 +78,12 @@ def test_the_kernels_folder_can_be_named_by_the_environment(monkeypatch, tmp_pat
     assert kernels_folder() == tmp_path
 
 
+def typed(name, c_type, dtype, value):
+    """Return what a kernel with one parameter gets for a value."""
+    converters = argument_converters("kernel", (Parameter(name, c_type, np.dtype(dtype), False, True),), None)
+    return typed_values("kernel", converters, {name: value})[0]
+
+
 @pytest.mark.parametrize(
     ("c_type", "dtype", "value", "expected"),
     [
@@ -90,11 +96,15 @@ def test_the_kernels_folder_can_be_named_by_the_environment(monkeypatch, tmp_pat
         ("long long", np.int64, 2**40, np.int64(2**40)),
         ("unsigned int", np.uint32, 2**32 - 1, np.uint32(2**32 - 1)),
         ("bool", np.bool_, True, np.bool_(True)),
+        ("bool", np.bool_, 1, np.bool_(True)),
+        ("int", np.int32, True, np.int32(1)),
+        ("half", np.float16, 65504.0, np.float16(65504)),
+        ("unsigned long long", np.uint64, 2**64 - 1, np.uint64(2**64 - 1)),
         ("int", np.int32, np.array(5), np.int32(5)),
     ],
 )
 def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, expected):
-    scalar = typed_scalar("kernel", Parameter("n", c_type, np.dtype(dtype), False, True), value)
+    scalar = typed("n", c_type, dtype, value)
     assert scalar == expected
     assert scalar.dtype == expected.dtype
 
@@ -104,6 +114,10 @@ def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, ex
     [
         ("float", np.float32, 1e39, ValueError),
         ("float", np.float32, 10**400, ValueError),
+        ("float", np.float32, -1e39, ValueError),
+        ("half", np.float16, 65505.0, ValueError),
+        ("int", np.int32, 2**31, ValueError),
+        ("int", np.int32, 1.0, TypeError),
         ("half", np.float16, 1e6, ValueError),
         ("float", np.float32, 1j, TypeError),
         ("float", np.float32, "1", TypeError),
@@ -115,7 +129,7 @@ def test_a_scalar_arrives_in_the_width_of_its_parameter(c_type, dtype, value, ex
 )
 def test_a_scalar_that_does_not_fit_is_refused(c_type, dtype, value, error):
     with pytest.raises(error, match="kernel: argument n must"):
-        typed_scalar("kernel", Parameter("n", c_type, np.dtype(dtype), False, True), value)
+        typed("n", c_type, dtype, value)
 
 
 def test_an_experiment_adds_a_define_for_a_while(tmp_path):

@@ -1,0 +1,176 @@
+"""Launches whose arguments were checked before: made again at once, with the same arrays or with others like them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from cupaged.runtime.arguments import NULL
+from cupaged.runtime.source import KernelSource, asked_for, kernels_folder
+
+__all__ = ["CheckedCall", "CheckedCalls", "PreparedLaunch"]
+
+KEPT_CALLS = 8
+LOOK_SECONDS = 0.01  # an edited file is noticed this late at most: asking for eight files takes as long as a launch
+VECTOR_BYTES = 16  # the strictest alignment that is checked
+
+
+def _host_device() -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class PreparedLaunch:
+    """A launch whose arguments were checked and typed; calling it launches and does nothing else.
+
+    Attributes
+    ----------
+    source : KernelSource
+        Of the kernel.
+    run : callable
+        Launches with the values that it is given.
+    names : tuple of str
+        The kernel's parameters.
+    values : tuple
+        What the kernel gets for each of them; arrays are held.
+    device : int
+        The device that was current, and must be at the launch.
+    current_device : callable
+        Returns the device that is current now.
+    """
+
+    source: KernelSource
+    run: Callable[[tuple[Any, ...]], None]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    device: int = 0
+    current_device: Callable[[], int] = _host_device
+
+    def __call__(self) -> None:
+        """Launch; on the GPU, returns without waiting for it.
+
+        Raises
+        ------
+        ValueError
+            If another device is current.
+        """
+        if self.current_device() != self.device:
+            raise ValueError(
+                f"{self.source.entry} was prepared for device {self.device}; "
+                f"the current device is {self.current_device()}"
+            )
+        self.run(self.values)
+
+
+class CheckedCall:
+    """A launch that passed its checks, open for other arrays that are like those that were checked."""
+
+    def __init__(self, signature: tuple[Any, ...], launch: PreparedLaunch, arrays: Sequence[str]) -> None:
+        self.signature = signature
+        self._run, self._source = launch.run, launch.source
+        self._device, self._current_device = launch.device, launch.current_device
+        fixed: list[Any] = []
+        places = []
+        for name, value in zip(launch.names, launch.values, strict=True):
+            if name in arrays and value is not NULL:
+                places.append(arrays.index(name))
+            else:
+                places.append(len(arrays) + len(fixed))
+                fixed.append(value)
+        self._fixed, self._in_order = tuple(fixed), itemgetter(*places)
+        self._asked_for = asked_for()
+        self._look_again = time.monotonic() + LOOK_SECONDS
+
+    def launch(self, *arrays: Any) -> None:
+        """Launch with these arrays, in the order of the names that it was made with; None where there was none."""
+        self._run(self._in_order(arrays + self._fixed))
+
+    def is_current(self) -> bool:
+        """Whether the same kernel, of an unchanged source, would be launched on the same device now.
+
+        Files, and the folder that CUPAGED_KERNELS names, are looked at again after LOOK_SECONDS.
+        """
+        if self._current_device() != self._device or asked_for() != self._asked_for:
+            return False
+        now = time.monotonic()
+        if now >= self._look_again:
+            if self._source.folder != kernels_folder() or not self._source.is_unchanged():
+                return False
+            self._look_again = now + LOOK_SECONDS
+        return True
+
+
+class CheckedCalls:
+    """Calls that passed their checks, so that calls like them need none.
+
+    What a call's checks go by is the values of its options, and of its arrays all but where they lie and what they
+    hold. Whoever also checks the latter must do so for each call. The arrays themselves are not held.
+
+    Parameters
+    ----------
+    backend : {"cuda", "host"}
+        Where the kernels run. Calls with arrays of another library than its own are not remembered.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._calls: tuple[CheckedCall, ...] = ()
+        self._kind = _kind_of_numpy if backend == "host" else _kind_of_cupy()
+
+    def find(self, options: tuple[Any, ...], arrays: Sequence[Any]) -> CheckedCall | None:
+        """Return a call that passed the checks with the same options and with arrays like these, or None."""
+        if not self._calls:
+            return None
+        signature = self._signature(options, arrays)
+        for call in self._calls:
+            if call.signature == signature and call.is_current():
+                return call
+        return None
+
+    def add(
+        self, options: tuple[Any, ...], arrays: Sequence[Any], launch: PreparedLaunch, names: Sequence[str]
+    ) -> None:
+        """Remember a call that passed its checks.
+
+        Parameters
+        ----------
+        options, arrays
+            As `find` will get them.
+        launch : PreparedLaunch
+            What came of it.
+        names : sequence of str
+            The parameters that every call has arrays of its own for.
+        """
+        signature = self._signature(options, arrays)
+        if signature is not None:
+            self._calls = (CheckedCall(signature, launch, names), *self._calls[: KEPT_CALLS - 1])
+
+    def _signature(self, options: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...] | None:
+        """Return what the checks go by, types first: only options of the same types can be compared safely."""
+        kinds = list(map(self._kind, arrays))
+        return None if False in kinds else (*map(type, options), options, kinds)
+
+
+def _kind_of_numpy(array: Any) -> Any:
+    """Return what checks of an array, or None, go by; False if it is not NumPy's own."""
+    if type(array) is np.ndarray:
+        return array.dtype, array.shape, array.strides, array.flags.writeable, array.ctypes.data % VECTOR_BYTES
+    return None if array is None else False
+
+
+def _kind_of_cupy() -> Callable[[Any], Any]:
+    import cupy
+
+    own = cupy.ndarray
+
+    def kind(array: Any) -> Any:
+        if type(array) is own:
+            memory = array.data
+            return array.dtype, array.shape, array.strides, memory.device_id, memory.ptr % VECTOR_BYTES
+        return None if array is None else False
+
+    return kind

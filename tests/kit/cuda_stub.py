@@ -1,0 +1,52 @@
+"""The cuda backend up to the launch, where CuPy is installed and no GPU is: arrays at made-up addresses."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+
+from cupaged.ops import plan
+from cupaged.runtime import cuda, select
+
+H100 = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448}
+
+
+class StubKernel:
+    """Stands for a ``cupy.RawKernel``; keeps what it is launched with."""
+
+    num_regs, shared_size_bytes, max_dynamic_shared_size_bytes = 128, 0, 0
+
+    def __init__(self):
+        self.launches = []
+
+    def __call__(self, grid, block, values, shared_mem=0):
+        self.launches.append((grid, block, values, shared_mem))
+
+
+class CudaStub:
+    """CuPy arrays that nothing reads, and kernels that only say what they were launched with."""
+
+    def __init__(self, monkeypatch):
+        import cupy
+
+        self.kernel, self.device = StubKernel(), 0
+        self._cupy, self._addresses = cupy, itertools.count(1 << 30, 1 << 30)
+        for name in ("zeros", "empty"):
+            monkeypatch.setattr(cupy, name, self.array)
+        monkeypatch.setattr(cupy, "empty_like", lambda array: self.array(array.shape, array.dtype))
+        monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: self.device)
+        monkeypatch.setattr(
+            cupy.cuda, "Device", lambda *_: SimpleNamespace(id=self.device, attributes=H100, compute_capability="90")
+        )
+        monkeypatch.setattr(select, "why_no_gpu", lambda: None)
+        monkeypatch.setattr(select, "_loaded", {})  # no kernel of a stub's stays for those who have a GPU
+        monkeypatch.setattr(plan, "_compute_capability", lambda device: 90)
+        monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self.kernel)
+
+    def array(self, shape, dtype=np.float32, address=None):
+        """Return an array that lies nowhere on the current device."""
+        start = next(self._addresses) if address is None else address
+        memory = self._cupy.cuda.UnownedMemory(start, 1 << 30, None, self.device)
+        return self._cupy.ndarray(shape, dtype, memptr=self._cupy.cuda.MemoryPointer(memory, 0))

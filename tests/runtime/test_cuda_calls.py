@@ -1,0 +1,122 @@
+"""Calls of the cuda backend up to the launch, without a GPU: a known call launches what a checked one would."""
+
+import time
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.runtime import launch
+from tests.kit.cuda_stub import CudaStub
+
+cupy = pytest.importorskip("cupy", reason="the cuda backend's checks need CuPy, though no GPU")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    monkeypatch.delenv("CUPAGED_VALIDATE", raising=False)
+    return CudaStub(monkeypatch)
+
+
+class Step:
+    """Arrays of a decode step, and its plan."""
+
+    def __init__(self, stub):
+        self.stub = stub
+        self.config = pg.CacheConfig(64, 16, 8, 128)
+        self.cache = pg.KVCache(self.config, "cuda")
+        self.query = stub.array((4, 32, 128), np.float16)
+        self.tables, self.lens = stub.array((4, 16), np.int32), stub.array((4,), np.int32)
+        self.out = stub.array(self.query.shape, np.float16)
+        self.plan = pg.plan_decode(self.cache, self.lens, 32)
+
+    def __call__(self, **changes):
+        """Call, and return the one launch."""
+        given = {"query": self.query, "cache": self.cache, "block_tables": self.tables, "seq_lens": self.lens}
+        self.stub.kernel.launches.clear()
+        pg.paged_attention(**{**given, "plan": self.plan, "out": self.out, **changes})
+        (made,) = self.stub.kernel.launches
+        return made
+
+
+def identity(made):
+    """Return grid, block, shared memory and values of a launch, numbers with their types, arrays by address."""
+    grid, block, values, shared = made
+    return grid, block, shared, [v.data.ptr if isinstance(v, cupy.ndarray) else (type(v), v) for v in values]
+
+
+def test_a_known_call_launches_what_a_checked_one_does(stub, monkeypatch):
+    step = Step(stub)
+    alike = {
+        "query": stub.array(step.query.shape, np.float16),
+        "cache": pg.KVCache(step.config, "cuda"),
+        "block_tables": stub.array(step.tables.shape, np.int32),
+        "seq_lens": stub.array(step.lens.shape, np.int32),
+        "out": stub.array(step.out.shape, np.float16),
+    }
+    first, expected = step(), step(**alike, validate=None, scale=np.float64(128**-0.5))
+    monkeypatch.setattr("cupaged.ops.attention._checked_call", None)
+    assert identity(step()) == identity(first)
+    made = step(**alike)
+    assert identity(made) == identity(expected) and identity(made) != identity(first)
+
+
+def test_another_device_is_checked_and_named(stub):
+    step = Step(stub)
+    step()
+    call = step.plan.prepare(step.query, step.cache, step.tables, step.lens, out=step.out)
+    stub.device = 1
+    query, cache = stub.array(step.query.shape, np.float16), pg.KVCache(step.config, "cuda")
+    stub.device = 0
+    with pytest.raises(ValueError, match="argument query lies on device 1; the current device is 0"):
+        step(query=query)
+    with pytest.raises(ValueError, match="argument key_cache lies on device 1; the current device is 0"):
+        step(cache=cache)
+    stub.device = 1
+    with pytest.raises(ValueError, match="lies on device 0; the current device is 1"):
+        step()
+    with pytest.raises(ValueError, match="was prepared for device 0; the current device is 1"):
+        call()
+
+
+def test_mistakes_after_a_good_call_are_named(stub):
+    step = Step(stub)
+    step()
+    address = step.query.data.ptr
+    for change, error, message in (
+        ({"query": stub.array(step.query.shape, np.float16, address=(1 << 45) + 2)}, ValueError, "query must start on"),
+        ({"query": stub.array((4, 32, 128), np.float32)}, TypeError, "query must have dtype float16"),
+        ({"query": np.zeros((4, 32, 128), np.float16)}, TypeError, "query must be a CuPy array"),
+        ({"seq_lens": stub.array((8,), np.int32)[::2]}, ValueError, "seq_lens must be C-contiguous"),
+        ({"out": stub.array(step.out.shape, np.float16, address=address + 64)}, ValueError, "memory with query"),
+        ({"out": stub.array(step.out.shape, np.float16, address=step.cache.value.data.ptr)}, ValueError, "with cache"),
+    ):
+        with pytest.raises(error, match=message):
+            step(**change)
+
+
+def test_the_environment_asks_for_validation(stub, monkeypatch):
+    step = Step(stub)
+    step()
+    monkeypatch.setenv("CUPAGED_VALIDATE", "1")
+    monkeypatch.setattr("cupaged.ops.attention.check_block_tables", lambda *_: (_ for _ in ()).throw(KeyError("read")))
+    with pytest.raises(KeyError, match="read"):
+        step()
+
+
+def test_files_are_looked_at_now_and_then_only(stub, monkeypatch):
+    step, looks, now = Step(stub), [], [time.monotonic()]
+    step()
+    monkeypatch.setattr("cupaged.runtime.source.KernelSource.is_unchanged", lambda source: looks.append(source) or True)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for expected in (1, 2):
+        now[0] += 2 * launch.LOOK_SECONDS
+        for _ in range(5):
+            step()
+        assert len(looks) == expected
+
+
+def test_shared_memory_beyond_48_kib_is_opted_into_once(stub):
+    step = Step(stub)
+    _, _, _, shared = step()
+    assert stub.kernel.max_dynamic_shared_size_bytes == shared > 48 * 1024
