@@ -180,7 +180,7 @@ def test_what_cannot_be_imported_is_named_with_the_reason(script):
     assert script["why_not"](peer).startswith("no_such_package cannot be imported (ModuleNotFoundError: ")
     found, missing = script["find_peers"]("host", ["FlashInfer", "FlashAttention 2"])
     assert not found and len(missing) == 5
-    assert all("it needs a GPU" in peer["why"] for peer in missing)
+    assert all("it is for the cuda backend" in peer["why"] for peer in missing)
 
 
 def results(name, ours, *others):
