@@ -48,7 +48,7 @@ def test_help_tells_the_question():
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_times_every_call(tmp_path):
-    run("call_overhead", "--smoke", "--backend", "cuda", "--out", str(tmp_path))
+    run("call_overhead", "--smoke", "--backend", "cuda", "--out", str(tmp_path), CUPAGED_VALIDATE="0")
     rows = document(tmp_path, "call_overhead")["rows"]
     assert [r["call"] for r in rows] == CALLS
     assert all(r["status"] == "ok" and 0 < r["cpu_us"] < 5000 and 0 < r["graph_us"] < 1000 for r in rows)
