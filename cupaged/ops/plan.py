@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,7 +27,8 @@ ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads 
 NO_WINDOW = 2**31 - 1
 TALL_TILES_DIM = 128  # of longer rows, registers hold no more than 16
 PREFIX_ALONE, PREFIX_BEFORE = 1, 2  # values of SHARED_PREFIX, as in kernels_cu/include/shared_prefix.cuh
-SHARED_BYTES_PER_SM = 228 * 1024  # of an H100; 1 KiB a block is the system's
+STATIC_SHARED_BYTES = 4096  # of a block, at most
+SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
 REGISTERS_PER_SM = 65536
 
 
@@ -132,8 +133,9 @@ class DecodePlan:
             self.defines = {"SHARED_PREFIX": PREFIX_BEFORE}
             self._plan_prefix(cache)
         rows_of_kv_head = shared_by * query_tokens * num_heads // config.num_kv_heads
-        sms = _multiprocessors(cache.backend)
-        self.shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms, shared_by > 1)
+        sms = _attribute(cache.backend, "MultiProcessorCount", HOST_BLOCKS)
+        shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms, shared_by > 1)
+        self.shape = _fitting(shape, config, cache.backend)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
         self.kernel = attention_kernel(config, self.shape, cache.backend, self.defines)
         self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
@@ -315,12 +317,20 @@ def _compute_capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
-def _multiprocessors(backend: str) -> int:
+def _attribute(backend: str, name: str, on_host: int) -> int:
     if backend == "host":
-        return HOST_BLOCKS
+        return on_host
     import cupy
 
-    return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
+    return int(cupy.cuda.Device().attributes[name])
+
+
+def _fitting(shape: TileShape, config: CacheConfig, backend: str) -> TileShape:
+    """Return the shape with as few warps less as it takes for a block to fit the device's shared memory."""
+    most = _attribute(backend, "MaxSharedMemoryPerBlockOptin", 2**30) - STATIC_SHARED_BYTES
+    while shape.shared_bytes(config) > most and shape.warps > 2:
+        shape = replace(shape, warps=shape.warps // 2)
+    return shape
 
 
 def _resident_blocks(plan: DecodePlan) -> int:
@@ -328,7 +338,7 @@ def _resident_blocks(plan: DecodePlan) -> int:
     if plan.backend == "host":
         return 1
     raw = plan.kernel.raw_kernel()
-    shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + 1024
-    by_shared = SHARED_BYTES_PER_SM // shared
+    shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + SYSTEM_SHARED_BYTES
+    by_shared = _attribute(plan.backend, "MaxSharedMemoryPerMultiprocessor", 0) // shared
     by_registers = REGISTERS_PER_SM // (32 * plan.shape.warps * raw.num_regs)
     return max(1, min(by_shared, by_registers, plan.shape.blocks_per_sm))

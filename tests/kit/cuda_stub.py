@@ -10,7 +10,11 @@ import numpy as np
 from cupaged.ops import plan
 from cupaged.runtime import cuda, select
 
-H100 = {"MultiProcessorCount": 132, "MaxSharedMemoryPerBlockOptin": 232448}
+H100 = {
+    "MultiProcessorCount": 132,
+    "MaxSharedMemoryPerBlockOptin": 232448,
+    "MaxSharedMemoryPerMultiprocessor": 233472,
+}
 
 
 class StubKernel:

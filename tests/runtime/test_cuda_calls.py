@@ -7,6 +7,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.runtime import launch
+from tests.kit import cuda_stub
 from tests.kit.cuda_stub import CudaStub
 
 cupy = pytest.importorskip("cupy", reason="the cuda backend's checks need CuPy, though no GPU")
@@ -120,3 +121,11 @@ def test_shared_memory_beyond_48_kib_is_opted_into_once(stub):
     step = Step(stub)
     _, _, _, shared = step()
     assert stub.kernel.max_dynamic_shared_size_bytes == shared > 48 * 1024
+
+
+@pytest.mark.parametrize(("limit", "warps"), [(232448, 8), (166912, 8), (101376, 4)], ids=["H100", "A100", "L4"])
+def test_a_plan_fits_the_shared_memory_of_the_gpu(stub, monkeypatch, limit, warps):
+    monkeypatch.setitem(cuda_stub.H100, "MaxSharedMemoryPerBlockOptin", limit)
+    plan = Step(stub).plan
+    assert plan.shape.warps == warps
+    assert plan.shape.shared_bytes(plan.config) <= limit
