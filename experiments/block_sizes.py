@@ -250,7 +250,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
         axis.set_xticks(range(len(good)), [str(row["block_size"]) for row in good])
         axis.set_xlabel("block size (tokens)")
         axis.set_title(title, fontsize=10)
-    left.set_ylim(bottom=0)
+    left.set_ylim(0, 1.1 * max((row[key] for row in good), default=1))
     best = compromise(rows)
     if best:
         for axis in (left, middle, right):
