@@ -87,7 +87,7 @@ def paged_attention(
         Keys and values.
     block_tables : array, int32 [num_seqs, max_blocks]
         Block ids of each sequence in order. -1 marks an unmapped block, whose tokens take no part. Entries past a
-        sequence's last block are never read, nor those of blocks that lie before every query token's window: such
+        sequence's last block are never followed, nor those of blocks that lie before every query token's window: such
         blocks may have been freed.
     seq_lens : array, int32 [num_seqs]
         Tokens with keys and values in the cache, all query tokens included. A query token that sees no token (length
@@ -110,7 +110,8 @@ def paged_attention(
         Also return the log-sum-exp of each head's logits, the sink among them, by which `merge_states` merges parts
         of a context: give the sinks to one of the parts.
     plan : DecodePlan, optional
-        How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step.
+        How to share the work out, from `plan_decode`, for kernels that do; one plan serves all layers of a step, and is
+        made for `seq_lens` as they are: see `DecodePlan`.
         Without it each call plans for itself. A plan also remembers calls that passed their checks: another like it,
         with the same options and with arrays of the backend that are alike in all but place and content, is launched
         at once. `DecodePlan.prepare` leaves out even that.
@@ -254,7 +255,9 @@ def _checked_call(
     mapped = query_to_seq is not None
     choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
-        _check_plan(plan, choice, query, cache, variants, shared_prefix)
+        _check_plan(plan, choice, query, cache, max_blocks * block_size, variants, shared_prefix)
+        if must_validate(validate, cache.backend):
+            plan.check_lens(seq_lens)
     return _Call(
         choice.kernel, result, lse, query, cache, block_tables, seq_lens, scale, variants, query_to_seq, shared_prefix
     )
@@ -342,7 +345,7 @@ def _choose(cache: KVCache, kernel: str, mapped: bool, variants: Variants) -> Ch
         return Choice(chosen, "it serves query_to_seq" if mapped else "it was named")
     limit = _limit("paged_attention_persistent", cache, variants)
     if limit is None:
-        return Choice("paged_attention_persistent", "tensor cores serve it, and each byte of the cache is read once")
+        return Choice("paged_attention_persistent", "tensor cores serve it, and up to 16 query rows share each read")
     return Choice(
         "paged_attention_v2", f"it serves everything: partitions fill the GPU, and heads share loads; {limit}"
     )
@@ -359,7 +362,13 @@ def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
 
 
 def _check_plan(
-    plan: DecodePlan, choice: Choice, query: Any, cache: KVCache, variants: Variants, shared_prefix: int
+    plan: DecodePlan,
+    choice: Choice,
+    query: Any,
+    cache: KVCache,
+    max_tokens: int,
+    variants: Variants,
+    shared_prefix: int,
 ) -> None:
     if not isinstance(plan, DecodePlan):
         raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
@@ -367,12 +376,14 @@ def _check_plan(
         raise ValueError(
             f"plan must be left out for {choice.kernel}, which shares nothing out; it runs as {choice.reason}"
         )
+    planned_window = None if plan.window is None or plan.window >= max_tokens else plan.window  # as for the call
     for name, planned, given in (
         ("backend", plan.backend, cache.backend),
+        ("device", plan.device, cache.device),
         ("number of sequences", plan.num_seqs, query.shape[0]),
         ("number of query heads", plan.num_heads, query.shape[-2]),
         ("number of query tokens", plan.query_tokens, variants.query_tokens),
-        ("window", plan.window, variants.window),
+        ("window", planned_window, variants.window),
         ("shared prefix", plan.shared_prefix, shared_prefix),
         ("cache", replace(plan.config, num_blocks=1), replace(cache.config, num_blocks=1)),
     ):

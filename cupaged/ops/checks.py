@@ -11,6 +11,7 @@ from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 
 __all__ = [
+    "check_at_least_one",
     "check_block_tables",
     "check_cache",
     "check_contiguous",
@@ -21,6 +22,7 @@ __all__ = [
     "check_slots",
     "checked_shared_prefix",
     "must_validate",
+    "to_numpy",
 ]
 
 
@@ -28,6 +30,14 @@ def check_cache(cache: Any) -> None:
     """Raise TypeError unless `cache` is a KVCache."""
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a KVCache; got {type(cache).__module__}.{type(cache).__name__}")
+
+
+def check_at_least_one(number: Any, name: str) -> None:
+    """Raise unless `number` is an integer, 1 or more."""
+    if not isinstance(number, int | np.integer) or isinstance(number, bool):
+        raise TypeError(f"{name} must be an integer; got {type(number).__name__} {number!r}")
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1; got {number}")
 
 
 def check_shape(array: Any, name: str, shape: tuple[int | str, ...]) -> None:
@@ -66,7 +76,7 @@ def check_block_tables(
 
     Entries are used from the first that the earliest of `query_tokens` sees through its window.
     """
-    tables, lens = _to_numpy(block_tables), _to_numpy(seq_lens).astype(np.int64)
+    tables, lens = to_numpy(block_tables), to_numpy(seq_lens).astype(np.int64)
     block_size, num_blocks = cache.config.block_size, cache.config.num_blocks
     capacity = tables.shape[1] * block_size
     for wrong, expected in ((lens < 0, "at least 0"), (lens > capacity, f"at most {capacity}, what the table maps")):
@@ -116,7 +126,7 @@ def check_shared_prefix(
     """
     if not shared_prefix:
         return
-    tables, lens = _to_numpy(block_tables), _to_numpy(seq_lens).astype(np.int64)
+    tables, lens = to_numpy(block_tables), to_numpy(seq_lens).astype(np.int64)
     tables = tables[:, : shared_prefix // block_size]
     differs = tables != tables[:1]
     if differs.any():
@@ -138,7 +148,7 @@ def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
     """Raise ValueError if an entry, where there is such an array, is no sequence."""
     if query_to_seq is None:
         return
-    seqs = _to_numpy(query_to_seq)
+    seqs = to_numpy(query_to_seq)
     wrong = (seqs < 0) | (seqs >= num_seqs)
     if wrong.any():
         query = int(np.argmax(wrong))
@@ -149,7 +159,7 @@ def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
 
 def check_slots(cache: KVCache, slot_mapping: Any) -> None:
     """Raise ValueError if a slot is no slot of the cache, or two tokens go to the same one."""
-    slots = _to_numpy(slot_mapping)
+    slots = to_numpy(slot_mapping)
     wrong = (slots < -1) | (slots >= cache.config.num_slots)
     if wrong.any():
         token = int(np.argmax(wrong))
@@ -164,5 +174,5 @@ def check_slots(cache: KVCache, slot_mapping: Any) -> None:
         raise ValueError(f"slot_mapping must name a slot once; slot {twice} is given to tokens {tokens}")
 
 
-def _to_numpy(array: Any) -> np.ndarray:
+def to_numpy(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()

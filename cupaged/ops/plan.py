@@ -13,7 +13,14 @@ from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
-from cupaged.ops.checks import check_cache, check_dtype, check_shape, checked_shared_prefix
+from cupaged.ops.checks import (
+    check_at_least_one,
+    check_cache,
+    check_dtype,
+    check_shape,
+    checked_shared_prefix,
+    to_numpy,
+)
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -95,7 +102,12 @@ class DecodePlan:
     """Shares out one step of decode attention; made by `plan_decode`.
 
     A plan serves every layer of a step, and the next steps after `update`, which runs on the device, reads no length
-    back and can be captured in a CUDA graph with the attention calls behind it.
+    back and can be captured in a CUDA graph with the attention calls behind it. The lengths of a call must be those of
+    the last `update`, or, without a window, shorter ones: tokens that are not in the plan take no part, which is an
+    error where calls are validated.
+
+    A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
+    keep. For several streams make several plans.
 
     Attributes
     ----------
@@ -121,7 +133,7 @@ class DecodePlan:
     ) -> None:
         """Make room for a plan; `shared_by` sequences, if several, share the one that it is for, as their prefix."""
         config = cache.config
-        self.config, self.backend = config, cache.backend
+        self.config, self.backend, self.device = config, cache.backend, cache.device
         self.num_seqs, self.num_heads = num_seqs, num_heads
         self.query_tokens, self.window = query_tokens, window
         self.shared_prefix = shared_prefix
@@ -186,6 +198,23 @@ class DecodePlan:
         self.prefix.update(self.prefix_lens)
         self.prefix_out = xp.empty((rows, self.config.head_dim), dtype=np.float32)
         self.prefix_state = xp.empty((rows, 2), dtype=np.float32)
+
+    def check_lens(self, seq_lens: Any) -> None:
+        """Raise ValueError unless the plan holds every token of these lengths, int32 [num_seqs], that takes part.
+
+        Reads both, and so waits for the device.
+        """
+        lens, ranges = (to_numpy(array).astype(np.int64) for array in (seq_lens, self.ranges))
+        hidden = np.maximum(lens - self.query_tokens, 0) - ((NO_WINDOW if self.window is None else self.window) - 1)
+        first = np.maximum(hidden, self.shared_prefix if self.prefix else 0) // self.shape.chunk
+        missing = (lens > 0) & ((first < ranges[:, 0]) | (-(-lens // self.shape.chunk) > ranges[:, 1]))
+        if missing.any():
+            seq = int(np.argmax(missing))
+            raise ValueError(
+                f"seq_lens must be what the plan was last made for: call plan.update(seq_lens); seq_lens[{seq}] is "
+                f"{lens[seq]}, and the plan holds its tokens {ranges[seq, 0] * self.shape.chunk} to "
+                f"{ranges[seq, 1] * self.shape.chunk - 1}"
+            )
 
     def update(self, seq_lens: Any) -> None:
         """Share out anew for other lengths, int32 [num_seqs]; returns without waiting for the device."""
@@ -278,10 +307,15 @@ def plan_decode(
 
     Raises
     ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
     UnsupportedError
         If tensor cores do not serve the cache, or there is a window besides a shared prefix; the message names it.
     """
     check_cache(cache)
+    check_at_least_one(query_tokens, "query_tokens")
+    if window is not None:
+        check_at_least_one(window, "window")
     shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, window)
     reason = why_no_tensor_cores(cache)
     if reason:
@@ -291,6 +325,7 @@ def plan_decode(
             f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
         )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
+    check_shape(lens, "seq_lens", ("num_seqs",))
     plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix)
     plan.update(lens)
     return plan

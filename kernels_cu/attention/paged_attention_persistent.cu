@@ -1,5 +1,5 @@
-// Decode attention at the speed of memory: every byte of the cache is read once, by copies that are always under way,
-// and the tensor cores answer all query rows of a KV head at once.
+// Decode attention at the speed of memory: every byte of the cache is read once for each tile of query rows, by copies
+// that are always under way, and the tensor cores answer all rows of a tile at once.
 //
 // Adds over paged_attention_mma: each warp has a ring of chunks of 16 or 32 tokens in shared memory that copies fill while
 // earlier ones are used, across the borders of sequences and pieces; a thread block lives as long as the kernel and
@@ -8,10 +8,10 @@
 //
 // Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
 //
-// Measured: 83 to 97 % of the read ceiling of an H100 on large workloads, 60 % on 33 MB, where 8 us are spent besides
+// Measured: 83 to 97 % of the read ceiling of an H100 on large workloads, 60 % on 33 MB, where 7 us are spent besides
 // reading (experiments/results/h100-80gb-hbm3/decode.csv); what it took and what did not help: kernels_cu/README.md.
 //
-// Grid:  any number of blocks; as many as run at once.    Block: (WARPS * 32).
+// Grid:  as many blocks as the plan was made for; any number up to max_pieces is right, if not as fast.    Block: (WARPS * 32).
 // Dynamic shared memory: WARPS * STAGES * sizeof(Chunk).
 //
 // Defines
@@ -200,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
     const STORAGE* __restrict__ key_cache,    // by the strides below
     const STORAGE* __restrict__ value_cache,  // likewise
     const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
-    const int* __restrict__ seq_lens,         // [num_seqs], at most what the plan was made for
+    const int* __restrict__ seq_lens,         // [num_seqs], the plan's; shorter ones without a window
     const int* __restrict__ summary,          // [2], the plan's: how many pieces, and the chunks of the largest
     const int* __restrict__ pieces,           // [max_pieces, 8], the plan's Pieces
     const float scale, const int num_kv_heads, const int group, const int max_blocks,

@@ -28,9 +28,9 @@ struct AttentionTile {
   ResultTile out[OPERANDS][2 * STEPS];
   SoftmaxState softmax[HALVES];
 
-  // Where a chunk's row has its 16-byte vector `index` in shared memory, in elements. Pairs of vectors change places so
-  // that those of 4 rows lie in different banks; a pair stays whole and in order, since it is a sector of global memory:
-  // a copy that tears one apart fetches it twice.
+  // Where a chunk's row has its 16-byte vector `index` in shared memory, in elements. Vectors change places so that 8
+  // rows' vectors of one index lie in different banks, without padding: a row that began within a 32-byte sector would
+  // tear sectors of global memory apart, and each be fetched twice.
   static __device__ __forceinline__ int place_of(int row, int index) {
     constexpr int VECTORS = HeadDim / VEC;
     constexpr int SWAPS = VECTORS % 8 == 0 ? 8 : VECTORS % 4 == 0 ? 4 : 2;   // vectors that may change places

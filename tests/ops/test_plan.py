@@ -136,3 +136,36 @@ def test_a_planned_call_costs_at_most_10_us_of_python_more_than_a_bare_launch(mo
     planned = functools.partial(pg.paged_attention, *case.arguments, plan=plan, out=out)
     bare_us, planned_us = (timing.median_us for timing in time_python([bare, planned]))
     assert planned_us - bare_us <= 10
+
+
+def test_lengths_that_the_plan_does_not_hold_are_refused(backend, xp):
+    case = decode_case(DecodeShape((300, 70)), backend)
+    plan = pg.plan_decode(case.cache, xp.asarray([200, 70], dtype=xp.int32), 4)
+    with pytest.raises(ValueError, match=r"call plan.update\(seq_lens\); seq_lens\[0\] is 300"):
+        pg.paged_attention(*case.arguments, plan=plan, validate=True)
+    windowed = decode_case(DecodeShape((300, 70), window=50), backend)
+    plan = pg.plan_decode(windowed.cache, xp.asarray([600, 70], dtype=xp.int32), 4, window=50)
+    with pytest.raises(ValueError, match="the plan holds its tokens 544 to 607"):
+        pg.paged_attention(*windowed.arguments, plan=plan, window=50, validate=True)
+    plan.update(windowed.seq_lens)
+    assert_decode_matches_reference(windowed, pg.paged_attention(*windowed.arguments, plan=plan, window=50))
+
+
+def test_a_window_as_wide_as_the_table_fits_its_plan(backend):
+    case = decode_case(DecodeShape((300, 70)), backend)
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4, window=5000)
+    assert_decode_matches_reference(case, pg.paged_attention(*case.arguments, plan=plan, window=5000))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"query_tokens": 0}, ValueError, "query_tokens must be at least 1; got 0"),
+        ({"window": -5}, ValueError, "window must be at least 1; got -5"),
+        ({"window": 2.5}, TypeError, "window must be an integer; got float 2.5"),
+    ],
+)
+def test_a_plan_of_nonsense_is_refused(options, error, message, backend):
+    case = decode_case(DecodeShape((20,)), backend)
+    with pytest.raises(error, match=message):
+        pg.plan_decode(case.cache, case.seq_lens, 4, **options)

@@ -71,7 +71,7 @@ def test_another_device_is_checked_and_named(stub):
     stub.device = 0
     with pytest.raises(ValueError, match="argument query lies on device 1; the current device is 0"):
         step(query=query)
-    with pytest.raises(ValueError, match="argument key_cache lies on device 1; the current device is 0"):
+    with pytest.raises(ValueError, match="plan must be made for the same device: it is for 0, the call has 1"):
         step(cache=cache)
     stub.device = 1
     with pytest.raises(ValueError, match="lies on device 0; the current device is 1"):
