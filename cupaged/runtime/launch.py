@@ -70,8 +70,15 @@ class PreparedLaunch:
 class CheckedCall:
     """A launch that passed its checks, open for other arrays that are like those that were checked."""
 
-    def __init__(self, signature: tuple[Any, ...], launch: PreparedLaunch, arrays: Sequence[str]) -> None:
+    def __init__(
+        self,
+        signature: tuple[Any, ...],
+        launch: PreparedLaunch,
+        arrays: Sequence[str],
+        still_known: Callable[[], bool] | None = None,
+    ) -> None:
         self.signature = signature
+        self._still_known = still_known
         self._run, self._source = launch.run, launch.source
         self._device, self._current_device = launch.device, launch.current_device
         fixed: list[Any] = []
@@ -93,13 +100,15 @@ class CheckedCall:
     def is_current(self) -> bool:
         """Whether the same kernel, of an unchanged source, would be launched on the same device now.
 
-        Files, and the folder that CUPAGED_KERNELS names, are looked at again after LOOK_SECONDS.
+        Files, the folder that CUPAGED_KERNELS names and what `still_known` says are looked at again after LOOK_SECONDS.
         """
         if self._current_device() != self._device or asked_for() != self._asked_for:
             return False
         now = time.monotonic()
         if now >= self._look_again:
             if self._source.folder != kernels_folder() or not self._source.is_unchanged():
+                return False
+            if self._still_known is not None and not self._still_known():
                 return False
             self._look_again = now + LOOK_SECONDS
         return True
@@ -132,7 +141,12 @@ class CheckedCalls:
         return None
 
     def add(
-        self, options: tuple[Any, ...], arrays: Sequence[Any], launch: PreparedLaunch, names: Sequence[str]
+        self,
+        options: tuple[Any, ...],
+        arrays: Sequence[Any],
+        launch: PreparedLaunch,
+        names: Sequence[str],
+        still_known: Callable[[], bool] | None = None,
     ) -> None:
         """Remember a call that passed its checks.
 
@@ -144,10 +158,12 @@ class CheckedCalls:
             What came of it.
         names : sequence of str
             The parameters that every call has arrays of its own for.
+        still_known : callable, optional
+            Asked every LOOK_SECONDS at most: whether a call like this one still needs no checks.
         """
         signature = self._signature(options, arrays)
         if signature is not None:
-            self._calls = (CheckedCall(signature, launch, names), *self._calls[: KEPT_CALLS - 1])
+            self._calls = (CheckedCall(signature, launch, names, still_known), *self._calls[: KEPT_CALLS - 1])
 
     def _signature(self, options: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...] | None:
         """Return what the checks go by, types first: only options of the same types can be compared safely."""

@@ -97,9 +97,10 @@ def test_mistakes_after_a_good_call_are_named(stub):
 
 
 def test_the_environment_asks_for_validation(stub, monkeypatch):
-    step = Step(stub)
+    step, now = Step(stub), time.monotonic()
     step()
     monkeypatch.setenv("CUPAGED_VALIDATE", "1")
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * launch.LOOK_SECONDS)  # it is noticed as late as a file
     monkeypatch.setattr("cupaged.ops.attention.check_block_tables", lambda *_: (_ for _ in ()).throw(KeyError("read")))
     with pytest.raises(KeyError, match="read"):
         step()
