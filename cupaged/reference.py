@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
-from cupaged.ops.checks import check_shared_prefix, checked_shared_prefix
+from cupaged.ops.checks import as_numpy, check_shared_prefix, checked_shared_prefix
 
 __all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention"]
 
@@ -196,8 +196,3 @@ def append_kv(dense_key: np.ndarray, dense_value: np.ndarray, key: Any, value: A
         if slot != -1:
             dense_key[slot // block_size, slot % block_size] = as_numpy(key)[token]
             dense_value[slot // block_size, slot % block_size] = as_numpy(value)[token]
-
-
-def as_numpy(array: Any) -> np.ndarray:
-    """Return a NumPy or CuPy array as NumPy."""
-    return array.get() if hasattr(array, "get") else np.asarray(array)

@@ -264,7 +264,8 @@ def _checked_call(
     block_size, max_blocks = cache.config.block_size, block_tables.shape[1]
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, variants.window, max_blocks)
     result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
-    if must_validate(validate, cache.backend):
+    validating = must_validate(validate, cache.backend)
+    if validating:
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
         check_query_to_seq(query_to_seq, seq_lens.shape[0])
         check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, variants.query_tokens)
@@ -273,7 +274,7 @@ def _checked_call(
     choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
         _check_plan(plan, choice, query, cache, max_blocks * block_size, variants, shared_prefix)
-        if must_validate(validate, cache.backend):
+        if validating:
             plan.check_lens(seq_lens)
     return _Call(
         choice.kernel, result, lse, query, cache, block_tables, seq_lens, scale, variants, query_to_seq, shared_prefix

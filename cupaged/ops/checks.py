@@ -11,6 +11,7 @@ from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 
 __all__ = [
+    "as_numpy",
     "check_at_least_one",
     "check_block_tables",
     "check_cache",
@@ -22,7 +23,6 @@ __all__ = [
     "check_slots",
     "checked_shared_prefix",
     "must_validate",
-    "to_numpy",
 ]
 
 
@@ -76,7 +76,7 @@ def check_block_tables(
 
     Entries are used from the first that the earliest of `query_tokens` sees through its window.
     """
-    tables, lens = to_numpy(block_tables), to_numpy(seq_lens).astype(np.int64)
+    tables, lens = as_numpy(block_tables), as_numpy(seq_lens).astype(np.int64)
     block_size, num_blocks = cache.config.block_size, cache.config.num_blocks
     capacity = tables.shape[1] * block_size
     for wrong, expected in ((lens < 0, "at least 0"), (lens > capacity, f"at most {capacity}, what the table maps")):
@@ -126,7 +126,7 @@ def check_shared_prefix(
     """
     if not shared_prefix:
         return
-    tables, lens = to_numpy(block_tables), to_numpy(seq_lens).astype(np.int64)
+    tables, lens = as_numpy(block_tables), as_numpy(seq_lens).astype(np.int64)
     tables = tables[:, : shared_prefix // block_size]
     differs = tables != tables[:1]
     if differs.any():
@@ -148,7 +148,7 @@ def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
     """Raise ValueError if an entry, where there is such an array, is no sequence."""
     if query_to_seq is None:
         return
-    seqs = to_numpy(query_to_seq)
+    seqs = as_numpy(query_to_seq)
     wrong = (seqs < 0) | (seqs >= num_seqs)
     if wrong.any():
         query = int(np.argmax(wrong))
@@ -159,7 +159,7 @@ def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
 
 def check_slots(cache: KVCache, slot_mapping: Any) -> None:
     """Raise ValueError if a slot is no slot of the cache, or two tokens go to the same one."""
-    slots = to_numpy(slot_mapping)
+    slots = as_numpy(slot_mapping)
     wrong = (slots < -1) | (slots >= cache.config.num_slots)
     if wrong.any():
         token = int(np.argmax(wrong))
@@ -174,5 +174,6 @@ def check_slots(cache: KVCache, slot_mapping: Any) -> None:
         raise ValueError(f"slot_mapping must name a slot once; slot {twice} is given to tokens {tokens}")
 
 
-def to_numpy(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else array.get()
+def as_numpy(array: Any) -> np.ndarray:
+    """Return a NumPy or CuPy array as NumPy."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)

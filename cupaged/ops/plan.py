@@ -14,12 +14,12 @@ from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import (
+    as_numpy,
     check_at_least_one,
     check_cache,
     check_dtype,
     check_shape,
     checked_shared_prefix,
-    to_numpy,
 )
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -204,7 +204,7 @@ class DecodePlan:
 
         Reads both, and so waits for the device.
         """
-        lens, ranges = (to_numpy(array).astype(np.int64) for array in (seq_lens, self.ranges))
+        lens, ranges = (as_numpy(array).astype(np.int64) for array in (seq_lens, self.ranges))
         hidden = np.maximum(lens - self.query_tokens, 0) - ((NO_WINDOW if self.window is None else self.window) - 1)
         first = np.maximum(hidden, self.shared_prefix if self.prefix else 0) // self.shape.chunk
         missing = (lens > 0) & ((first < ranges[:, 0]) | (-(-lens // self.shape.chunk) > ranges[:, 1]))

@@ -51,7 +51,7 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
 struct Call {
   const int* block_tables;   // [num_seqs, max_blocks], -1 = unmapped
   const int* seq_lens;       // [num_seqs]
-  int max_blocks, num_kv_heads, group, row_tiles;   // row_tiles: head tiles of a KV head
+  int max_blocks, row_tiles;   // row_tiles: head tiles of a KV head
   const STORAGE *key_cache, *value_cache;
   Strides key_strides, value_strides;
   Variants variants;
@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
   const SharedPrefix prefix{prefix_tokens, num_seqs, prefix_out, prefix_state};
   const int rows_of_head = prefix.query_tokens(variants) * group, row_tiles = (rows_of_head + ROWS - 1) / ROWS;
-  const Call call{block_tables, seq_lens, max_blocks, num_kv_heads, group, row_tiles, key_cache, value_cache,
+  const Call call{block_tables, seq_lens, max_blocks, row_tiles, key_cache, value_cache,
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
