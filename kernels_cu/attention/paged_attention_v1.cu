@@ -28,6 +28,7 @@
 #include "paged_kv.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
+#include "token_row.cuh"
 #include "types.cuh"
 #include "variants.cuh"
 
@@ -45,30 +46,11 @@ __device__ constexpr int widest_divisor(int n, int width) { return n % width == 
 // of a block, the address and the sum over lanes are shared by several vectors.
 constexpr int ROW_LANES = VECTORS % 8 == 0 && VECTORS >= 16 ? 8 : VECTORS >= 8 ? 4 : 2;
 constexpr int GROUPS = THREADS / ROW_LANES;   // rows that the block reads at once
-constexpr int COUNT = (VECTORS + ROW_LANES - 1) / ROW_LANES;   // a lane's vectors of a row
-constexpr int IN_FLIGHT = COUNT < 8 ? 8 / COUNT : 1;   // rows that a lane reads before it uses the first
+using Row = TokenRow<STORAGE, HEAD_DIM, ROW_LANES>;
+constexpr int IN_FLIGHT = Row::COUNT < 8 ? 8 / Row::COUNT : 1;   // rows that a lane reads before it uses the first
 
 using KeyStrides = KvStrides<KEY_PACK>;
 using ValueStrides = KvStrides<VALUE_COLUMNS ? 1 : HEAD_DIM>;
-
-// One lane's share of a row of HEAD_DIM values.
-struct RowShare {
-  Vector<STORAGE, VEC> vector[COUNT];
-
-  static __device__ __forceinline__ int vector_index(int i) { return i * ROW_LANES + threadIdx.x % ROW_LANES; }
-  static __device__ __forceinline__ bool owns(int i) { return VECTORS % ROW_LANES == 0 || vector_index(i) < VECTORS; }
-
-  // Read the share of a token's row, or zeros where there is none: what is in a slot without a token may be NaN.
-  template <typename Strides>
-  __device__ __forceinline__ void load(const STORAGE* cache, const Strides& strides, int block_id, int kv_head, int slot) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      const long long offset = strides.offset(block_id, kv_head, slot, vector_index(i) * VEC);
-      const auto* address = reinterpret_cast<const Vector<STORAGE, VEC>*>(cache + offset);
-      vector[i] = load_global_if(block_id != kUnmapped && owns(i), address);
-    }
-  }
-};
 
 // The tokens whose logits are in shared memory at one time.
 struct Stretch {
@@ -87,7 +69,7 @@ struct Stretch {
 
 // A lane's shares of a token's row and of every GROUPS-th after it, all on their way at once.
 struct RowsInFlight {
-  RowShare row[IN_FLIGHT];
+  Row row[IN_FLIGHT];
   int block_id[IN_FLIGHT];
 
   template <typename Strides>
@@ -109,7 +91,7 @@ struct QueryPlace {
 
 // Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
 __device__ __forceinline__ float compute_logits(float* logits,         // [stretch_tokens]
-                                                const float* query,    // [COUNT * VEC], this lane's share, scaled
+                                                const float (&query)[Row::SHARE],   // this lane's share, scaled
                                                 const STORAGE* key_cache, const KeyStrides& strides,
                                                 const Stretch& stretch, const QueryPlace& place) {
   float largest = minus_infinity();
@@ -119,13 +101,7 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
     key.load(key_cache, strides, stretch, token);
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) {
-      float logit = 0.0f;
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-        for (int v = 0; v < VEC; ++v) logit += query[i * VEC + v] * to_float(key.row[r].vector[i].value[v]);
-      logit = warp_reduce<Sum, 1, ROW_LANES>(logit);
-      logit = place.variants.logit(logit, token + r * GROUPS, place.context, place.slope);
+      float logit = place.variants.logit(key.row[r].dot(query), token + r * GROUPS, place.context, place.slope);
       if (key.block_id[r] == kUnmapped) logit = minus_infinity();
       const int index = token + r * GROUPS - stretch.begin;
       if (index < stretch.end - stretch.begin && threadIdx.x % ROW_LANES == 0) logits[index] = logit;
@@ -150,7 +126,7 @@ __device__ __forceinline__ float exponentiate(float* logits, int count, float ma
 
 // Weighted sum of values whose dimensions are neighbours: a group of lanes takes a token, each lane some dimensions.
 struct Accumulator {
-  float sum[COUNT * VEC] = {};
+  float sum[Row::SHARE] = {};
 
   __device__ __forceinline__ void scale(float factor) {
 #pragma unroll
@@ -167,9 +143,7 @@ struct Accumulator {
       for (int r = 0; r < IN_FLIGHT; ++r) {
         const float weight = value.block_id[r] == kUnmapped ? 0.0f : weights[token + r * GROUPS - stretch.begin];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-          for (int v = 0; v < VEC; ++v) sum[i * VEC + v] += weight * to_float(value.row[r].vector[i].value[v]);
+        for (int i = 0; i < Row::SHARE; ++i) sum[i] += weight * value.row[r][i];
       }
     }
   }
@@ -177,13 +151,10 @@ struct Accumulator {
   // The warp's sum of every dimension, to shared memory.
   __device__ __forceinline__ void store(float* warp_sum) {   // [HEAD_DIM]
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-      for (int v = 0; v < VEC; ++v) {
-        const float total = warp_reduce<Sum, ROW_LANES, kWarpSize>(sum[i * VEC + v]);
-        if (RowShare::owns(i) && threadIdx.x % kWarpSize < ROW_LANES)
-          warp_sum[RowShare::vector_index(i) * VEC + v] = total;
-      }
+    for (int i = 0; i < Row::SHARE; ++i) {
+      const float total = warp_reduce<Sum, ROW_LANES, kWarpSize>(sum[i]);
+      if (Row::owns(i / VEC) && threadIdx.x % kWarpSize < ROW_LANES) warp_sum[Row::dimension(i)] = total;
+    }
   }
 };
 
@@ -269,15 +240,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   const ValueStrides value_strides{value_block_stride, value_head_stride, value_slot_stride, value_pack_stride};
 
   // This lane's share of the query, with the softmax's scale and the change to base 2 folded in.
-  const STORAGE* query_row = query + (row * num_heads + head) * HEAD_DIM;
-  float scaled_query[COUNT * VEC];
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const auto* address = reinterpret_cast<const Vector<STORAGE, VEC>*>(query_row + RowShare::vector_index(i) * VEC);
-    const auto part = load_global_if(RowShare::owns(i), address);
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) scaled_query[i * VEC + v] = to_float(part.value[v]) * (scale * kLog2E);
-  }
+  float scaled_query[Row::SHARE];
+  Row::load_query(scaled_query, query + (row * num_heads + head) * HEAD_DIM, scale * kLog2E);
 
   const QueryPlace place{variants, context, variants.slope_of(head)};
   SoftmaxState softmax;

@@ -19,7 +19,7 @@ struct Context {
   static __device__ __forceinline__ int slot_of(int token) { return static_cast<unsigned>(token) % BlockSize; }
 };
 
-// How many lanes read a row together: as few as leave each of them two vectors.
+// How many lanes read a row together, as a rule: as few as leave each of them two vectors.
 __device__ constexpr int lanes_of_row(int vectors) {
   int lanes = 1;
   while (2 * lanes < vectors) lanes *= 2;
@@ -27,22 +27,24 @@ __device__ constexpr int lanes_of_row(int vectors) {
 }
 
 // One lane's share of a row of HeadDim values.
-template <typename T, int HeadDim>
+template <typename T, int HeadDim, int Lanes = lanes_of_row(HeadDim / kValuesPer16Bytes<T>)>
 struct TokenRow {
   static constexpr int VEC = kValuesPer16Bytes<T>;
   static constexpr int VECTORS = HeadDim / VEC;
-  static constexpr int LANES = lanes_of_row(VECTORS);   // neighbours, the first at a multiple of LANES
-  static constexpr int COUNT = 2;                       // vectors in a share
-  static constexpr int SHARE = COUNT * VEC;             // values in a share
-  static constexpr int PADDED_DIM = LANES * SHARE;      // values in all shares: a few more than HeadDim for some
+  static constexpr int LANES = Lanes;                             // neighbours, the first at a multiple of LANES
+  static constexpr int COUNT = (VECTORS + LANES - 1) / LANES;     // vectors in a share
+  static constexpr int SHARE = COUNT * VEC;                       // values in a share
+  static constexpr int PADDED_DIM = LANES * SHARE;                // values in all shares: a few more than HeadDim for some
   static_assert(HeadDim % VEC == 0 && LANES < VECTORS && LANES <= kWarpSize && PADDED_DIM >= HeadDim, "");
 
   Vector<T, VEC> vector[COUNT];
 
+  // Which of the row's vectors is the share's i-th, and whether the row has that many.
+  static __device__ __forceinline__ int vector_index(int i) { return i * LANES + threadIdx.x % LANES; }
+  static __device__ __forceinline__ bool owns(int i) { return VECTORS % LANES == 0 || vector_index(i) < VECTORS; }
+
   // The dimension of the share's i-th value; HeadDim or more where the row has ended.
-  static __device__ __forceinline__ int dimension(int i) {
-    return (i / VEC * LANES + threadIdx.x % LANES) * VEC + i % VEC;
-  }
+  static __device__ __forceinline__ int dimension(int i) { return vector_index(i / VEC) * VEC + i % VEC; }
 
   // Read the share of a token's row, or zeros where there is none: what is in a slot without a token may be NaN.
   // Where a row's dimensions are no neighbours (values in BHDSX) they are read one by one.
@@ -52,7 +54,7 @@ struct TokenRow {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const int dim = dimension(i * VEC);
-      const bool wanted = block_id != kUnmapped && dim < HeadDim;
+      const bool wanted = block_id != kUnmapped && owns(i);
       if constexpr (Pack % VEC == 0) {
         const T* address = cache + strides.offset(block_id, kv_head, slot, dim);
         vector[i] = load_global_if(wanted, reinterpret_cast<const Vector<T, VEC>*>(address));
@@ -69,7 +71,7 @@ struct TokenRow {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       const int dim = dimension(i * VEC);
-      vector[i] = load_global_if(wanted && dim < HeadDim, reinterpret_cast<const Vector<T, VEC>*>(row + dim));
+      vector[i] = load_global_if(wanted && owns(i), reinterpret_cast<const Vector<T, VEC>*>(row + dim));
     }
   }
 
