@@ -56,15 +56,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     const int blocks, const int min_piece, const int max_slots,
     const float alone_speed,             // of a block without company
     const float merge_chunks, const float piece_chunks) {   // what merging costs, and what a further piece
-  __shared__ int sum_of_warp[WARPS], total, longest, largest;
+  __shared__ int sum_of_warp[WARPS], longest, largest, pieces_so_far, slots_so_far;
+  __shared__ unsigned long long total;
   __shared__ float estimate[WARPS];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  if (threadIdx.x == 0) total = longest = 0;
+  if (threadIdx.x == 0) total = 0, longest = 0;
   __syncthreads();
   for (int seq = threadIdx.x; seq < num_seqs; seq += THREADS) {
     const ChunkRange range = chunks_of(load_global(seq_lens + seq), query_tokens, window, prefix);
     ranges[2 * seq] = range.first, ranges[2 * seq + 1] = range.end;
-    atomicAdd(&total, (range.end - range.first) * tiles);
+    atomicAdd(&total, static_cast<unsigned long long>(range.end - range.first) * tiles);
     atomicMax(&longest, range.end - range.first);
   }
   __syncthreads();
@@ -128,9 +129,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_decode(
     const int count_sum = pieces_before + inclusive_sum(count, sum_of_warp);
     const int slots_sum = slots_before + inclusive_sum(slots, sum_of_warp);
     if (place < num_seqs) offsets[2 * place + 2] = count_sum, offsets[2 * place + 3] = slots_sum;
-    if (threadIdx.x == THREADS - 1) total = count_sum, longest = slots_sum;   // what they were is no longer needed
+    if (threadIdx.x == THREADS - 1) pieces_so_far = count_sum, slots_so_far = slots_sum;
     __syncthreads();
-    pieces_before = total, slots_before = longest;
+    pieces_before = pieces_so_far, slots_before = slots_so_far;
     __syncthreads();
   }
   if (threadIdx.x == 0) offsets[0] = offsets[1] = 0, summary[0] = pieces_before, summary[1] = largest;
