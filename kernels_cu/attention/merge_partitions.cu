@@ -56,8 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_partitions(
       const auto state = load_global_if(there, states + partition);
       if (there) softmax[r].max = state.value[0], softmax[r].sum = state.value[1];
     }
-#pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) attention.merge(softmax[r], sum[r]);
+    attention.merge(softmax, sum);
   }
 
   attention.merge_over_warp<Row::LANES>();

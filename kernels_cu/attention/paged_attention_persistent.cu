@@ -27,6 +27,7 @@
 #include "attention_tile.cuh"
 #include "decode_plan.cuh"
 #include "paged_kv.cuh"
+#include "running_attention.cuh"
 #include "shared_prefix.cuh"
 #include "variants.cuh"
 
@@ -35,6 +36,7 @@ constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;        // 16-byte vectors in a token's row
 constexpr int QUADS = HEAD_DIM / 4;            // groups of 4 dimensions: what a thread merges at once
 constexpr int LOOKAHEAD = 6 * WARPS;           // chunks before its end at which a block asks for the next piece
+constexpr int MERGED_AT_ONCE = 16;             // parts of a tile that a thread reads side by side
 constexpr bool ALIGNED = BLOCK_SIZE % CHUNK == 0;   // a chunk lies in one KV block
 
 using Tile = AttentionTile<STORAGE, HEAD_DIM, ROWS>;
@@ -119,18 +121,7 @@ struct Exchange {
   bool last;                            // whether all other parts of a tile are there
 };
 
-// Attention over some of the context, of 4 neighbouring dimensions of a query row.
-struct Part {
-  SoftmaxState softmax;
-  float sum[4] = {};
-
-  __device__ __forceinline__ void add(float max, float weights, const float (&values)[4]) {
-    const float before = softmax.raise(max), factor = softmax_weight(max, softmax.max);
-    softmax.sum += weights * factor;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = sum[i] * before + values[i] * factor;
-  }
-};
+using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
 
 // The query rows of a head tile.
 struct Rows {
@@ -170,20 +161,28 @@ __device__ __forceinline__ void merge_parts(STORAGE* out, float* lse, const Vari
     const int item = min(first_item + static_cast<int>(threadIdx.x) / lanes, items - 1);
     const int row = item / QUADS, dim = item % QUADS * 4;
     Part all;
-#pragma unroll 8
-    for (int part = share; part < parts; part += lanes) {
-      const int at = part * ROWS + row;
-      const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state) + at);
-      const float4 value = __ldcg(reinterpret_cast<const float4*>(partial_out + at * HEAD_DIM + dim));
-      all.add(state.x, state.y, {value.x, value.y, value.z, value.w});
+    for (int first = share; first < parts; first += lanes * MERGED_AT_ONCE) {
+      SoftmaxState softmax[MERGED_AT_ONCE];   // of nothing, past the last part
+      float sum[MERGED_AT_ONCE][4] = {};
+#pragma unroll
+      for (int i = 0; i < MERGED_AT_ONCE; ++i)
+        if (const int part = first + i * lanes; part < parts) {
+          const int at = part * ROWS + row;
+          const float2 state = __ldcg(reinterpret_cast<const float2*>(partial_state) + at);
+          const float4 value = __ldcg(reinterpret_cast<const float4*>(partial_out + at * HEAD_DIM + dim));
+          softmax[i].max = state.x, softmax[i].sum = state.y;
+          sum[i][0] = value.x, sum[i][1] = value.y, sum[i][2] = value.z, sum[i][3] = value.w;
+        }
+      all.merge(softmax, sum);
     }
     for (int distance = 1; distance < lanes; distance *= 2) {
-      const float max = __shfl_xor_sync(kAllLanes, all.softmax.max, distance);
-      const float sum = __shfl_xor_sync(kAllLanes, all.softmax.sum, distance);
-      float values[4];
+      SoftmaxState softmax;
+      float sum[4];
+      softmax.max = __shfl_xor_sync(kAllLanes, all.softmax.max, distance);
+      softmax.sum = __shfl_xor_sync(kAllLanes, all.softmax.sum, distance);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) values[i] = __shfl_xor_sync(kAllLanes, all.sum[i], distance);
-      all.add(max, sum, values);
+      for (int i = 0; i < 4; ++i) sum[i] = __shfl_xor_sync(kAllLanes, all.sum[i], distance);
+      all.merge(softmax, sum);
     }
     if (share == 0 && first_item + static_cast<int>(threadIdx.x) / lanes < items)
       rows.write(out, lse, variants, row, dim, all);
@@ -315,19 +314,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
       const int rows_here = min(16, rows.count - 16 * operand);
       for (int item = threadIdx.x; item < rows_here * QUADS; item += THREADS) {
         const int row = 16 * operand + item / QUADS, dim = item % QUADS * 4;
-        Part all;
+        SoftmaxState softmax[WARPS];
+        Vector<float, 4> sum[WARPS];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
           const float* result = chunks[w * STAGES + exchange.used_stage[w]].as_result();
-          const auto* at = reinterpret_cast<const Vector<float, 4>*>(result + row % 16 * Tile::FLOAT_PITCH + dim);
-          all.add(exchange.max[w][row], exchange.sum[w][row], at->value);
+          sum[w] = *reinterpret_cast<const Vector<float, 4>*>(result + row % 16 * Tile::FLOAT_PITCH + dim);
+          softmax[w].max = exchange.max[w][row], softmax[w].sum = exchange.sum[w][row];
         }
+        Part all;
+        all.merge(softmax, sum);
         if (piece.parts == 1) {
           rows.write(out, lse, variants, row, dim, all);
         } else {
           const long long at = static_cast<long long>(piece.slot + piece.part) * ROWS + row;
-          *reinterpret_cast<float4*>(partial_out + at * HEAD_DIM + dim) = {all.sum[0], all.sum[1], all.sum[2], all.sum[3]};
-          if (dim == 0) reinterpret_cast<float2*>(partial_state)[at] = {all.softmax.max, all.softmax.sum};
+          __stcg(reinterpret_cast<float4*>(partial_out + at * HEAD_DIM + dim),
+                 make_float4(all.sum[0], all.sum[1], all.sum[2], all.sum[3]));
+          if (dim == 0)
+            __stcg(reinterpret_cast<float2*>(partial_state) + at, make_float2(all.softmax.max, all.softmax.sum));
         }
       }
       __syncthreads();   // the result is written; its memory may be written again

@@ -37,6 +37,21 @@ struct RunningAttention {
   template <typename Row>
   __device__ __forceinline__ void merge(const SoftmaxState& other, const Row& other_sum) {
     raise(other.max);
+    add_scaled(other, other_sum);
+  }
+  // Take in attention over N sets of other tokens: no sum is used before all maxima are there, so that loads of them
+  // run side by side.
+  template <typename Row, int N>
+  __device__ __forceinline__ void merge(const SoftmaxState (&other)[N], const Row (&other_sum)[N]) {
+    float largest = other[0].max;
+#pragma unroll
+    for (int n = 1; n < N; ++n) largest = fmaxf(largest, other[n].max);
+    raise(largest);
+#pragma unroll
+    for (int n = 0; n < N; ++n) add_scaled(other[n], other_sum[n]);
+  }
+  template <typename Row>
+  __device__ __forceinline__ void add_scaled(const SoftmaxState& other, const Row& other_sum) {   // of no larger maximum
     const float factor = softmax_weight(other.max, softmax.max);
     softmax.sum += other.sum * factor;
 #pragma unroll

@@ -27,7 +27,7 @@ struct SharedPrefix {
   __device__ __forceinline__ void add_to(Part& part, long long at, int head_dim, int dim) const {
     const auto sum = load_global(reinterpret_cast<const Vector<float, 4>*>(out + at * head_dim + dim));
     const auto weights = load_global(reinterpret_cast<const Vector<float, 2>*>(state + 2 * at));
-    part.add(weights.value[0], weights.value[1], sum.value);
+    part.merge(SoftmaxState{weights[0], weights[1]}, sum);
   }
 
   // Of a sequence, this launch reads the tokens from here to there.

@@ -22,6 +22,8 @@ template <typename T, int N>
 struct __align__(sizeof(T) * N) Vector {
   static_assert((N & (N - 1)) == 0 && sizeof(T) * N <= 16, "one instruction moves 1, 2, 4, 8 or 16 bytes");
   T value[N];
+
+  __device__ __forceinline__ const T& operator[](int i) const { return value[i]; }
 };
 
 // How many values of type T fill the widest load, 16 bytes.

@@ -135,6 +135,10 @@ template <typename T>
 T __ldcg(const T* address, CUPAGED_CALLER) {
   return __ldg(address, file, line);
 }
+template <typename T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
 
 namespace cupaged {
 // Read-modify-write until no other OS thread came between; returns the value before.
