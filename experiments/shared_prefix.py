@@ -65,7 +65,7 @@ class Config:
 
 
 CONFIGS = {
-    ("cuda", False): Config((1, 2, 4, 8, 16, 32, 64, 128), (1024, 4096, 32768)),
+    ("cuda", False): Config((1, 4, 16, 64), (1024, 8192, 32768)),
     ("cuda", True): Config((1, 16), (1024,)),
     ("host", False): Config((1, 2, 4, 8, 16, 32), (64, 512), 16, 4, 2, 64),
     ("host", True): Config((1, 6), (64,), 16, 4, 2, 64),

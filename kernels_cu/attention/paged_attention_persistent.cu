@@ -34,6 +34,8 @@
 constexpr int THREADS = WARPS * kWarpSize;
 constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;        // 16-byte vectors in a token's row
+constexpr int COPIES = CHUNK * VECTORS / kWarpSize;   // of a key's vector and a value's, that a lane makes of a chunk
+constexpr int COPIES_AT_ONCE = HEAD_DIM > 128 ? 4 : COPIES;   // of more the registers do not hold the addresses
 constexpr int QUADS = HEAD_DIM / 4;            // groups of 4 dimensions: what a thread merges at once
 constexpr int LOOKAHEAD = 6 * WARPS;           // chunks before its end at which a block asks for the next piece
 constexpr int MERGED_AT_ONCE = 16;             // parts of a tile that a thread reads side by side
@@ -88,8 +90,8 @@ struct Cursor {
     const int lane = threadIdx.x % kWarpSize, first_token = chunk * CHUNK;
     const auto block_if_seen = [&](int token) { return from_token <= token && token < to_token ? entry : kUnmapped; };
     const int block_of_lane = block_if_seen(first_token + lane % CHUNK);
-#pragma unroll
-    for (int i = 0; i < CHUNK * VECTORS / kWarpSize; ++i) {
+#pragma unroll COPIES_AT_ONCE
+    for (int i = 0; i < COPIES; ++i) {
       const int index = i * kWarpSize + lane, row = index / VECTORS, vector = index % VECTORS;
       const int found = ALIGNED ? block_if_seen(first_token + row) : __shfl_sync(kAllLanes, block_of_lane, row);
       const int slot = static_cast<unsigned>(first_token + row) % BLOCK_SIZE;
