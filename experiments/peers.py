@@ -98,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     for step in tqdm(steps, desc="peers", unit="workload"):
         rows += with_ratios(measure(step, peers, backend, ceiling))
     name = "peers_all_shapes" if options.all_shapes else "peers"
+    name += "" if options.dtype == "bfloat16" else f"_{options.dtype}"
     print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Every contender")
     if ceiling:
         title = f"The best of each, {options.dtype}, beside a read ceiling of {ceiling:.0f} GB/s"
