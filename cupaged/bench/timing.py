@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -82,21 +83,34 @@ def time_python(calls: Sequence[Callable[[], Any]], batches: int = 200, batch: i
     """Return for each call how long the CPU takes to make it, the GPU's work left out.
 
     The calls take turns, a batch of each, so that a slow spell of the machine falls on all of them. Between batches the
-    GPU is waited for, so that no launch waits for room in its queue.
+    GPU is waited for, so that no launch waits for room in its queue. Python's garbage collector pauses, as in `timeit`:
+    what it finds to do depends on the rest of the program.
     """
     import cupy
 
     times: list[list[float]] = [[] for _ in calls]
-    for turn in range(-3, batches):
-        for call, taken in zip(calls, times, strict=True):
-            cupy.cuda.Device().synchronize()
-            start = perf_counter()
-            for _ in range(batch):
-                call()
-            if turn >= 0:
-                taken.append(1e6 * (perf_counter() - start))
+    with _collector_paused():
+        for turn in range(-3, batches):
+            for call, taken in zip(calls, times, strict=True):
+                cupy.cuda.Device().synchronize()
+                start = perf_counter()
+                for _ in range(batch):
+                    call()
+                if turn >= 0:
+                    taken.append(1e6 * (perf_counter() - start))
     cupy.cuda.Device().synchronize()
     return [_timing(taken, batch) for taken in times]
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int) -> Any:
