@@ -82,6 +82,7 @@ CHECKS = (
     Check("bank_conflicts", "bank conflicts", 5, False, lambda of: 100 * of[CONFLICTS] / max(1.0, of[WAVEFRONTS])),
     Check("warp_efficiency", "warp efficiency", 90, True, lambda of: 100 * of[THREADS] / 32),
 )
+MERGED_PARTS = 8
 EXPECTATION = (
     "What to expect. A decode kernel that reads at the memory's speed meets the first line and may miss the second: "
     "copies that run on their own need few warps. Rows in shared memory are padded against bank conflicts. Warps part "
@@ -164,6 +165,13 @@ def launch(name: str, work: DecodeWorkload) -> None:
     """Launch a kernel of the registry on a workload."""
     if name.startswith("paged_attention"):
         decode_call(work, name)()
+    elif name == "merge_partitions":
+        decode_call(work, "paged_attention_v2")()
+    elif name == "merge_states":
+        xp, query = work.cache.xp, work.query
+        pg.merge_states(
+            xp.zeros((MERGED_PARTS, *query.shape), query.dtype), xp.zeros((MERGED_PARTS, *query.shape[:2]), xp.float32)
+        )
     elif name == "plan_decode":
         pg.plan_decode(work.cache, work.seq_lens, work.query.shape[1])
     elif name == "append_kv":

@@ -512,7 +512,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
         axis.bar_label(bars, labels=[f"{h:.0f}" if h else "" for h in heights], fontsize=7)
     axis.set_xticks(range(len(names)), [name.replace(" b", "\nb", 1) for name in names], fontsize=8)
     axis.set_ylabel("percent of the read ceiling")
-    axis.legend(loc="lower right", ncols=len(families))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(families), frameon=False)
     axis.set_title(f"Decode attention beside its peers, the best of each ({stamp['device']})", fontsize=11)
     save_figure(figure, path)
 

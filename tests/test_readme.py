@@ -1,6 +1,7 @@
 """What the README shows is what was measured, and its examples run."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -63,7 +64,32 @@ def test_the_ladder_shows_what_was_measured():
     rows = json.loads((RESULTS / "decode.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 64 and all(row["status"] == "ok" for row in rows)
     (heads,) = (line.split(" | ") for line in ladder.splitlines() if line.startswith("| workload (H/Hkv"))
+    ladder = ladder.split("What each rung showed")[0]
     for row in rows:
         (line,) = (line for line in ladder.splitlines() if line.startswith(f"| {row['workload']} |"))
         place = [head.strip(" |") for head in heads].index(row["kernel"].removeprefix("paged_attention_"))
         assert line.split(" | ")[place].strip(" |") == f"{row['gb_s']:.0f} ({100 * row['of_ceiling']:.0f} %)"
+
+
+def test_the_comparison_with_peers_is_what_was_measured():
+    table = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split("Beside its peers")[1]
+    best = defaultdict(dict)  # by workload and family
+    for row in json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))["rows"]:
+        assert row["status"] == "ok" or row["family"] == "SDPA"
+        known = best[row["workload"]].get(row["family"])
+        if row["status"] == "ok" and (known is None or row["time_us"] < known["time_us"]):
+            best[row["workload"]][row["family"]] = row
+    assert len(best) == 8
+    for name, of in best.items():
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        shown = [f"{of['cupaged']['gb_s']:.0f}", f"{of['FlashInfer']['ratio']:.2f}"]
+        shown.append(f"{of['SDPA']['ratio']:.2f}" if "SDPA" in of else "–")
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert [cells[1], *cells[4:]] == shown
+    text = README.replace("\n", " ")
+    flashinfer = [of["FlashInfer"]["ratio"] for of in best.values()]
+    mean = math.exp(sum(map(math.log, flashinfer)) / len(flashinfer))
+    assert f"by {100 * (min(flashinfer) - 1):.0f} to {100 * (max(flashinfer) - 1):.0f} %" in text
+    assert f"in the geometric mean by {100 * (mean - 1):.0f} %" in text
+    contiguous = [of["SDPA"]["ratio"] for of in best.values() if "SDPA" in of]
+    assert 1 <= min(contiguous) < 1.005 and f"up to {100 * (max(contiguous) - 1):.0f} % ahead" in text

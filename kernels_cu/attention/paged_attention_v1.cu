@@ -5,7 +5,7 @@
 // the softmax is block-wide. The logits of a context may outgrow shared memory, so the context is taken in stretches
 // of `stretch_tokens` that share one running softmax: there is no longest context.
 //
-// Measured (experiments/results/h100-80gb-hbm3/decode.csv): 92 % of the ceiling of an H100 on bfloat16 MHA, 5 to 54 %
+// Measured (experiments/results/h100-80gb-hbm3/decode.csv): 94 % of the ceiling of an H100 on bfloat16 MHA, 4 to 54 %
 // where heads share. Before it took variants (layouts.csv, commit a3043d6), D = 128 in half precision, block size 16: 95 %
 // from blocks at random, 97 % from blocks in order. Lost on the way there: 16 lanes a row, one vector each, spent as long
 // on look-ups, addresses and shuffles as on memory; 64-bit strides added to that; a loop over slots whose trip count

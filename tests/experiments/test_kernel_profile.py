@@ -7,6 +7,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.bench.workload import WORKLOADS, DecodeStep
+from cupaged.runtime.host import record_traffic
 from cupaged.runtime.select import why_no_gpu
 from tests.kit.experiments import document, functions, run
 
@@ -23,6 +24,13 @@ def script():
 def rows(script):
     names = ["paged_attention_v1", "paged_attention_persistent", "plan_decode", "append_kv", "gather"]
     return {row["kernel"]: row for row in script["profile"](names, STEP, SAMPLE.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize("kernel", list(pg.kernels()))
+def test_every_kernel_of_the_registry_can_be_launched(kernel, script):
+    with record_traffic() as log:
+        script["launch"](kernel, DecodeStep("small", 4, 2, (700, 17), 64).build("host"))
+    assert kernel in [launch.kernel for launch in log]
 
 
 def test_a_row_has_each_value_beside_its_verdict(rows):
