@@ -83,16 +83,17 @@ WORKLOADS = (
 )
 
 
-def decode_call(work: DecodeWorkload, kernel: str = "auto", out: Any = None) -> Callable[[], Any]:
+def decode_call(work: DecodeWorkload, kernel: str = "auto", out: Any = None, **options: Any) -> Callable[[], Any]:
     """Return a call that launches a kernel on a workload: nothing is checked or read back.
 
-    Where the kernel takes a plan it is made here, once, as one plan serves all layers of a step.
+    Where the kernel takes a plan it is made here, once, as one plan serves all layers of a step. `options` are further
+    ones of `paged_attention`.
     """
     chosen = explain(*work.arguments, kernel=kernel).kernel
     plan = None
     if chosen in PLANNED_KERNELS:
-        plan = plan_decode(work.cache, work.seq_lens, work.query.shape[1])
-    return lambda: paged_attention(*work.arguments, kernel=chosen, out=out, plan=plan, validate=False)
+        plan = plan_decode(work.cache, work.seq_lens, work.query.shape[1], window=options.get("window"))
+    return lambda: paged_attention(*work.arguments, kernel=chosen, out=out, plan=plan, validate=False, **options)
 
 
 def decode_workload(
