@@ -17,4 +17,19 @@ __device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
   return value;
 }
 
+// 16 bytes that nobody writes while the kernel runs: by the read-only path, which the texture units once lent it.
+__device__ __forceinline__ uint4 load_read_only(bool wanted, const uint4* address) {
+  return wanted ? __ldg(address) : uint4{};
+}
+
+// The same, and L1 is asked not to keep them. sm_70 and later.
+__device__ __forceinline__ uint4 load_no_allocate(bool wanted, const uint4* address) {
+  uint4 value = {};
+  if (wanted)
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(address));
+  return value;
+}
+
 #endif

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
-from cupaged.ops.rungs import RUNGS
-from cupaged.runtime import host, load_kernel
+from cupaged.ops.rungs import LOAD_PATHS, RUNGS
+from cupaged.runtime import host, kernels_defining, load_kernel
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
 from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
 from tests.kit.programs import kernel_from_text
@@ -55,6 +55,7 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+    run_every_path(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
@@ -69,6 +70,20 @@ def run_all(backend):
         kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
         kernel((3,), (64,), combined=combined, data=xp.asarray(rows), block_table=table, tokens=37)
         assert int(combined[0]) == expected
+
+
+def run_every_path(backend):
+    """Attend by every path of loads, after an append that writes what textures read, arrays among it."""
+    case = decode_case(SHAPES[0], backend)
+    config, xp = case.cache.config, case.cache.xp
+    pg.bind_textures(case.cache, "array")
+    rows = xp.ones((2, config.num_kv_heads, config.head_dim), config.numpy_dtype)
+    slot = int(case.block_tables[1, 0]) * config.block_size
+    pg.append_kv(case.cache, rows, rows, xp.asarray(np.array([slot, -1], np.int64)))
+    for path in LOAD_PATHS:
+        with kernels_defining(LOAD_PATH=path):
+            result = pg.paged_attention(*case.arguments, kernel="paged_attention_texture", return_lse=True)
+        assert_decode_matches_reference(case, *result, "paged_attention_texture")
 
 
 def run_broken(folder):

@@ -1,0 +1,161 @@
+"""Attention by every path of loads, in every layout that textures can bind, and the textures' limits."""
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.ops import textures
+from cupaged.ops.rungs import LOAD_PATHS
+from cupaged.runtime import kernels_defining
+from tests.kit.cases import DecodeShape, decode_case
+from tests.kit.compare import assert_decode_matches_reference, to_numpy
+
+KERNEL = "paged_attention_texture"
+LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD"]
+BY_TEXTURE = [path for path, binding in LOAD_PATHS.items() if binding]
+
+
+def attend(case, path, **defines):
+    with kernels_defining(LOAD_PATH=path, **defines):
+        return pg.paged_attention(*case.arguments, kernel=KERNEL, return_lse=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", LOAD_PATHS)
+def test_every_path_in_every_layout(path, layout, dtype, backend):
+    case = decode_case(DecodeShape((0, 1, 15, 16, 17, 150), layout=layout, dtype=dtype), backend)
+    assert_decode_matches_reference(case, *attend(case, path), KERNEL)
+
+
+SHAPES = [
+    DecodeShape((5, 200), block_size=7, layout="HBSD", head_dim=80, num_kv_heads=1),
+    DecodeShape((5, 130), block_size=1, layout="BHSD", head_dim=128, num_kv_heads=1, num_heads=7),
+    DecodeShape((37, 0, 255, 257), block_size=256, layout="BS2HD", head_dim=32, unmapped=0.3),
+    DecodeShape((60, 100, 2), block_size=4, layout="BSHD", head_dim=72, unmapped=0.5, dtype="float32"),
+    DecodeShape((60, 33), layout="BHDSX", block_size=1),  # where a block is one token its row lies together
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("path", LOAD_PATHS)
+def test_odd_shapes(path, shape, backend):
+    case = decode_case(shape, backend)
+    assert_decode_matches_reference(case, *attend(case, path), KERNEL)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", BY_TEXTURE)
+def test_texels_of_floats(path, layout, dtype, backend):
+    """Twice as many texels for halves as without, which the texture units turn into floats."""
+    case = decode_case(DecodeShape((0, 1, 40), layout=layout, dtype=dtype, head_dim=72, unmapped=0.2), backend)
+    assert_decode_matches_reference(case, *attend(case, path, TEXEL_FLOATS=1), KERNEL)
+
+
+def test_bfloat16_is_no_format_of_texels(backend):
+    case = decode_case(DecodeShape((40,), dtype="bfloat16"), backend)
+    with pytest.raises(pg.UnsupportedError, match="texels of floats take float16 or float32.*bfloat16"):
+        attend(case, "TEXTURE_LINEAR", TEXEL_FLOATS=1)
+
+
+@pytest.mark.parametrize("path", BY_TEXTURE)
+def test_all_paths_give_the_same_bits(path, backend):
+    case = decode_case(DecodeShape((100, 1, 333)), backend)
+    expected, actual = attend(case, "LOAD_PLAIN"), attend(case, path)
+    for one, other in zip(expected, actual, strict=True):
+        np.testing.assert_array_equal(to_numpy(one), to_numpy(other))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("path", BY_TEXTURE)
+def test_a_cache_too_long_for_one_texture_is_tiled(path, layout, monkeypatch):
+    """Limits so low that each binding takes several objects, the last of them not full."""
+    low = {"MaxTexture1DLinearWidth": 300, "MaxTexture2DLinearHeight": 5, "MaxTexture2DWidth": 50}
+    monkeypatch.setattr(textures, "H100_LIMITS", textures.TextureLimits(**{**vars(textures.H100_LIMITS), **low}))
+    case = decode_case(DecodeShape((0, 1, 15, 16, 17, 150), layout=layout), "host")
+    assert_decode_matches_reference(case, *attend(case, path), KERNEL)
+    (view,) = case.cache.textures.values()
+    assert view.tiles > 2 and view.arguments["key_textures"].shape == (view.tiles,)
+
+
+@pytest.mark.parametrize(
+    ("binding", "low", "message"),
+    [
+        ("pitch", {"MaxTexture2DLinearWidth": 255},
+         "MaxTexture2DLinearWidth of 255; a KV block of 16 tokens is a row of 256 texels"),
+        ("pitch", {"MaxTexture2DLinearPitch": 4000},
+         "MaxTexture2DLinearPitch of 4000; a KV block of 16 tokens is a row of 4096 bytes"),
+        ("array", {"MaxTexture2DHeight": 15}, "MaxTexture2DHeight of 15; a token's row of 2 heads has 16 texels"),
+        ("array", {"MaxSurface2DHeight": 15}, "MaxSurface2DHeight of 15; a token's row of 2 heads has 16 texels"),
+    ],
+)  # fmt: skip
+def test_what_no_tiling_can_mend_is_refused_with_the_limit(binding, low, message, monkeypatch):
+    monkeypatch.setattr(textures, "H100_LIMITS", textures.TextureLimits(**{**vars(textures.H100_LIMITS), **low}))
+    cache = pg.KVCache(pg.CacheConfig(4, 16, 2, 64), "host")
+    with pytest.raises(pg.UnsupportedError, match=message):
+        pg.bind_textures(cache, binding)
+    assert not cache.textures
+
+
+def test_rows_that_no_pitch_fits_are_refused(backend):
+    cache = pg.KVCache(pg.CacheConfig(4, 7, 1, 40), backend)
+    with pytest.raises(pg.UnsupportedError, match="multiple of 32 bytes .* 7 tokens is a row of 560"):
+        pg.bind_textures(cache, "pitch")
+    pg.bind_textures(cache, "linear")
+
+
+@pytest.mark.parametrize("binding", textures.BINDINGS)
+def test_a_layout_without_rows_is_refused(binding, backend):
+    case = decode_case(DecodeShape((8,), layout="BHDSX"), backend)
+    for call in (lambda: pg.bind_textures(case.cache, binding), lambda: attend(case, "TEXTURE_LINEAR")):
+        with pytest.raises(pg.UnsupportedError, match="layouts that keep a token's row together; BHDSX does not"):
+            call()
+
+
+def test_bad_names_are_refused():
+    case = decode_case(DecodeShape((8,)), "host")
+    with pytest.raises(ValueError, match="binding must be one of linear, pitch, array; got 'cubemap'"):
+        pg.bind_textures(case.cache, "cubemap")
+    with pytest.raises(ValueError, match="LOAD_PATH must be one of LOAD_PLAIN, .*; got 'TEXTURE'"):
+        attend(case, "TEXTURE")
+    with pytest.raises(TypeError, match="cache must be a KVCache"):
+        pg.bind_textures(case.cache.key)
+
+
+def test_textures_are_bound_once_for_a_cache(backend):
+    case = decode_case(DecodeShape((8,)), backend)
+    attend(case, "TEXTURE_PITCH")
+    (view,) = case.cache.textures.values()
+    attend(case, "TEXTURE_PITCH")
+    assert pg.bind_textures(case.cache, "pitch") is view and len(case.cache.textures) == 1
+
+
+@pytest.mark.parametrize("floats", [0, 1])
+@pytest.mark.parametrize("slots_of", [np.int32, np.int64])
+@pytest.mark.parametrize("path", BY_TEXTURE)
+def test_what_is_appended_is_seen_through_textures(path, slots_of, floats, backend):
+    """In memory that they share at once; in an array because appending writes it too, twice by a remembered call."""
+    config = pg.CacheConfig(5, 4, 2, 64, "float16", "BHSD")
+    cache = pg.KVCache(config, backend)
+    xp, rng = cache.xp, np.random.default_rng(0)
+    table, query = xp.asarray([[3, 1, 4]], dtype=xp.int32), rng.standard_normal((1, 4, 64)).astype(np.float16)
+    for length in range(1, 11):
+        rows = [xp.asarray(rng.standard_normal((2, 2, 64)).astype(np.float16)) for _ in "kv"]
+        slot = int(table[0, (length - 1) // 4]) * 4 + (length - 1) % 4
+        pg.append_kv(cache, *rows, xp.asarray(np.array([-1, slot], dtype=slots_of)), validate=length < 3)
+        case = decode_case(DecodeShape((1,)), backend)
+        case.cache, case.query, case.block_tables = cache, xp.asarray(query), table
+        case.seq_lens = xp.asarray([length], dtype=xp.int32)
+        assert_decode_matches_reference(case, *attend(case, path, TEXEL_FLOATS=floats), KERNEL)
+
+
+def test_another_change_of_the_cache_needs_a_refresh(backend):
+    case = decode_case(DecodeShape((40,)), backend)
+    attend(case, "TEXTURE_ARRAY")
+    case.cache.value[...] = 2 * case.cache.value
+    stale = to_numpy(attend(case, "TEXTURE_ARRAY")[0])
+    pg.bind_textures(case.cache, "array").refresh()
+    result = attend(case, "TEXTURE_ARRAY")
+    assert_decode_matches_reference(case, *result, KERNEL)
+    np.testing.assert_array_equal(2 * stale, to_numpy(result[0]))
