@@ -12,13 +12,13 @@ from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
 from cupaged.ops.registry import kernels
-from cupaged.ops.textures import bind_textures
+from cupaged.ops.textures import load_path
 from cupaged.ops.variants import Variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
-from cupaged.runtime.source import C_TYPE_OF_DTYPE, added_defines
+from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["LOAD_PATHS", "RUNGS", "launch_batched", "rung_defines", "split_context"]
+__all__ = ["RUNGS", "launch_batched", "rung_defines", "split_context"]
 
 THREADS = 128
 MMA_CHUNK = 16  # tokens, as in kernels_cu/include/attention_tile.cuh
@@ -33,15 +33,6 @@ MAX_PARTITIONS = 65535  # of a grid's second axis
 BATCHED_BLOCKS_PER_MULTIPROCESSOR = 4  # that run at once
 HOST_MULTIPROCESSORS = 16  # enough to cut the contexts of the tests
 PLAIN = Variants()
-# Of kernels_cu/include/load_path.cuh: how a texture is bound for a path that needs one.
-LOAD_PATHS = {
-    "LOAD_PLAIN": None, "LOAD_READ_ONLY": None, "LOAD_NO_ALLOCATE": None, "LOAD_ASYNC_COPY": None,
-    "TEXTURE_LINEAR": "linear", "TEXTURE_PITCH": "pitch", "TEXTURE_ARRAY": "array",
-}  # fmt: skip
-NO_TEXTURES: dict[str, Any] = {
-    "key_texture": 0, "value_texture": 0, "key_textures": None, "value_textures": None, "tile_bits": 0,
-    "first_key_texel": 0, "first_value_texel": 0, "head_rows": 0,
-}  # fmt: skip
 
 
 def rung_defines(config: CacheConfig) -> dict[str, object]:
@@ -96,19 +87,10 @@ def launch_warp(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> N
 
 def launch_texture(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
     """Launch paged_attention_texture: by `tex1Dfetch`, or as ``kernels_defining(LOAD_PATH=...)`` has it."""
-    asked = added_defines()
-    path, floats = asked.get("LOAD_PATH", "TEXTURE_LINEAR"), asked.get("TEXEL_FLOATS", "0") == "1"
-    if path not in LOAD_PATHS:
-        raise ValueError(f"LOAD_PATH must be one of {', '.join(LOAD_PATHS)}; got {path!r}")
-    binding = LOAD_PATHS[path]
-    textures, tiles = NO_TEXTURES, 1
-    if binding is not None:
-        view = bind_textures(cache, binding, floats=floats)
-        textures, tiles = view.arguments, view.tiles
+    of_path, textures = load_path(cache)
     defines = {name: rung_defines(cache.config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
-    defines |= {"LOAD_PATH": path, "TEXEL_FLOATS": int(floats), "TEXTURE_TILES": tiles}
     name = "paged_attention_texture"
-    kernel = load_kernel(kernels()[name].file, name, defines, cache.backend)
+    kernel = load_kernel(kernels()[name].file, name, {**defines, **of_path}, cache.backend)
     arguments = _arguments(out, lse, query, cache, *rest)
     del arguments["key_pack_stride"], arguments["value_pack_stride"]  # a row is one pack
     kernel((query.shape[0] * query.shape[1],), (THREADS,), **arguments, **textures)

@@ -21,11 +21,29 @@ from cupaged.kv_cache import KVCache, aligned_zeros
 from cupaged.ops.checks import check_cache
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
-from cupaged.runtime.source import C_TYPE_OF_DTYPE
+from cupaged.runtime.source import C_TYPE_OF_DTYPE, added_defines
 
-__all__ = ["BINDINGS", "H100_LIMITS", "TextureLimits", "TextureView", "bind_textures", "why_no_textures"]
+__all__ = [
+    "BINDINGS",
+    "H100_LIMITS",
+    "LOAD_PATHS",
+    "TextureLimits",
+    "TextureView",
+    "bind_textures",
+    "load_path",
+    "why_no_textures",
+]
 
 BINDINGS = ("linear", "pitch", "array")
+# The paths of kernels_cu/include/load_path.cuh, and how a texture is bound for those that need one.
+LOAD_PATHS = {
+    "LOAD_PLAIN": None, "LOAD_READ_ONLY": None, "LOAD_NO_ALLOCATE": None, "LOAD_ASYNC_COPY": None,
+    "TEXTURE_LINEAR": "linear", "TEXTURE_PITCH": "pitch", "TEXTURE_ARRAY": "array",
+}  # fmt: skip
+NO_TEXTURES: dict[str, Any] = {
+    "key_texture": 0, "value_texture": 0, "key_textures": None, "value_textures": None, "tile_bits": 0,
+    "first_key_texel": 0, "first_value_texel": 0, "head_rows": 0,
+}  # fmt: skip
 VECTOR_BYTES = 16
 WRITE_THREADS = 256
 ALL_BITS = 62  # of a coordinate, where there is one tile
@@ -110,6 +128,28 @@ def bind_textures(cache: KVCache, binding: str = "linear", *, floats: bool = Fal
     if key not in cache.textures:
         cache.textures[key] = TextureView(cache, binding, bool(floats))
     return cache.textures[key]
+
+
+def load_path(cache: KVCache) -> tuple[dict[str, object], dict[str, Any]]:
+    """Return the defines and the arguments of a kernel that includes ``load_path.cuh``, for a cache.
+
+    The path is that of ``kernels_defining(LOAD_PATH=..., TEXEL_FLOATS=...)`` around the caller; without it, a texture
+    over linear memory.
+
+    Raises
+    ------
+    ValueError
+        If there is no such path; besides, what `bind_textures` raises.
+    """
+    asked = added_defines()
+    path, floats = asked.get("LOAD_PATH", "TEXTURE_LINEAR"), asked.get("TEXEL_FLOATS", "0") == "1"
+    if path not in LOAD_PATHS:
+        raise ValueError(f"LOAD_PATH must be one of {', '.join(LOAD_PATHS)}; got {path!r}")
+    binding, tiles, arguments = LOAD_PATHS[path], 1, NO_TEXTURES
+    if binding is not None:
+        view = bind_textures(cache, binding, floats=floats)
+        tiles, arguments = view.tiles, view.arguments
+    return {"LOAD_PATH": path, "TEXEL_FLOATS": int(floats), "TEXTURE_TILES": tiles}, arguments
 
 
 class TextureView:

@@ -69,16 +69,17 @@ struct CacheRows {
     Texel texel = {};
     if (wanted) {
 #if LOAD_PATH == TEXTURE_LINEAR
-      const long long index = place.first_texel + strides.offset(block_id, kv_head, slot, dim) / VEC;
+      const auto offset = static_cast<unsigned long long>(strides.offset(block_id, kv_head, slot, dim));
+      const long long index = place.first_texel + static_cast<long long>(offset / VEC);
       texel = fetch_1d<Texel>(texture_of(index), within_tile(index));
 #elif LOAD_PATH == TEXTURE_PITCH
       const int head_in_row = place.head_rows == 0 ? kv_head * static_cast<int>(strides.head) : 0;
-      const int x = place.first_texel + (head_in_row + slot * strides.slot + dim) / VEC;
+      const int x = place.first_texel + static_cast<int>(static_cast<unsigned>(head_in_row + slot * strides.slot + dim) / VEC);
       const int y = block_id + kv_head * place.head_rows;
       texel = fetch_2d<Texel>(texture_of(y), x, within_tile(y));
 #else
       const long long x = static_cast<long long>(block_id) * BlockSize + slot;
-      texel = fetch_2d<Texel>(texture_of(x), within_tile(x), (kv_head * HeadDim + dim) / VEC);
+      texel = fetch_2d<Texel>(texture_of(x), within_tile(x), static_cast<int>(static_cast<unsigned>(kv_head * HeadDim + dim) / VEC));
 #endif
     }
     return reinterpret_cast<const Vec&>(texel);
@@ -113,7 +114,7 @@ struct CacheRows {
     const T* address = place.cache + place.strides.offset(block_id, kv_head, slot, dim);
     const auto* vector = reinterpret_cast<const uint4*>(address);
 #if LOAD_PATH == LOAD_PLAIN
-    const uint4 bits = load_global_if(wanted, vector);
+    const uint4 bits = load_ordinary(wanted, vector);
 #elif LOAD_PATH == LOAD_READ_ONLY
     const uint4 bits = load_read_only(wanted, vector);
 #elif LOAD_PATH == LOAD_NO_ALLOCATE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import cupaged as pg
 from cupaged import layouts
-from cupaged.ops.rungs import LOAD_PATHS, rung_defines
+from cupaged.ops.rungs import rung_defines
+from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
 
 CONFIGS = [
@@ -65,6 +66,9 @@ def texture_variants():
         if floats:
             asked = {"TEXEL_FLOATS": 0, "TEXTURE_TILES": 3 - tiles}
             yield "attention/paged_attention_texture.cu", "paged_attention_texture", {**defines, **asked}
+        chase = {"HEAD_DIM": 32, "BLOCK_SIZE": 16, "LOAD_PATH": path, "TEXTURE_TILES": defines["TEXTURE_TILES"]}
+        yield "bench/pointer_chase.cu", "pointer_chase", chase
+        yield "bench/gather_paths.cu", "gather_paths", {**chase, "STORAGE": "__half", "HEADS": 3}
     for config, slot, texel in ((CONFIGS[0], "int", 8), (CONFIGS[5], "long long", 16), (CONFIGS[7], "int", 16)):
         defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
         yield "cache/write_texture.cu", "write_texture", {**defines, "SLOT": slot, "TEXEL_BYTES": texel}

@@ -5,7 +5,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops import textures
-from cupaged.ops.rungs import LOAD_PATHS
+from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import kernels_defining
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, to_numpy

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
-from cupaged.ops.rungs import LOAD_PATHS, RUNGS
+from cupaged.ops.rungs import RUNGS
+from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import host, kernels_defining, load_kernel
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
 from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
+from tests.kit.experiments import functions
 from tests.kit.programs import kernel_from_text
 
 SHAPES = [
@@ -73,16 +75,20 @@ def run_all(backend):
 
 
 def run_every_path(backend):
-    """Attend by every path of loads, after an append that writes what textures read, arrays among it."""
+    """Attend, chase and gather by every path, after an append that also writes the array that textures read."""
     case = decode_case(SHAPES[0], backend)
     config, xp = case.cache.config, case.cache.xp
     pg.bind_textures(case.cache, "array")
     rows = xp.ones((2, config.num_kv_heads, config.head_dim), config.numpy_dtype)
     slot = int(case.block_tables[1, 0]) * config.block_size
     pg.append_kv(case.cache, rows, rows, xp.asarray(np.array([slot, -1], np.int64)))
+    script = functions("texture_vs_global")
+    chased, gathered = script["chain_in_cache"](2, "random", backend), script["gather_cache"](16, 64, 1 << 15, backend)
     for path in LOAD_PATHS:
         with kernels_defining(LOAD_PATH=path):
             result = pg.paged_attention(*case.arguments, kernel="paged_attention_texture", return_lse=True)
+            assert script["chase"](*chased, "L1", 20)["status"] == "ok"
+            assert script["gather"](*gathered, None)["status"] == "ok"
         assert_decode_matches_reference(case, *result, "paged_attention_texture")
 
 
