@@ -9,6 +9,7 @@ from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import kernels_defining
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
+from tests.kit.cuda_stub import CudaStub
 
 KERNEL = "paged_attention_texture"
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD"]
@@ -159,3 +160,62 @@ def test_another_change_of_the_cache_needs_a_refresh(backend):
     result = attend(case, "TEXTURE_ARRAY")
     assert_decode_matches_reference(case, *result, KERNEL)
     np.testing.assert_array_equal(2 * stale, to_numpy(result[0]))
+
+
+# --- what CUDA is asked for, without a GPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Texture objects that only note the descriptors that they are made from."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    from cupy.cuda import texture
+
+    stub, made = CudaStub(monkeypatch), []
+
+    class Made:
+        def __init__(self, *descriptors):
+            self.ptr = 100 + len(made)
+            made.append(descriptors)
+
+    for name in ("TextureObject", "SurfaceObject", "CUDAarray"):
+        monkeypatch.setattr(texture, name, Made)
+    resource = texture.ResourceDescriptor
+    monkeypatch.setattr(texture, "ResourceDescriptor", lambda kind, cuArr=None, **rest: cuArr or resource(kind, **rest))
+    monkeypatch.setattr(textures, "_device_limits", lambda device: textures.H100_LIMITS)
+    monkeypatch.setattr(textures.TextureView, "_table", lambda view, handles: stub.array((len(handles),), np.uint64))
+    return stub, made
+
+
+def test_linear_textures_over_the_cache_itself(asked):
+    _, made = asked
+    cache = pg.KVCache(pg.CacheConfig(8, 16, 2, 64, "float16", "BS2HD"), "cuda")
+    view = pg.bind_textures(cache, "linear")
+    ((resource, description),) = made
+    asked_for = resource.get_resource_desc()["linear"]
+    assert asked_for["devPtr"] == cache.storage[0].data.ptr and asked_for["sizeInBytes"] == cache.nbytes
+    assert asked_for["desc"] == {"x": 32, "y": 32, "z": 32, "w": 32, "f": 1}
+    assert description.get_texture_desc()["normalizedCoords"] == 0
+    assert view.arguments["key_texture"] == view.arguments["value_texture"] == 100
+    assert view.arguments["first_value_texel"] == 16  # the keys of two heads, 16 bytes each
+
+
+def test_pitch_linear_textures_with_a_block_in_a_row(asked):
+    _, made = asked
+    cache = pg.KVCache(pg.CacheConfig(70000, 16, 2, 64, "float16", "BSHD"), "cuda")
+    view = pg.bind_textures(cache, "pitch", floats=True)
+    sizes = [resource.get_resource_desc()["pitch2D"] for resource, _ in made]
+    assert [size["height"] for size in sizes] == [32768, 32768, 4464] * 2 and view.tiles == 3
+    assert {(size["width"], size["pitchInBytes"]) for size in sizes} == {(512, 4096)}
+    assert sizes[1]["devPtr"] - sizes[0]["devPtr"] == 32768 * 4096
+    assert sizes[0]["desc"] == {"x": 16, "y": 16, "z": 16, "w": 16, "f": 2} and view.arguments["tile_bits"] == 15
+
+
+def test_an_array_is_filled_by_surface_writes(asked):
+    stub, made = asked
+    cache = pg.KVCache(pg.CacheConfig(8, 16, 2, 64, "bfloat16", "HBSD"), "cuda")
+    view = pg.bind_textures(cache, "array")
+    arrays = [descriptors for descriptors in made if len(descriptors) == 5]
+    assert [array[1:4] for array in arrays] == [(128, 16, 0)] * 2  # slots along x, a row's vectors along y
+    assert view.arguments["key_texture"] != view.arguments["value_texture"]
+    assert [launch[:2] for launch in stub.kernel.launches] == [((8, 1, 1), (256, 1, 1))] * 2
