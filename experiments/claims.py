@@ -141,7 +141,7 @@ def settle(folders: list[Path]) -> list[Row]:
 
 def conclusion(rows: list[Row]) -> str:
     """Count the verdicts."""
-    counts = ", ".join(f"{sum(row['verdict'] == verdict for row in rows)} {verdict}" for verdict in VERDICTS)
+    counts = ", ".join(f"{verdict} {sum(row['verdict'] == verdict for row in rows)}" for verdict in VERDICTS)
     waiting = [row["name"] for row in rows if row["verdict"] == OPEN and row["needs_gpu"]]
     return f"Of {len(rows)} claims: {counts}." + (f" For want of a GPU: {', '.join(waiting)}." if waiting else "")
 
