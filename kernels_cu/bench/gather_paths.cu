@@ -1,7 +1,7 @@
 // Read every row of a sequence through its block table, by a path of loads, and do nothing else: what bandwidth does the
 // path reach on blocks that lie anywhere?
 //
-// A thread takes every `threads`-th 16-byte vector, eight of them in flight; neighbouring threads read one token's heads.
+// A thread takes every `threads`-th 16-byte vector, eight at a time; neighbouring threads read one token's heads.
 // The words are combined by exclusive or, so that no load can be left out and the result can be tested.
 //
 // Measured on an H100: not measured yet.
@@ -51,15 +51,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_paths(
   for (long long first = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; first < vectors;
        first += threads * IN_FLIGHT) {
     Vector<STORAGE, VEC> vector[IN_FLIGHT];
+    int block_id[IN_FLIGHT];
 #pragma unroll
     for (int i = 0; i < IN_FLIGHT; ++i) {
       const long long index = first + i * threads;
-      const bool wanted = index < vectors;
-      const int token = wanted ? static_cast<int>(index / TOKEN_VECTORS) : 0;
-      const int of_token = static_cast<int>(index % TOKEN_VECTORS);
-      const int block_id = table.block(static_cast<unsigned>(token) / BLOCK_SIZE);
-      vector[i] = rows.start(wanted, block_id, of_token / ROW_VECTORS, static_cast<unsigned>(token) % BLOCK_SIZE,
-                             of_token % ROW_VECTORS * VEC, i);
+      block_id[i] = table.block(index < vectors ? static_cast<unsigned>(index / TOKEN_VECTORS) / BLOCK_SIZE : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < IN_FLIGHT; ++i) {
+      const long long index = first + i * threads;
+      const int token = static_cast<int>(index / TOKEN_VECTORS), of_token = static_cast<int>(index % TOKEN_VECTORS);
+      vector[i] = rows.start(index < vectors, block_id[i], of_token / ROW_VECTORS,
+                             static_cast<unsigned>(token) % BLOCK_SIZE, of_token % ROW_VECTORS * VEC, i);
     }
     rows.wait();
 #pragma unroll

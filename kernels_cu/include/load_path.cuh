@@ -67,29 +67,30 @@ struct CacheRows {
   __device__ __forceinline__ Vec start(bool wanted, int block_id, int kv_head, int slot, int dim, int) const {
     const KvStrides<HeadDim>& strides = place.strides;
     Texel texel = {};
-    if (wanted) {
 #if LOAD_PATH == TEXTURE_LINEAR
-      const auto offset = static_cast<unsigned long long>(strides.offset(block_id, kv_head, slot, dim));
-      const long long index = place.first_texel + static_cast<long long>(offset / VEC);
-      texel = fetch_1d<Texel>(texture_of(index), within_tile(index));
+    const auto offset = static_cast<unsigned long long>(strides.offset(block_id, kv_head, slot, dim));
+    const long long index = place.first_texel + static_cast<long long>(offset / VEC);
+    fetch_1d(texel, wanted, texture_of(wanted, index), within_tile(index));
 #elif LOAD_PATH == TEXTURE_PITCH
-      const int head_in_row = place.head_rows == 0 ? kv_head * static_cast<int>(strides.head) : 0;
-      const int x = place.first_texel + static_cast<int>(static_cast<unsigned>(head_in_row + slot * strides.slot + dim) / VEC);
-      const int y = block_id + kv_head * place.head_rows;
-      texel = fetch_2d<Texel>(texture_of(y), x, within_tile(y));
+    const int head_in_row = place.head_rows == 0 ? kv_head * static_cast<int>(strides.head) : 0;
+    const auto in_row = static_cast<unsigned>(head_in_row + slot * strides.slot + dim);
+    const int x = place.first_texel + static_cast<int>(in_row / VEC);
+    const int y = block_id + kv_head * place.head_rows;
+    fetch_2d(texel, wanted, texture_of(wanted, y), x, within_tile(y));
 #else
-      const long long x = static_cast<long long>(block_id) * BlockSize + slot;
-      texel = fetch_2d<Texel>(texture_of(x), within_tile(x), static_cast<int>(static_cast<unsigned>(kv_head * HeadDim + dim) / VEC));
+    const long long x = static_cast<long long>(block_id) * BlockSize + slot;
+    const int y = static_cast<int>(static_cast<unsigned>(kv_head * HeadDim + dim) / VEC);
+    fetch_2d(texel, wanted, texture_of(wanted, x), within_tile(x), y);
 #endif
-    }
     return reinterpret_cast<const Vec&>(texel);
   }
   __device__ __forceinline__ void wait() const {}
   __device__ __forceinline__ void take(Vec&, int) const {}
 
  private:
-  __device__ __forceinline__ unsigned long long texture_of(long long coordinate) const {
-    return TEXTURE_TILES == 1 ? place.texture : load_global(place.textures + (coordinate >> place.tile_bits));
+  __device__ __forceinline__ unsigned long long texture_of(bool wanted, long long coordinate) const {
+    return TEXTURE_TILES == 1 ? place.texture
+                              : load_global_if(wanted, place.textures + (coordinate >> place.tile_bits));
   }
   __device__ __forceinline__ int within_tile(long long coordinate) const {
     return static_cast<int>(TEXTURE_TILES == 1 ? coordinate : coordinate & ((1ll << place.tile_bits) - 1));

@@ -42,13 +42,13 @@ Texel fetch(unsigned long long handle, int x, int y, Site site) {
 }  // namespace cupaged
 
 template <typename Texel>
-Texel fetch_1d(unsigned long long texture, int x, CUPAGED_CALLER) {
-  return cupaged::fetch<Texel>(texture, x, 0, {file, line});
+void fetch_1d(Texel& texel, bool wanted, unsigned long long texture, int x, CUPAGED_CALLER) {
+  if (wanted) texel = cupaged::fetch<Texel>(texture, x, 0, {file, line});
 }
 
 template <typename Texel>
-Texel fetch_2d(unsigned long long texture, int x, int y, CUPAGED_CALLER) {
-  return cupaged::fetch<Texel>(texture, x, y, {file, line});
+void fetch_2d(Texel& texel, bool wanted, unsigned long long texture, int x, int y, CUPAGED_CALLER) {
+  if (wanted) texel = cupaged::fetch<Texel>(texture, x, y, {file, line});
 }
 
 template <typename Texel>
