@@ -22,6 +22,7 @@ from cupaged.ops.cache import append_kv
 from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.registry import kernels
+from cupaged.ops.textures import TextureView, bind_textures
 from cupaged.runtime import available_backends, kernels_from
 
 __version__ = "0.1.0"
@@ -37,9 +38,11 @@ __all__ = [
     "KernelBuildError",
     "KernelLaunchError",
     "OutOfBlocksError",
+    "TextureView",
     "UnsupportedError",
     "append_kv",
     "available_backends",
+    "bind_textures",
     "explain",
     "kernels",
     "kernels_from",

@@ -26,6 +26,7 @@ from cupaged.ops.checks import (
 from cupaged.ops.plan import DecodePlan, PreparedAttention, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.ops.rungs import RUNGS, launch_batched, launch_v2
+from cupaged.ops.textures import why_no_textures
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided, byte_bounds
 from cupaged.runtime.launch import PreparedLaunch
@@ -372,6 +373,8 @@ def _choose(cache: KVCache, kernel: str, mapped: bool, variants: Variants) -> Ch
 def _limit(kernel: str, cache: KVCache, variants: Variants) -> str | None:
     """Return None if a kernel serves the cache and the variants, else what it does not."""
     if kernels()[kernel].rounds_weights and (limit := why_no_tensor_cores(cache, kernel)):
+        return limit
+    if kernel == "paged_attention_texture" and (limit := why_no_textures(cache.config)):
         return limit
     missing = sorted(variants.names - kernels()[kernel].variants)
     if missing:

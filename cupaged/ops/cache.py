@@ -45,6 +45,7 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
         checked = cache.appends.find((config,), given)
         if checked is not None:
             checked.launch(*given, cache.key, cache.value)
+            _refresh_textures(cache, slot_mapping)
             return
     key, value, slot_mapping = (
         as_backend_array(array, name, cache.backend)
@@ -94,3 +95,10 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     )
     launch()
     cache.appends.add((config,), given, launch, ("key", "value", "slot_mapping", "key_cache", "value_cache"))
+    _refresh_textures(cache, slot_mapping)
+
+
+def _refresh_textures(cache: KVCache, slot_mapping: Any) -> None:
+    """Write what was appended to the arrays that textures read, where there are any."""
+    for textures in cache.textures.values():
+        textures.refresh(slot_mapping)

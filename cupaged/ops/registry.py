@@ -68,6 +68,13 @@ _KERNELS = (
         _ANY,
     ),
     KernelInfo(
+        "paged_attention_texture",
+        "attention/paged_attention_texture.cu",
+        "paged_attention_online with keys and values through textures, or by another path of loads that a define names",
+        "float16, bfloat16, float32; D 32 to 256 in steps of 8; block size 1 to 256; any group and length; all but "
+        "BHDSX; within the device's limits on textures",
+    ),
+    KernelInfo(
         "paged_attention_v2",
         "attention/paged_attention_v2.cu",
         "the context cut into partitions that run side by side, up to 4 query heads of a KV head sharing each load",
@@ -118,6 +125,12 @@ _KERNELS = (
         "cache/append_kv.cu",
         "writes new keys and values to the slots of a slot mapping, 16 bytes a thread",
         "float16, bfloat16, float32; all layouts; a slot of -1 is skipped",
+    ),
+    KernelInfo(
+        "write_texture",
+        "cache/write_texture.cu",
+        "copies tokens from a cache to the array that a texture reads, by surface writes",
+        "what paged_attention_texture serves",
     ),
 )
 ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.name.startswith("paged_attention"))

@@ -12,6 +12,7 @@ from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache
 from cupaged.ops.registry import kernels
+from cupaged.ops.textures import load_path
 from cupaged.ops.variants import Variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
@@ -82,6 +83,17 @@ def launch_warp(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> N
     num_seqs, num_heads, _ = query.shape
     blocks = -(-num_seqs * num_heads // WARPS)
     kernel((blocks,), (THREADS,), **_arguments(out, lse, query, cache, *rest), num_seqs=num_seqs)
+
+
+def launch_texture(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any) -> None:
+    """Launch paged_attention_texture: by `tex1Dfetch`, or as ``kernels_defining(LOAD_PATH=...)`` has it."""
+    of_path, textures = load_path(cache)
+    defines = {name: rung_defines(cache.config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+    name = "paged_attention_texture"
+    kernel = load_kernel(kernels()[name].file, name, {**defines, **of_path}, cache.backend)
+    arguments = _arguments(out, lse, query, cache, *rest)
+    del arguments["key_pack_stride"], arguments["value_pack_stride"]  # a row is one pack
+    kernel((query.shape[0] * query.shape[1],), (THREADS,), **arguments, **textures)
 
 
 def launch_v2(out: Any, lse: Any, query: Any, cache: KVCache, *rest: Any, variants: Variants = PLAIN) -> None:
@@ -199,6 +211,7 @@ RUNGS: dict[str, Callable[..., None]] = {
     "paged_attention_naive": functools.partial(launch_block_per_head, "paged_attention_naive"),
     "paged_attention_warp": launch_warp,
     "paged_attention_online": functools.partial(launch_block_per_head, "paged_attention_online"),
+    "paged_attention_texture": launch_texture,
     "paged_attention_v2": launch_v2,
     "paged_attention_batched": launch_batched,
     "paged_attention_mma": launch_mma,

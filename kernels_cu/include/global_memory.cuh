@@ -17,4 +17,26 @@ __device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
   return value;
 }
 
+// 16 bytes where `wanted`, else zeros, by a load of a given kind. Predicated, as a branch around each load would keep the
+// next one waiting, and volatile, so that several stay in a row and are on their way together.
+#define CUPAGED_LOAD_16(instruction)                                                             \
+  uint4 value = {};                                                                              \
+  asm volatile("{\n.reg .pred wanted;\nsetp.ne.u32 wanted, %5, 0;\n@wanted " instruction        \
+               " {%0, %1, %2, %3}, [%4];\n}"                                                     \
+               : "+r"(value.x), "+r"(value.y), "+r"(value.z), "+r"(value.w)                      \
+               : "l"(address), "r"(static_cast<unsigned int>(wanted)));                          \
+  return value;
+
+// An ordinary load, also where the compiler, seeing const and __restrict__, would take the read-only path.
+__device__ __forceinline__ uint4 load_ordinary(bool wanted, const uint4* address) { CUPAGED_LOAD_16("ld.global.v4.u32") }
+// What __ldg becomes: by the read-only path. Nobody writes these bytes while the kernel runs.
+__device__ __forceinline__ uint4 load_read_only(bool wanted, const uint4* address) {
+  CUPAGED_LOAD_16("ld.global.nc.v4.u32")
+}
+// The same, and L1 is asked not to keep them. sm_70 and later.
+__device__ __forceinline__ uint4 load_no_allocate(bool wanted, const uint4* address) {
+  CUPAGED_LOAD_16("ld.global.nc.L1::no_allocate.v4.u32")
+}
+#undef CUPAGED_LOAD_16
+
 #endif

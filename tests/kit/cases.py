@@ -128,10 +128,14 @@ def serving_kernels(case: DecodeCase) -> list[str]:
     return [kernel for kernel in ATTENTION_KERNELS if serves(kernel)]
 
 
+def keeps_rows_together(shape: DecodeShape) -> bool:
+    """Return whether a token's row lies in one piece."""
+    return shape.layout != "BHDSX" or shape.block_size == 1
+
+
 def tensor_cores_serve(shape: DecodeShape) -> bool:
     """Return whether kernels on tensor cores serve the shape; needs no cache."""
-    together = shape.layout != "BHDSX" or shape.block_size == 1
-    return shape.dtype != "float32" and shape.head_dim % 16 == 0 and together
+    return shape.dtype != "float32" and shape.head_dim % 16 == 0 and keeps_rows_together(shape)
 
 
 def random_shape(seed: int, specialisations: int) -> DecodeShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cupaged as pg
 from cupaged import layouts
 from cupaged.ops.rungs import rung_defines
+from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
 
 CONFIGS = [
@@ -54,6 +55,25 @@ def rung_variants():
             yield "attention/merge_partitions.cu", "merge_partitions", {**defines, **asked}
 
 
+def texture_variants():
+    """Return file, entry and defines of attention by every path of loads, and of what fills arrays."""
+    for i, path in enumerate(LOAD_PATHS):
+        config, tiles = CONFIGS[(0, 3, 5, 7, 0, 3, 7)[i]], 1 + i % 2
+        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        floats = int(LOAD_PATHS[path] is not None)
+        defines |= {"LOAD_PATH": path, "TEXEL_FLOATS": floats, "TEXTURE_TILES": tiles if floats else 1}
+        yield "attention/paged_attention_texture.cu", "paged_attention_texture", defines
+        if floats:
+            asked = {"TEXEL_FLOATS": 0, "TEXTURE_TILES": 3 - tiles}
+            yield "attention/paged_attention_texture.cu", "paged_attention_texture", {**defines, **asked}
+        chase = {"HEAD_DIM": 32, "BLOCK_SIZE": 16, "LOAD_PATH": path, "TEXTURE_TILES": defines["TEXTURE_TILES"]}
+        yield "bench/pointer_chase.cu", "pointer_chase", chase
+        yield "bench/gather_paths.cu", "gather_paths", {**chase, "STORAGE": "__half", "HEADS": 3}
+    for config, slot, texel in ((CONFIGS[0], "int", 8), (CONFIGS[5], "long long", 16), (CONFIGS[7], "int", 16)):
+        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        yield "cache/write_texture.cu", "write_texture", {**defines, "SLOT": slot, "TEXEL_BYTES": texel}
+
+
 def append_defines(config, slot):
     """Return the defines of append_kv for a cache."""
     defines = attention_defines(config)
@@ -87,7 +107,7 @@ def all_variants():
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    groups = (v1, computed, rung_variants(), mma, persistent, merge, append, gather, rest)
+    groups = (v1, computed, rung_variants(), texture_variants(), mma, persistent, merge, append, gather, rest)
     return [KernelSource.read(*variant) for group in groups for variant in group]
 
 

@@ -8,7 +8,7 @@ from cupaged.bench.accuracy import decode_check
 from cupaged.ops.registry import ATTENTION_KERNELS
 from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host
-from tests.kit.cases import DecodeShape, decode_case, tensor_cores_serve
+from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
@@ -50,8 +50,10 @@ CORNERS_OF_RUNGS = [  # each costs a build for each rung
 BY_KERNEL = [
     *(("paged_attention_v1", shape) for shape in CORNERS),
     *((kernel, shape) for kernel in RUNGS for shape in CORNERS_OF_RUNGS
-      if kernel != "paged_attention_mma" or tensor_cores_serve(shape)),
+      if (kernel != "paged_attention_mma" or tensor_cores_serve(shape))
+      and (kernel != "paged_attention_texture" or keeps_rows_together(shape))),
 ]  # fmt: skip
+KERNELS_OF_ROWS = ("paged_attention_mma", "paged_attention_texture")
 
 
 @pytest.mark.parametrize(("kernel", "shape"), BY_KERNEL, ids=str)
@@ -88,7 +90,7 @@ def test_long_contexts_by_every_rung(kernel, backend):
     [
         *((layout, "auto") for layout in LAYOUTS),
         *(("BSHD", kernel) for kernel in RUNGS),
-        *(("BHDSX", kernel) for kernel in RUNGS if kernel != "paged_attention_mma"),
+        *(("BHDSX", kernel) for kernel in RUNGS if kernel not in KERNELS_OF_ROWS),
     ],
 )
 def test_placement_changes_no_bit(layout, kernel, backend):

@@ -11,9 +11,11 @@ import numpy as np
 
 import cupaged as pg
 from cupaged.ops.rungs import RUNGS
-from cupaged.runtime import host, load_kernel
+from cupaged.ops.textures import LOAD_PATHS
+from cupaged.runtime import host, kernels_defining, load_kernel
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
 from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
+from tests.kit.experiments import functions
 from tests.kit.programs import kernel_from_text
 
 SHAPES = [
@@ -55,6 +57,7 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+    run_every_path(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
@@ -69,6 +72,24 @@ def run_all(backend):
         kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
         kernel((3,), (64,), combined=combined, data=xp.asarray(rows), block_table=table, tokens=37)
         assert int(combined[0]) == expected
+
+
+def run_every_path(backend):
+    """Attend, chase and gather by every path, after an append that also writes the array that textures read."""
+    case = decode_case(SHAPES[0], backend)
+    config, xp = case.cache.config, case.cache.xp
+    pg.bind_textures(case.cache, "array")
+    rows = xp.ones((2, config.num_kv_heads, config.head_dim), config.numpy_dtype)
+    slot = int(case.block_tables[1, 0]) * config.block_size
+    pg.append_kv(case.cache, rows, rows, xp.asarray(np.array([slot, -1], np.int64)))
+    script = functions("texture_vs_global")
+    chased, gathered = script["chain_in_cache"](2, "random", backend), script["gather_cache"](16, 64, 1 << 15, backend)
+    for path in LOAD_PATHS:
+        with kernels_defining(LOAD_PATH=path):
+            result = pg.paged_attention(*case.arguments, kernel="paged_attention_texture", return_lse=True)
+            assert script["chase"](*chased, "L1", 20)["status"] == "ok"
+            assert script["gather"](*gathered, None)["status"] == "ok"
+        assert_decode_matches_reference(case, *result, "paged_attention_texture")
 
 
 def run_broken(folder):

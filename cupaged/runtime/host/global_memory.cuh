@@ -16,4 +16,14 @@ __device__ __forceinline__ T load_global_if(bool wanted, const T* address, CUPAG
   return wanted ? *address : T{};
 }
 
+inline uint4 load_ordinary(bool wanted, const uint4* address, CUPAGED_CALLER) {
+  return load_global_if(wanted, address, file, line);
+}
+inline uint4 load_read_only(bool wanted, const uint4* address, CUPAGED_CALLER) {
+  return load_global_if(wanted, address, file, line);
+}
+inline uint4 load_no_allocate(bool wanted, const uint4* address, CUPAGED_CALLER) {
+  return load_global_if(wanted, address, file, line);
+}
+
 #endif

@@ -1,0 +1,191 @@
+"""What do all experiments find on this machine?
+
+Runs every experiment, settles the claims by what they found, and writes one self-contained page, report.html: tables
+and pictures inline, readable on a phone. What this machine cannot run is named on it, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cupaged.bench import html
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    print_table,
+    result_folder,
+    run_experiment,
+)
+from cupaged.runtime import choose_backend
+
+HERE = Path(__file__).resolve().parent
+# In the order of the report, and whether each needs a GPU, serves both backends, or runs no kernel.
+EXPERIMENTS = {
+    "layouts": "both", "decode": "gpu", "paging_overhead": "both", "block_sizes": "both", "texture_vs_global": "both",
+    "batching": "both", "call_overhead": "both", "shared_prefix": "both", "variants": "both", "peers": "both",
+    "kernel_profile": "gpu", "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu",
+    "eviction": "cpu", "bookkeeping": "cpu",
+}  # fmt: skip
+COULD_NOT_RUN = 2  # the status of an experiment that something on the machine kept from running
+ROWS_SHOWN = 500
+CORES_TO_SPARE = 8
+
+
+@dataclass
+class Outcome:
+    """How an experiment ended, and the files that it left."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run everything and write the report; returns 0 if nothing that could run failed."""
+    options = options_parser().parse_args(arguments)
+    backend = choose_backend(options.backend)
+    stamp = machine_stamp(backend)
+    out = result_folder(stamp, options.out)
+    outcomes = run_each(options.only or list(EXPERIMENTS), backend, out, options.smoke)
+    claims = run("claims", backend, out, options.smoke)
+    rows = [{"experiment": o.name, "seconds": o.seconds, "status": o.status} for o in (*outcomes, claims)]
+    print_table(rows, {"experiment": "experiment", "seconds": "s|.1f", "status": "status"}, "What was run")
+    if claims.documents:
+        console.print(claims.documents[0]["conclusion"], "\n")
+    report = out / "report.html"
+    report.write_text(as_page(outcomes, claims, stamp, options.smoke), encoding="utf-8")
+    console.print(f"report: {report}")
+    return 1 if any(row["status"].startswith("failed") for row in rows) else 0
+
+
+def options_parser() -> ArgumentParser:
+    """Return the command line."""
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--only", nargs="+", choices=list(EXPERIMENTS), help="run these experiments (default: all)")
+    return parser
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def run_each(names: list[str], backend: str, out: Path, smoke: bool) -> list[Outcome]:
+    """Run experiments one after the other; beside a GPU and with cores to spare, those that run no kernel meanwhile."""
+    lanes = [names]
+    if backend == "cuda" and (os.cpu_count() or 1) >= CORES_TO_SPARE:
+        lanes = [[name for name in names if (EXPERIMENTS[name] == "cpu") == alone] for alone in (False, True)]
+    outcomes: dict[str, Outcome] = {}
+    with tqdm(total=len(names), unit="experiment") as progress, ThreadPoolExecutor(len(lanes)) as pool:
+
+        def run_lane(lane: list[str]) -> None:
+            for name in lane:
+                progress.set_description(name)
+                outcomes[name] = run(name, backend, out, smoke)
+                progress.update()
+
+        list(pool.map(run_lane, lanes))
+    return [outcomes[name] for name in names]
+
+
+def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
+    """Run one experiment in a process of its own."""
+    kind = EXPERIMENTS.get(name, "cpu")
+    if kind == "gpu" and backend != "cuda":
+        return Outcome(name, "not run: needs a GPU")
+    command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out), *["--smoke"] * smoke]
+    command += ["--backend", backend] if kind == "both" else []
+    command += ["--results", str(out)] if name == "claims" else []  # only what was found on this machine
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    started, clock = time.time(), time.perf_counter()
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    outcome = Outcome(name, "ok", time.perf_counter() - clock)
+    if answer.returncode != 0:
+        said = " ".join((answer.stderr or answer.stdout).split())[-300:]
+        kept = answer.returncode == COULD_NOT_RUN
+        outcome.status = f"not run: {said}" if kept else f"failed with status {answer.returncode}: {said}"
+    for file in sorted([*out.glob(f"{name}.*"), *out.glob(f"{name}_*")], key=lambda file: (len(file.stem), file.stem)):
+        if file.stat().st_mtime < started - 1:  # of an earlier run
+            continue
+        if file.suffix == ".json":
+            outcome.documents.append(json.loads(file.read_text(encoding="utf-8")))
+        elif file.suffix == ".png":
+            outcome.pictures.append(file)
+    return outcome
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def as_page(outcomes: list[Outcome], claims: Outcome, stamp: dict[str, str], smoke: bool) -> str:
+    """Return the report."""
+    said = ", ".join(f"{key} {value}" for key, value in stamp.items())
+    body = [html.paragraph(f"Measured on: {said}.", faint=True)]
+    if smoke:
+        body.append(
+            html.paragraph("A smoke run: sizes are too small to settle anything; it shows that everything runs.")
+        )
+    if stamp["backend"] != "cuda":
+        body.append(
+            html.paragraph("Without a GPU: results are checked and traffic is counted; there are no GPU timings.")
+        )
+    body.append(contents([*outcomes, claims]))
+    body.append(html.section("claims", "The claims, settled", claim_parts(claims)))
+    body += [html.section(outcome.name, question_of(outcome.name), parts(outcome)) for outcome in outcomes]
+    return html.page(f"cupaged on {stamp['device']}", body)
+
+
+def contents(outcomes: list[Outcome]) -> str:
+    """Return a list of the parts, each with how it ended."""
+    lines = []
+    for outcome in outcomes:
+        ended = f"{outcome.status.split(':')[0]}, {outcome.seconds:.0f} s"
+        lines.append(f'<li><a href="#{outcome.name}">{outcome.name}</a>: {ended}</li>')
+    return "<ul>\n" + "\n".join(lines) + "\n</ul>"
+
+
+def claim_parts(claims: Outcome) -> list[str]:
+    """Return the ledger."""
+    if not claims.documents:
+        return [html.paragraph(claims.status)]
+    (document,) = claims.documents
+    pictures = [html.picture(path, "claims: stated, published, measured") for path in claims.pictures]
+    return [html.paragraph(document["conclusion"]), *pictures, html.verdict_cards(document["rows"])]
+
+
+def parts(outcome: Outcome) -> list[str]:
+    """Return what an experiment found."""
+    found = [html.paragraph(f"python experiments/{outcome.name}.py: {outcome.status}", faint=True)]
+    conclusions = [document["conclusion"] for document in outcome.documents if document.get("conclusion")]
+    found += [html.paragraph(text) for text in conclusions]
+    found += [html.picture(path, f"{outcome.name}: {path.stem.replace('_', ' ')}") for path in outcome.pictures]
+    for document in outcome.documents:
+        rows = document["rows"]
+        title = document["experiment"] + (
+            f", the first {ROWS_SHOWN} of {len(rows):,}" if len(rows) > ROWS_SHOWN else ""
+        )
+        found.append(html.table(rows[:ROWS_SHOWN], title))
+    return found
+
+
+def question_of(name: str) -> str:
+    """Return the first line of an experiment's docstring: the question that it answers."""
+    documentation = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or name
+    return documentation.split("\n", 1)[0]
+
+
+if __name__ == "__main__":
+    run_experiment(main)

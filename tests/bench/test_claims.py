@@ -1,0 +1,137 @@
+"""The claims ledger: every row of it is complete, and every verdict follows from a result."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cupaged.bench.claims import CLAIMS, FAILS, HOLDS, OPEN, PARTLY, VERDICTS, Claim, judge
+
+ROOT = Path(__file__).resolve().parents[2]
+BY_NAME = {claim.name: claim for claim in CLAIMS}
+CUDA = {"stamp": {"backend": "cuda", "device": "NVIDIA H100 80GB HBM3"}}
+
+
+def verdict(name, **document):
+    return judge(BY_NAME[name], {**CUDA, **document})
+
+
+def test_every_claim_is_complete_and_its_command_exists():
+    assert len(BY_NAME) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert claim.statement and claim.origin and claim.published and claim.source
+        assert claim.experiment is None or (ROOT / claim.command.removeprefix("python ")).is_file()
+        assert not (claim.stated_values or claim.published_values) or claim.unit
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_without_a_result_a_measured_claim_stays_open(claim):
+    finding = judge(claim, None)
+    assert finding.reason and (finding.verdict == OPEN) == (claim.experiment != "")
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.experiment], ids=lambda claim: claim.name)
+def test_a_result_that_lacks_what_it_takes_settles_nothing(claim):
+    finding = judge(claim, {**CUDA, "rows": [], "documents_example": [], "verdicts": [], "launch_costs": []})
+    assert finding.verdict == OPEN and "lacks" in finding.reason
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.gpu], ids=lambda claim: claim.name)
+def test_a_result_from_a_cpu_settles_no_claim_about_a_gpu(claim):
+    finding = judge(claim, {"stamp": {"backend": "host"}, "rows": [{"status": "ok"}]})
+    assert finding.verdict == OPEN and "timings need a GPU" in finding.reason
+
+
+@pytest.mark.parametrize(
+    "claim", [claim for claim in CLAIMS if claim.experiment], ids=lambda claim: claim.name
+)  # fmt: skip
+def test_committed_results_are_read(claim):
+    """Whatever has been committed settles its claims: a result whose form has changed would not."""
+    found = sorted(ROOT.glob(f"experiments/results/*/{claim.experiment}.json"))
+    for path in found:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        finding = judge(claim, document)
+        if claim.gpu and document["stamp"]["backend"] != "cuda":
+            assert finding.verdict == OPEN
+        else:
+            assert finding.verdict in VERDICTS[:3] and finding.measured and finding.reason
+
+
+def memory(**tokens):
+    rows = [{"system": name.replace("_", " "), "tokens": part, "running": 100 * part} for name, part in tokens.items()]
+    return {"rows": rows, "trace": "t"}
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "expected"),
+    [
+        ("utilisation", memory(paged_16=0.97), HOLDS),
+        ("utilisation", memory(paged_16=0.95, paged_1=0.99), FAILS),
+        ("before paging", memory(paged_16=0.97, a=0.3, b=0.2), HOLDS),
+        ("before paging", memory(paged_16=0.97, a=0.3, b=0.5), PARTLY),
+        ("waste", memory(paged_16=0.97, a=0.9), FAILS),
+        ("waste", memory(paged_16=0.97, a=0.3), HOLDS),
+        ("requests", memory(paged_16=1.0, a=0.19, b=0.1), HOLDS),
+        ("requests", memory(paged_16=1.0, a=0.25), FAILS),
+        ("example", {"documents_example": [{"system": "reserve-max 2048", "occupancy": 2332 / 6144}]}, HOLDS),
+        ("sharing", {"rows": [{"workload": "w", "saved_percent": 51.0}]}, HOLDS),
+        (
+            "sharing",
+            {"rows": [{"workload": "w", "saved_percent": 51.0}, {"workload": "w", "saved_percent": 9}]},
+            PARTLY,
+        ),
+        ("70B", {}, FAILS),
+        ("launch", {"launch_costs": [{"launch": "a bare CuPy launch", "us": 6.0}]}, FAILS),
+        ("launch", {"launch_costs": [{"launch": "a bare CuPy launch", "us": 4000.0}]}, HOLDS),
+        ("batching", {"rows": [{"status": "ok", "batch": 64, "gain": 20.0}]}, HOLDS),
+        ("batching", {"rows": [{"status": "ok", "batch": 64, "gain": 9.0}]}, FAILS),
+        ("texture 5x", {"verdicts": [{"name": "5x", "measured": "m", "verdict": "does not hold: why"}]}, FAILS),
+        ("texture 5x", {"verdicts": [{"name": "5x", "measured": None, "verdict": f"{OPEN}: a GPU"}]}, OPEN),
+    ],
+)
+def test_verdicts(name, document, expected):
+    assert verdict(name, **document).verdict == expected
+
+
+def sizes(**changed):
+    rows = {
+        "4": {"time_us": 104.0, "occupancy": 0.999},
+        "16": {"time_us": 101.0, "occupancy": 0.99},
+        "64": {"time_us": 100.0, "occupancy": 0.95},
+    }
+    return {
+        "rows": [{"status": "ok", "block_size": int(k), **v, **changed.get(f"at_{k}", {})} for k, v in rows.items()]
+    }
+
+
+def test_which_block_sizes_lose_nothing():
+    assert verdict("block size", **sizes()).verdict == HOLDS
+    also = verdict("block size", **sizes(at_4={"time_us": 100.0}))
+    assert also.verdict == PARTLY and also.values == (4.0, 16.0)
+    assert verdict("block size", **sizes(at_16={"time_us": 110.0})).verdict == FAILS
+
+
+def test_what_paging_costs():
+    row = {"status": "ok", "way": "random", "block_size": 16, "look_up": "block", "time_us": 1.0, "kernel": "k"}
+    gather = {**row, "kernel": "gather_lookup", "look_up": "element", "overhead": 0.08}
+    for overhead, expected in ((0.005, FAILS), (0.02, PARTLY), (0.22, HOLDS)):
+        assert verdict("paging", rows=[{**row, "overhead": overhead}, gather]).verdict == expected
+
+
+def test_the_peak_of_an_unknown_device_leaves_its_claim_open():
+    row = {"gflop_s": 7e5, "flop_per_byte": 200, "of_ceiling": 0.9, "kernel": "k", "workload": "w"}
+    assert verdict("compute", rows=[row]).verdict == HOLDS
+    finding = judge(BY_NAME["compute"], {"stamp": {"backend": "cuda", "device": "another"}, "rows": [row]})
+    assert finding.verdict == OPEN and "another" in finding.reason
+
+
+def test_the_checklist_counts_kernels_that_keep_all_of_it():
+    good, bad = {"a_verdict": "met", "b_verdict": "met"}, {"a_verdict": "met", "b_verdict": "missed"}
+    assert verdict("checklist", rows=[good]).verdict == HOLDS
+    finding = verdict("checklist", rows=[good, bad, {"status": "failed: x"}])
+    assert finding.verdict == PARTLY and finding.measured == "a met by 2 of 2, b met by 1 of 2"
+    assert verdict("checklist", rows=[bad]).verdict == FAILS
+
+
+def test_a_claim_without_an_experiment_names_no_command():
+    assert isinstance(BY_NAME["swap"], Claim) and BY_NAME["swap"].command == "–"
