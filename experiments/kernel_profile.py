@@ -174,6 +174,8 @@ def launch(name: str, work: DecodeWorkload) -> None:
         )
     elif name == "plan_decode":
         pg.plan_decode(work.cache, work.seq_lens, work.query.shape[1])
+    elif name == "write_texture":
+        pg.bind_textures(work.cache, "array").refresh()
     elif name == "append_kv":
         config, xp = work.cache.config, work.cache.xp
         rows = xp.zeros((min(8192, config.num_slots), config.num_kv_heads, config.head_dim), config.numpy_dtype)
