@@ -21,6 +21,7 @@ from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.cache import append_kv
 from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
+from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.ops.registry import kernels
 from cupaged.runtime import available_backends, kernels_from
 
@@ -37,6 +38,7 @@ __all__ = [
     "KernelBuildError",
     "KernelLaunchError",
     "OutOfBlocksError",
+    "PrefillPlan",
     "UnsupportedError",
     "append_kv",
     "available_backends",
@@ -45,6 +47,8 @@ __all__ = [
     "kernels_from",
     "merge_states",
     "paged_attention",
+    "paged_prefill",
     "plan_decode",
+    "plan_prefill",
     "reference",
 ]

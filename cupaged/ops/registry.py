@@ -108,6 +108,20 @@ _KERNELS = (
         "what paged_attention_persistent serves",
     ),
     KernelInfo(
+        "paged_prefill",
+        "attention/paged_prefill.cu",
+        "new tokens of any number over a paged context: tiles of rows on tensor cores, tiles of tokens copied ahead",
+        _TENSOR_CORES,
+        rounds_weights=True,
+        variants=ALL_VARIANTS - {"query_tokens"},
+    ),
+    KernelInfo(
+        "plan_prefill",
+        "attention/plan_prefill.cu",
+        "shares prefill work out over thread blocks, on the device, the longest pieces first",
+        "what paged_prefill serves",
+    ),
+    KernelInfo(
         "merge_states",
         "attention/merge_states.cu",
         "merges attention over disjoint parts of a context by their log-sum-exps",

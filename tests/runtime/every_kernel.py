@@ -13,7 +13,12 @@ import cupaged as pg
 from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host, load_kernel
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
-from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
+from tests.kit.compare import (
+    assert_decode_matches_reference,
+    assert_merge_matches_reference,
+    assert_prefill_matches_reference,
+)
+from tests.kit.prefill import PrefillShape, prefill_case
 from tests.kit.programs import kernel_from_text
 
 SHAPES = [
@@ -33,6 +38,14 @@ SHAPES = [
 
 
 SHAPES_OF_RUNGS = SHAPES[1:2] + SHAPES[5:]  # each build with sanitizers takes seconds
+
+
+SHAPES_OF_PREFILL = [
+    PrefillShape(DecodeShape((150, 0, 90, 65), num_heads=8), (70, 0, 90, 1)),
+    PrefillShape(DecodeShape((700, 33), num_heads=4, head_dim=128, dtype="bfloat16", block_size=7), (3, 1)),
+    PrefillShape(DecodeShape((90,), window=20, query_tokens=60, alibi=True, sinks=True, layout="BHSD"), (60,)),
+    PrefillShape(DecodeShape((90, 20), head_dim=192, softcap=3.0, layout="HBSD"), (40, 20), causal=False),
+]
 
 
 def run_all(backend):
@@ -55,6 +68,12 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+    for shape in SHAPES_OF_PREFILL:
+        case = prefill_case(shape, backend)
+        for seed in range(2):
+            with host.schedule(seed) if backend == "host" else nullcontext():
+                result = pg.paged_prefill(*case.arguments, return_lse=True, **case.options)
+                assert_prefill_matches_reference(case, *result)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)

@@ -21,7 +21,8 @@ def name(source):
 
 def serves(source, architecture):
     """cp.async and bfloat16 on tensor cores came with sm_80."""
-    return architecture != "sm_75" or source.entry not in ("paged_attention_mma", "paged_attention_persistent")
+    on_tensor_cores = ("paged_attention_mma", "paged_attention_persistent", "paged_prefill")
+    return architecture != "sm_75" or source.entry not in on_tensor_cores
 
 
 COMBINATIONS = [(s, architecture) for s in all_variants() for architecture in ARCHITECTURES if serves(s, architecture)]
