@@ -18,11 +18,13 @@ from cupaged.errors import (
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import BlockManager
 from cupaged.ops.attention import explain, paged_attention
-from cupaged.ops.cache import append_kv
+from cupaged.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
+from cupaged.ops.cache import Llama3Scaling, append_kv, rope_append_kv
 from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.ops.registry import kernels
+from cupaged.ops.swap import HostBlocks, SwapEngine, swap_blocks
 from cupaged.runtime import available_backends, kernels_from
 
 __version__ = "0.1.0"
@@ -34,15 +36,20 @@ __all__ = [
     "DecodePlan",
     "DoubleFreeError",
     "ForeignBlockError",
+    "HostBlocks",
     "KVCache",
     "KernelBuildError",
     "KernelLaunchError",
+    "Llama3Scaling",
     "OutOfBlocksError",
     "PrefillPlan",
+    "SwapEngine",
     "UnsupportedError",
     "append_kv",
     "available_backends",
+    "copy_blocks",
     "explain",
+    "gather_blocks",
     "kernels",
     "kernels_from",
     "merge_states",
@@ -51,4 +58,7 @@ __all__ = [
     "plan_decode",
     "plan_prefill",
     "reference",
+    "rope_append_kv",
+    "scatter_blocks",
+    "swap_blocks",
 ]

@@ -58,6 +58,7 @@ class KVCache:
             self.storage = self._zeros(layout.key_axes), self._zeros(layout.value_axes)
             self._key, self._value = self.storage
         self.appends = CheckedCalls(self.backend)  # of append_kv
+        self.turns: dict[Any, Any] = {}  # of rope_append_kv: its frequencies, on the device
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:

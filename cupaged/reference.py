@@ -10,7 +10,7 @@ import numpy as np
 from cupaged.kv_cache import KVCache
 from cupaged.ops.checks import as_numpy, check_shared_prefix, checked_shared_prefix
 
-__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention", "paged_prefill"]
+__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention", "paged_prefill", "rotate"]
 
 
 def attention(
@@ -281,3 +281,31 @@ def append_kv(dense_key: np.ndarray, dense_value: np.ndarray, key: Any, value: A
         if slot != -1:
             dense_key[slot // block_size, slot % block_size] = as_numpy(key)[token]
             dense_value[slot // block_size, slot % block_size] = as_numpy(value)[token]
+
+
+def rotate(
+    rows: Any,
+    positions: Any,
+    frequencies: np.ndarray,
+    interleaved: bool = False,
+) -> np.ndarray:
+    """Return rows turned by their positions (RoPE), in float64.
+
+    Parameters
+    ----------
+    rows : array, [num_tokens, heads, D]
+    positions : array, int [num_tokens]
+    frequencies : ndarray, [pairs]
+        Radians a position of each pair of dimensions; those past the last pair stay.
+    interleaved : bool
+        Whether dimensions 2 i and 2 i + 1 turn together, or i and i + pairs.
+    """
+    rows = as_numpy(rows).astype(np.float64)
+    angles = as_numpy(positions).astype(np.float64)[:, np.newaxis, np.newaxis] * frequencies
+    pairs = len(frequencies)
+    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    turned = rows.copy()
+    turned[..., first] = rows[..., first] * np.cos(angles) - rows[..., second] * np.sin(angles)
+    turned[..., second] = rows[..., second] * np.cos(angles) + rows[..., first] * np.sin(angles)
+    return turned

@@ -20,6 +20,7 @@ __all__ = [
     "check_cache",
     "check_contiguous",
     "check_dtype",
+    "check_positions",
     "check_query_start",
     "check_query_to_seq",
     "check_shape",
@@ -150,6 +151,15 @@ def check_shared_prefix(
             f"seq_lens must be 0 or count the shared prefix of {shared_prefix} tokens and the query tokens, "
             f"{shared_prefix + query_tokens} at least; seq_lens[{seq}] is {lens[seq]}"
         )
+
+
+def check_positions(positions: Any, end: int) -> None:
+    """Raise ValueError unless all positions lie from 0 to below `end`."""
+    given = as_numpy(positions)
+    wrong = (given < 0) | (given >= end)
+    if wrong.any():
+        token = int(np.argmax(wrong))
+        raise ValueError(f"positions must lie from 0 to below {end}; positions[{token}] is {given[token]}")
 
 
 def check_query_start(query_start: Any, total_tokens: int) -> None:

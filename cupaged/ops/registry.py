@@ -133,6 +133,18 @@ _KERNELS = (
         "writes new keys and values to the slots of a slot mapping, 16 bytes a thread",
         "float16, bfloat16, float32; all layouts; a slot of -1 is skipped",
     ),
+    KernelInfo(
+        "rope_append_kv",
+        "cache/rope_append_kv.cu",
+        "rotates new keys by their positions and writes them with their values; rotates queries too",
+        "what append_kv serves; rotated dimensions a multiple of 16, of 8 in float32",
+    ),
+    KernelInfo(
+        "copy_blocks",
+        "cache/copy_blocks.cu",
+        "copies whole blocks: within a cache, into an array, or from one, 64 bytes a thread",
+        "any cache",
+    ),
 )
 ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.name.startswith("paged_attention"))
 

@@ -14,21 +14,11 @@
 //   VALUE_PACK  neighbouring dimensions of a value: HEAD_DIM, or 1 in BHDSX
 #include "global_memory.cuh"
 #include "paged_kv.cuh"
+#include "store_vector.cuh"
 #include "types.cuh"
 
 constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;   // 16-byte vectors in a token's row
-
-template <int Pack>
-__device__ __forceinline__ void store_vector(STORAGE* cache, const KvStrides<Pack>& strides, int block_id, int kv_head,
-                                             int slot, int dim, const Vector<STORAGE, VEC>& vector) {
-  if constexpr (Pack % VEC == 0) {
-    *reinterpret_cast<Vector<STORAGE, VEC>*>(cache + strides.offset(block_id, kv_head, slot, dim)) = vector;
-  } else {
-#pragma unroll
-    for (int v = 0; v < VEC; ++v) cache[strides.offset(block_id, kv_head, slot, dim + v)] = vector.value[v];
-  }
-}
 
 extern "C" __global__ void append_kv(
     STORAGE* __restrict__ key_cache,      // by the four strides below

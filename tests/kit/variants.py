@@ -72,6 +72,12 @@ def all_variants():
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
     ]
+    rope = [
+        ("cache/rope_append_kv.cu", "rope_append_kv",
+         {**append_defines(config, ("int", "long long")[i % 2]), "ROTARY_DIM": config.head_dim // 32 * 16 or 16,
+          "INTERLEAVED": i % 2})
+        for i, config in enumerate(CONFIGS)
+    ]  # fmt: skip
     computed = [(*v1[i][:2], {**v1[i][2], "TABLE_LOOKUP": 0}) for i in (0, 8)]
     gather = [
         ("bench/gather_lookup.cu", "gather_lookup", {"ROW": 512, "BLOCK_SIZE": 7, "UNIT": unit, "TABLE_LOOKUP": lookup})
@@ -91,8 +97,9 @@ def all_variants():
         ("bench/read_stream.cu", "read_stream", {}),
         ("attention/plan_decode.cu", "plan_decode", {}),
         ("attention/plan_prefill.cu", "plan_prefill", {}),
+        ("cache/copy_blocks.cu", "copy_blocks", {}),
     ]
-    groups = (v1, computed, rung_variants(), mma, persistent, prefill, merge, append, gather, rest)
+    groups = (v1, computed, rung_variants(), mma, persistent, prefill, merge, append, rope, gather, rest)
     return [KernelSource.read(*variant) for group in groups for variant in group]
 
 

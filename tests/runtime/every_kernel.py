@@ -49,7 +49,7 @@ SHAPES_OF_PREFILL = [
 
 
 def run_all(backend):
-    """Attend and merge under two schedules, append, and read a stream."""
+    """Attend and merge under two schedules, append, move blocks, and read a stream."""
     for shape in SHAPES:
         case = decode_case(shape, backend)
         for seed in range(2):
@@ -68,6 +68,11 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+        if config.head_dim % 16 == 0:
+            positions = xp.asarray(np.arange(5, dtype=np.int32))
+            pg.rope_append_kv(case.cache, rows, rows, xp.asarray(slots), positions, query=rows, interleaved=True)
+        pg.copy_blocks(case.cache, [[0, config.num_blocks - 1]])
+        pg.scatter_blocks(case.cache, [1], pg.gather_blocks(case.cache, [0]))
     for shape in SHAPES_OF_PREFILL:
         case = prefill_case(shape, backend)
         for seed in range(2):
