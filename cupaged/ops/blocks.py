@@ -53,9 +53,9 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
         both = np.intersect1d(sources, targets)
         if both.size:
             raise ValueError(f"pairs must not read a block that they write; block {both[0]} is read and written")
-    columns = cache.xp.ascontiguousarray(cache.xp.asarray(pairs, dtype=INT32).T)
+    ids = cache.xp.ascontiguousarray(cache.xp.asarray(pairs, dtype=INT32)).reshape(-1)
     of_cache = _strides_in_cache(cache)
-    _launch(cache, cache.storage, cache.storage, columns[1], columns[0], of_cache, of_cache, columns.shape[1])
+    _launch(cache, cache.storage, cache.storage, ids[1:], ids, of_cache, of_cache, len(ids) // 2, id_stride=2)
 
 
 def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: bool | None = None) -> Any:
@@ -159,6 +159,7 @@ def _launch(
     to_strides: tuple[int, int],
     from_strides: tuple[int, int],
     count: int,
+    id_stride: int = 1,
 ) -> None:
     if not count:
         return
@@ -178,6 +179,7 @@ def _launch(
         second_from=words[1][-1] if len(to) > 1 else None,
         to_ids=to_ids,
         from_ids=from_ids,
+        id_stride=id_stride,
         to_block_stride=to_strides[0],
         to_run_stride=to_strides[1],
         from_block_stride=from_strides[0],

@@ -16,11 +16,12 @@ using Bytes16 = Vector<int, 4>;
 
 // An array of blocks: keys, or values, or both. Strides count vectors.
 struct Blocks {
-  const int* ids;   // [blocks], or null: block i is the i-th
+  const int* ids;   // [blocks], id_stride apart, or null: block i is the i-th
+  int id_stride;
   long long block_stride, run_stride;
 
   __device__ __forceinline__ long long start(int block, int run) const {
-    const long long id = ids == nullptr ? block : load_global(ids + block);
+    const long long id = ids == nullptr ? block : load_global(ids + static_cast<long long>(block) * id_stride);
     return id * block_stride + run * run_stride;
   }
 };
@@ -28,13 +29,14 @@ struct Blocks {
 extern "C" __global__ void __launch_bounds__(THREADS) copy_blocks(
     int* first_to, int* second_to,                 // of each array; the second is null if there is one
     const int* first_from, const int* second_from,
-    const int* __restrict__ to_ids,                // [blocks], or null
-    const int* __restrict__ from_ids,              // [blocks], or null
+    const int* __restrict__ to_ids,                // [blocks], id_stride apart, or null
+    const int* __restrict__ from_ids,              // [blocks], id_stride apart, or null
+    const int id_stride,
     const long long to_block_stride, const long long to_run_stride,
     const long long from_block_stride, const long long from_run_stride,
     const int runs, const long long run_vectors, const int chunks) {
   const int chunk = blockIdx.x % chunks, piece = blockIdx.x / chunks, run = piece % runs, block = piece / runs;
-  const Blocks to{to_ids, to_block_stride, to_run_stride}, from{from_ids, from_block_stride, from_run_stride};
+  const Blocks to{to_ids, id_stride, to_block_stride, to_run_stride}, from{from_ids, id_stride, from_block_stride, from_run_stride};
   auto* target = reinterpret_cast<Bytes16*>(blockIdx.y == 0 ? first_to : second_to) + to.start(block, run);
   const auto* source = reinterpret_cast<const Bytes16*>(blockIdx.y == 0 ? first_from : second_from) + from.start(block, run);
   const long long first = static_cast<long long>(chunk) * THREADS * VECTORS + threadIdx.x;
