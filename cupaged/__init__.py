@@ -6,6 +6,7 @@ manager that feeds them.
 
 from cupaged import reference
 from cupaged.config import CacheConfig
+from cupaged.engine.attention import PagedAttention, PagedStep
 from cupaged.errors import (
     BackendUnavailableError,
     DoubleFreeError,
@@ -42,6 +43,8 @@ __all__ = [
     "KernelLaunchError",
     "Llama3Scaling",
     "OutOfBlocksError",
+    "PagedAttention",
+    "PagedStep",
     "PrefillPlan",
     "SwapEngine",
     "UnsupportedError",

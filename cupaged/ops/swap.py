@@ -10,7 +10,6 @@ import numpy as np
 from cupaged.config import CacheConfig
 from cupaged.errors import BackendUnavailableError
 from cupaged.kv_cache import KVCache
-from cupaged.memory.manager import Transfer
 from cupaged.ops.arrays import array_module
 from cupaged.ops.blocks import block_elements, gather_blocks, scatter_blocks
 from cupaged.ops.checks import check_at_least_one, check_cache
@@ -108,13 +107,13 @@ class SwapEngine:
         for cache, host in zip(self.caches, self.host, strict=True):
             self._mover.move(cache, host, pairs, out=False)
 
-    def carry_out(self, transfers: Iterable[Transfer]) -> None:
-        """Make the transfers that `BlockManager.take_transfers` returns, in their order."""
-        for transfer in transfers:
-            if transfer.direction == "offload":
-                self.swap_out(transfer.pairs)
+    def carry_out(self, transfers: Iterable[tuple[str, Any]]) -> None:
+        """Make the transfers, (direction, pairs), that `BlockManager.take_transfers` returns, in their order."""
+        for direction, pairs in transfers:
+            if direction == "offload":
+                self.swap_out(pairs)
             else:
-                self.swap_in(transfer.pairs)
+                self.swap_in(pairs)
 
     def wait(self) -> None:
         """Let what follows on the current stream wait for all swaps so far; the host does not wait."""
