@@ -2,9 +2,9 @@
 
 Figure 19 of the vLLM paper (arXiv 2309.06180) sets the two beside each other by block size, for OPT-13B: swapping small
 blocks takes long, as each is a copy of its own; recomputing does not depend on them; from 16 to 64 the two are alike.
-Here a sequence's blocks are swapped out and in, in all layers, beside the matrix products and the attention of a prefill
-of the same length, by length and block size, with blocks that are neighbours on the host, which share a copy, and with
-blocks that are not. Without a GPU it is checked that blocks come back as they were, and nothing is timed.
+Here a sequence's blocks are swapped out and in, in all layers, beside the matrix products and the attention of a
+prefill of the same length, by length and block size, with blocks that are neighbours on the host, which share a copy,
+and with blocks that are not. Without a GPU it is checked that blocks come back as they were, and nothing is timed.
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
         _append_defines(cache, slot_mapping),
         cache.backend,
     )
-    vectors = key.size // (16 // config.numpy_dtype.itemsize)
+    per_vector = 16 // config.numpy_dtype.itemsize
+    tokens_of_thread = per_vector if value_strides.pack_size == 1 else 1
+    vectors = -(-key.shape[0] // tokens_of_thread) * config.num_kv_heads * config.head_dim // per_vector
     launch = kernel.prepare(
         (-(-vectors // THREADS),),
         (THREADS,),
