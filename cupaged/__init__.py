@@ -6,6 +6,7 @@ manager that feeds them.
 
 from cupaged import reference
 from cupaged.config import CacheConfig
+from cupaged.engine.attention import PagedAttention, PagedStep
 from cupaged.errors import (
     BackendUnavailableError,
     DoubleFreeError,
@@ -18,10 +19,13 @@ from cupaged.errors import (
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import BlockManager
 from cupaged.ops.attention import explain, paged_attention
-from cupaged.ops.cache import append_kv
+from cupaged.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
+from cupaged.ops.cache import Llama3Scaling, append_kv, rope_append_kv
 from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
+from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.ops.registry import kernels
+from cupaged.ops.swap import HostBlocks, SwapEngine, swap_blocks
 from cupaged.ops.textures import TextureView, bind_textures
 from cupaged.runtime import available_backends, kernels_from
 
@@ -34,20 +38,33 @@ __all__ = [
     "DecodePlan",
     "DoubleFreeError",
     "ForeignBlockError",
+    "HostBlocks",
     "KVCache",
     "KernelBuildError",
     "KernelLaunchError",
+    "Llama3Scaling",
     "OutOfBlocksError",
+    "PagedAttention",
+    "PagedStep",
+    "PrefillPlan",
+    "SwapEngine",
     "TextureView",
     "UnsupportedError",
     "append_kv",
     "available_backends",
     "bind_textures",
+    "copy_blocks",
     "explain",
+    "gather_blocks",
     "kernels",
     "kernels_from",
     "merge_states",
     "paged_attention",
+    "paged_prefill",
     "plan_decode",
+    "plan_prefill",
     "reference",
+    "rope_append_kv",
+    "scatter_blocks",
+    "swap_blocks",
 ]

@@ -59,6 +59,7 @@ class KVCache:
             self._key, self._value = self.storage
         self.appends = CheckedCalls(self.backend)  # of append_kv
         self.textures: dict[Any, Any] = {}  # of cupaged.ops.textures.bind_textures
+        self.turns: dict[Any, Any] = {}  # of rope_append_kv: its frequencies, on the device
 
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:

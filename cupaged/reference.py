@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from cupaged.kv_cache import KVCache
 from cupaged.ops.checks import as_numpy, check_shared_prefix, checked_shared_prefix
 
-__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention"]
+__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention", "paged_prefill", "rotate"]
 
 
 def attention(
@@ -131,32 +132,116 @@ def paged_attention(
     slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
     if query_to_seq is not None:
         block_tables, seq_lens = block_tables[as_numpy(query_to_seq)], seq_lens[as_numpy(query_to_seq)]
-    block_size = cache.config.block_size
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     several = query if query.ndim == 4 else query[:, np.newaxis]
     num_queries = several.shape[1]
+    block_size = cache.config.block_size
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, max_blocks=block_tables.shape[1])
     check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, num_queries)
     out = np.zeros(several.shape, dtype)
     lse = np.full(several.shape[:3], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens):
-        positions = np.arange(seq_len - num_queries, seq_len)
-        first = 0 if window is None else max(0, seq_len - num_queries - window + 1)
-        tokens = np.arange(first, seq_len)
-        blocks = block_tables[seq, tokens // block_size]
-        mapped = blocks != -1
-        used, which = np.unique(blocks[mapped], return_inverse=True)
-        tokens = tokens[mapped]
-        key, value = (array[which, tokens % block_size] for array in cache.blocks(used))
-        for i, position in enumerate(positions):
-            seen = tokens <= position
-            if window is not None:
-                seen &= tokens > position - window
-            out[seq, i], lse[seq, i] = attention(
-                several[seq, i], key[seen], value[seen], scale, dtype, weight_dtype, softcap=softcap, sinks=sinks,
-                bias=None if slopes is None else slopes.astype(dtype)[:, np.newaxis] * (tokens[seen] - position),
-            )  # fmt: skip
+        out[seq], lse[seq] = _attend(
+            several[seq], cache, block_tables[seq], seq_len, scale, dtype, weight_dtype,
+            window=window, softcap=softcap, slopes=slopes, sinks=sinks,
+        )  # fmt: skip
     out, lse = out.reshape(query.shape), lse.reshape(query.shape[:-1])
+    return (out, lse) if return_lse else out
+
+
+def _attend(
+    query: np.ndarray,
+    cache: KVCache,
+    table: np.ndarray,
+    seq_len: int,
+    scale: float,
+    dtype: type,
+    weight_dtype: np.dtype | None,
+    *,
+    causal: bool = True,
+    window: int | None,
+    softcap: float | None,
+    slopes: np.ndarray | None,
+    sinks: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return attention of a sequence's last tokens, [tokens, H, D], over its context, by its row of the table."""
+    count, block_size = len(query), cache.config.block_size
+    positions = np.arange(seq_len - count, seq_len)
+    first = 0 if window is None else max(0, seq_len - count - window + 1)
+    tokens = np.arange(first, seq_len)
+    blocks = table[tokens // block_size]
+    mapped = blocks != -1
+    used, which = np.unique(blocks[mapped], return_inverse=True)
+    tokens = tokens[mapped]
+    key, value = (array[which, tokens % block_size] for array in cache.blocks(used))
+    out: np.ndarray = np.zeros(query.shape, dtype)
+    lse: np.ndarray = np.full(query.shape[:2], -np.inf, dtype)
+    for i, position in enumerate(positions):
+        seen = tokens <= position if causal else tokens >= 0
+        if window is not None:
+            seen = seen & (tokens > position - window)
+        out[i], lse[i] = attention(
+            query[i], key[seen], value[seen], scale, dtype, weight_dtype, softcap=softcap, sinks=sinks,
+            bias=None if slopes is None else slopes.astype(dtype)[:, np.newaxis] * (tokens[seen] - position),
+        )  # fmt: skip
+    return out, lse
+
+
+def paged_prefill(
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    query_start: Any,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    return_lse: bool = False,
+    dtype: type = np.float64,
+    weight_dtype: np.dtype | None = None,
+) -> Any:
+    """Return attention of each sequence's last tokens; the arguments are those of `cupaged.paged_prefill`.
+
+    Parameters
+    ----------
+    query : array, [total_tokens, H, D]
+        New tokens, one sequence behind the other.
+    cache : KVCache
+    block_tables, seq_lens : array, int [num_seqs, max_blocks], [num_seqs]
+        As `paged_attention` takes them.
+    query_start : array, int [num_seqs + 1]
+        Where each sequence's new tokens begin; the last of them stands at position ``seq_len - 1``.
+    scale, window, softcap, alibi_slopes, sinks
+        As `paged_attention` takes them.
+    causal : bool
+        Whether a token sees those up to its own only, or all of its sequence's.
+    return_lse : bool
+        Also return the log-sum-exp.
+    dtype, weight_dtype
+        See `attention`.
+
+    Returns
+    -------
+    out : ndarray, [total_tokens, H, D]
+    lse : ndarray, [total_tokens, H]
+        Only with `return_lse`; both of type `dtype`.
+    """
+    query, block_tables, seq_lens, starts = (
+        as_numpy(array) for array in (query, block_tables, seq_lens, query_start)
+    )  # fmt: skip
+    slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out = np.zeros(query.shape, dtype)
+    lse = np.full(query.shape[:2], -np.inf, dtype)
+    for seq, (first, end) in enumerate(pairwise(starts)):
+        out[first:end], lse[first:end] = _attend(
+            query[first:end], cache, block_tables[seq], seq_lens[seq], scale, dtype, weight_dtype,
+            causal=causal, window=window, softcap=softcap, slopes=slopes, sinks=sinks,
+        )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -196,3 +281,31 @@ def append_kv(dense_key: np.ndarray, dense_value: np.ndarray, key: Any, value: A
         if slot != -1:
             dense_key[slot // block_size, slot % block_size] = as_numpy(key)[token]
             dense_value[slot // block_size, slot % block_size] = as_numpy(value)[token]
+
+
+def rotate(
+    rows: Any,
+    positions: Any,
+    frequencies: np.ndarray,
+    interleaved: bool = False,
+) -> np.ndarray:
+    """Return rows turned by their positions (RoPE), in float64.
+
+    Parameters
+    ----------
+    rows : array, [num_tokens, heads, D]
+    positions : array, int [num_tokens]
+    frequencies : ndarray, [pairs]
+        Radians a position of each pair of dimensions; those past the last pair stay.
+    interleaved : bool
+        Whether dimensions 2 i and 2 i + 1 turn together, or i and i + pairs.
+    """
+    rows = as_numpy(rows).astype(np.float64)
+    angles = as_numpy(positions).astype(np.float64)[:, np.newaxis, np.newaxis] * frequencies
+    pairs = len(frequencies)
+    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+    turned = rows.copy()
+    turned[..., first] = rows[..., first] * np.cos(angles) - rows[..., second] * np.sin(angles)
+    turned[..., second] = rows[..., second] * np.cos(angles) + rows[..., first] * np.sin(angles)
+    return turned

@@ -176,10 +176,20 @@ def launch(name: str, work: DecodeWorkload) -> None:
         pg.plan_decode(work.cache, work.seq_lens, work.query.shape[1])
     elif name == "write_texture":
         pg.bind_textures(work.cache, "array").refresh()
-    elif name == "append_kv":
+    elif name in ("paged_prefill", "plan_prefill"):
+        starts = work.cache.xp.arange(len(work.query) + 1, dtype=work.seq_lens.dtype)
+        pg.paged_prefill(*work.arguments, starts, validate=False)
+    elif name == "copy_blocks":
+        half = work.cache.config.num_blocks // 2
+        pg.copy_blocks(work.cache, [[block, half + block] for block in range(half)])
+    elif name in ("append_kv", "rope_append_kv"):
         config, xp = work.cache.config, work.cache.xp
         rows = xp.zeros((min(8192, config.num_slots), config.num_kv_heads, config.head_dim), config.numpy_dtype)
-        pg.append_kv(work.cache, rows, rows, xp.arange(len(rows)), validate=False)
+        slots = xp.arange(len(rows), dtype=work.seq_lens.dtype)
+        if name == "append_kv":
+            pg.append_kv(work.cache, rows, rows, slots, validate=False)
+        else:
+            pg.rope_append_kv(work.cache, rows, rows, slots, slots, validate=False)
     else:
         raise pg.UnsupportedError("this experiment does not know how to launch it")
 

@@ -36,8 +36,9 @@ HERE = Path(__file__).resolve().parent
 EXPERIMENTS = {
     "layouts": "both", "decode": "gpu", "paging_overhead": "both", "block_sizes": "both", "texture_vs_global": "both",
     "batching": "both", "call_overhead": "both", "shared_prefix": "both", "variants": "both", "peers": "both",
-    "kernel_profile": "gpu", "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu",
-    "eviction": "cpu", "bookkeeping": "cpu",
+    "prefill": "both", "cache_ops": "both", "swap_or_recompute": "both", "kernel_profile": "gpu",
+    "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu", "eviction": "cpu",
+    "bookkeeping": "cpu",
 }  # fmt: skip
 COULD_NOT_RUN = 2  # the status of an experiment that something on the machine kept from running
 ROWS_SHOWN = 500

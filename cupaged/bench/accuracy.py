@@ -29,7 +29,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.attention import explain
 from cupaged.ops.registry import kernels
 
-__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget", "verdict_on"]
+__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget", "prefill_budget", "verdict_on"]
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 SAFETY = 4  # times what float32 loses
@@ -95,6 +95,28 @@ def decode_budget(
         _, unbiased_lse = reference.paged_attention(*arguments, return_lse=True, **{**variants, "alibi_slopes": None})
         logits += _largest(unbiased_lse)
     return _budget((expected, expected_lse), (single, single_lse), cache.config.numpy_dtype, logits)
+
+
+def prefill_budget(
+    query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, query_start: Any, **options: Any
+) -> DecodeBudget:
+    """Return what `cupaged.paged_prefill` should give, and how far from it a right kernel may be.
+
+    Parameters
+    ----------
+    query, cache, block_tables, seq_lens, query_start
+        The arguments of the call.
+    **options
+        `scale`, `causal`, `window`, `softcap`, `alibi_slopes` and `sinks`, where the call has them.
+    """
+    arguments = (query, cache, block_tables, seq_lens, query_start)
+    exact = reference.paged_prefill(*arguments, return_lse=True, **options)
+    storage = cache.config.numpy_dtype
+    single = reference.paged_prefill(*arguments, return_lse=True, dtype=np.float32, weight_dtype=storage, **options)
+    logits = 1 + _largest(exact[1])
+    if options.get("alibi_slopes") is not None:
+        logits += _largest(reference.paged_prefill(*arguments, return_lse=True, **{**options, "alibi_slopes": None})[1])
+    return _budget(exact, single, storage, logits)
 
 
 def merge_budget(outs: Any, lses: Any) -> DecodeBudget:

@@ -12,8 +12,21 @@ from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache, aligned_zeros
 from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.plan import plan_decode
+from cupaged.ops.prefill import paged_prefill, plan_prefill
 
-__all__ = ["PLACEMENTS", "WORKLOADS", "DecodeStep", "DecodeWorkload", "decode_call", "decode_workload", "lognormal"]
+__all__ = [
+    "PLACEMENTS",
+    "PREFILL_WORKLOADS",
+    "WORKLOADS",
+    "DecodeStep",
+    "DecodeWorkload",
+    "PrefillStep",
+    "PrefillWorkload",
+    "decode_call",
+    "decode_workload",
+    "lognormal",
+    "prefill_call",
+]
 
 PLACEMENTS = ("sequential", "random")
 PLANNED_KERNELS = ("paged_attention_persistent",)
@@ -81,6 +94,78 @@ WORKLOADS = (
     DecodeStep("gqa 32/8 b64 lognormal", 32, 8, lognormal(64, 8192)),
     DecodeStep("gqa 32/8 b32 one long", 32, 8, (65536,) + (256,) * 31),
 )
+
+
+@dataclass(frozen=True)
+class PrefillWorkload:
+    """The arguments of `cupaged.paged_prefill`, and what it must read and compute."""
+
+    query: Any
+    cache: KVCache
+    block_tables: Any
+    seq_lens: Any
+    query_start: Any
+    kv_bytes: int
+    flop: int
+
+    @property
+    def arguments(self) -> tuple[Any, KVCache, Any, Any, Any]:
+        """Query, cache, block tables, lengths, starts."""
+        return self.query, self.cache, self.block_tables, self.seq_lens, self.query_start
+
+    def tokens(self, seq: int, positions: Sequence[int]) -> tuple[Any, tuple[Any, KVCache, Any, Any]]:
+        """Return where some tokens of a sequence stand in the query, and what they ask for as decode calls."""
+        xp, end, length = self.cache.xp, int(self.query_start[seq + 1]), int(self.seq_lens[seq])
+        rows = xp.asarray([end - length + position for position in positions])
+        tables = xp.repeat(self.block_tables[seq : seq + 1], len(positions), axis=0)
+        lens = xp.asarray([position + 1 for position in positions], dtype=np.int32)
+        return rows, (self.query[rows], self.cache, tables, lens)
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """One prefill to build workloads from: each of `num_seqs` sequences has `new` tokens, the last of its context."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    new: int
+    num_seqs: int
+    context: int
+    head_dim: int = 128
+    block_size: int = 16
+    dtype: str = "bfloat16"
+
+    def build(self, backend: str, seed: int = 0) -> PrefillWorkload:
+        """Return the arguments of a call, blocks at random."""
+        decode = decode_workload(
+            (self.context,) * self.num_seqs, self.num_heads, self.num_kv_heads, self.head_dim, self.block_size,
+            dtype=self.dtype, backend=backend, seed=seed,
+        )  # fmt: skip
+        rng = np.random.default_rng([1, seed])
+        shape = (self.new * self.num_seqs, self.num_heads, self.head_dim)
+        query = rng.standard_normal(shape, dtype=np.float32).astype(decode.cache.config.numpy_dtype)
+        starts = np.arange(self.num_seqs + 1, dtype=np.int32) * self.new
+        seen = self.num_seqs * (self.new * (self.context - self.new) + self.new * (self.new + 1) // 2)
+        return PrefillWorkload(
+            _place(query, decode.cache), decode.cache, decode.block_tables, decode.seq_lens,
+            _place(starts.astype(np.int32), decode.cache), decode.kv_bytes, 4 * self.num_heads * self.head_dim * seen,
+        )  # fmt: skip
+
+
+PREFILL_WORKLOADS = (
+    PrefillStep("prefill 4x4096", 32, 8, 4096, 4, 4096),
+    PrefillStep("prefill 1x16384", 32, 8, 16384, 1, 16384),
+    PrefillStep("chunk 8x512 over 8k", 32, 8, 512, 8, 8192),
+    PrefillStep("spec 64x4 over 4k", 32, 8, 4, 64, 4096),
+    PrefillStep("prefill 16x512 mha", 32, 32, 512, 16, 512),
+)
+
+
+def prefill_call(work: PrefillWorkload, out: Any = None) -> Callable[[], Any]:
+    """Return a call of paged_prefill on a workload: nothing is checked or read back; the plan is made here, once."""
+    plan = plan_prefill(work.cache, work.seq_lens, work.query_start, *work.query.shape[:2])
+    return lambda: paged_prefill(*work.arguments, out=out, plan=plan, validate=False)
 
 
 def decode_call(work: DecodeWorkload, kernel: str = "auto", out: Any = None, **options: Any) -> Callable[[], Any]:

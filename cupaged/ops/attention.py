@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,15 +19,18 @@ from cupaged.ops.checks import (
     check_query_to_seq,
     check_shape,
     check_shared_prefix,
+    checked_out,
+    checked_scale,
     checked_shared_prefix,
     must_validate,
+    shares_memory,
 )
 from cupaged.ops.plan import DecodePlan, PreparedAttention, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.ops.rungs import RUNGS, launch_batched, launch_v2
 from cupaged.ops.textures import why_no_textures
 from cupaged.ops.variants import Variants, checked_variants
-from cupaged.runtime.arguments import Strided, byte_bounds
+from cupaged.runtime.arguments import Strided
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -171,7 +173,7 @@ def paged_attention(
         asked = options, (*arrays, out)
         always_read = validate or (validate is None and cache.backend == "host")
         checked = None if always_read else known_calls.find(*asked)
-        if checked is not None and (out is None or _shares_memory(out, query, cache) is None):
+        if checked is not None and (out is None or shares_memory(out, query, cache) is None):
             result = cache.xp.empty_like(query) if out is None else out
             lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
             checked.launch(*arrays, cache.key, cache.value, result, lse)
@@ -257,14 +259,14 @@ def _checked_call(
     query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
     if query_to_seq is not None:
         query_to_seq = _checked_query_to_seq(query_to_seq, query, cache)
-    scale = _checked_scale(scale, query.shape[-1])
+    scale = checked_scale(scale, query.shape[-1])
     variants = checked_variants(
         query, cache.backend, block_tables.shape[1] * cache.config.block_size,
         window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
     )  # fmt: skip
     block_size, max_blocks = cache.config.block_size, block_tables.shape[1]
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, variants.window, max_blocks)
-    result = cache.xp.empty_like(query) if out is None else _checked_out(out, query, cache)
+    result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
     validating = must_validate(validate, cache.backend)
     if validating:
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
@@ -312,7 +314,7 @@ def explain(
     """
     mapped = query_to_seq is not None
     query, block_tables, _ = _checked_arrays(query, cache, block_tables, seq_lens, mapped)
-    _checked_scale(scale, query.shape[-1])
+    checked_scale(scale, query.shape[-1])
     asked = checked_variants(query, cache.backend, block_tables.shape[1] * cache.config.block_size, **variants)
     shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, asked.window, block_tables.shape[1])
     return choose_kernel(query, cache, kernel, mapped=mapped, variants=asked, shared_prefix=shared_prefix)
@@ -471,41 +473,6 @@ def _checked_query_to_seq(query_to_seq: Any, query: Any, cache: KVCache) -> Any:
     check_shape(array, "query_to_seq", query.shape[:1])
     check_contiguous(array, "query_to_seq")
     return array
-
-
-def _checked_scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return head_dim**-0.5
-    if not isinstance(scale, int | float | np.floating | np.integer) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a real number; got {type(scale).__name__} {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got {scale!r}")
-    return float(scale)
-
-
-def _checked_out(out: Any, query: Any, cache: KVCache) -> Any:
-    array = as_backend_array(out, "out", cache.backend)
-    check_dtype(array, "out", query.dtype)
-    check_shape(array, "out", query.shape)
-    check_contiguous(array, "out")
-    if array.size:
-        check_alignment(array, "out")
-    name = _shares_memory(array, query, cache)
-    if name is not None:
-        raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
-    return array
-
-
-def _shares_memory(out: Any, query: Any, cache: KVCache) -> str | None:
-    """Return whose memory `out` takes part of, "query" or "cache", or None."""
-    start, end = byte_bounds(out)
-    low, high = byte_bounds(query)
-    if start < high and low < end:
-        return "query"
-    for low, high in cache.bounds:
-        if start < high and low < end:
-            return "cache"
-    return None
 
 
 def _launch_v1(

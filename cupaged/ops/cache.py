@@ -1,22 +1,61 @@
-"""Operations on the cache itself: appending new keys and values."""
+"""Appending new keys and values to a cache, as they are or rotated by their positions."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupaged import layouts
+from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment
-from cupaged.ops.checks import check_cache, check_contiguous, check_dtype, check_shape, check_slots, must_validate
+from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.checks import (
+    check_cache,
+    check_contiguous,
+    check_dtype,
+    check_positions,
+    check_shape,
+    check_slots,
+    must_validate,
+)
+from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["append_kv"]
+__all__ = ["Llama3Scaling", "append_kv", "frequencies", "rope_append_kv"]
 
 THREADS = 256
+ROPE_THREADS = 128
+MAX_POSITION = 2**24  # up to which float32 holds every integer
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """How Llama 3 stretches RoPE for contexts longer than it was first trained on.
+
+    Frequencies that turn at least `high_freq_factor` times over the original context stay, those that turn at most
+    `low_freq_factor` times are divided by `factor`, and those between are mixed.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+def frequencies(rotary_dim: int, theta: float = 10000.0, scaling: Llama3Scaling | None = None) -> np.ndarray:
+    """Return RoPE's angle of each pair of dimensions a position, in radians, float64 [rotary_dim / 2]."""
+    plain: np.ndarray = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+    if scaling is None:
+        return plain
+    turns = scaling.original_context * plain / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return plain * (kept + (1 - kept) / scaling.factor)
 
 
 def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, validate: bool | None = None) -> None:
@@ -45,24 +84,11 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
         checked = cache.appends.find((config,), given)
         if checked is not None:
             checked.launch(*given, cache.key, cache.value)
-            _refresh_textures(cache, slot_mapping)
+            refresh_slots(cache, slot_mapping)
             return
-    key, value, slot_mapping = (
-        as_backend_array(array, name, cache.backend)
-        for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping"))
-    )
-    for array, name in ((key, "key"), (value, "value")):
-        check_dtype(array, name, config.numpy_dtype)
-        check_shape(array, name, ("num_tokens", config.num_kv_heads, config.head_dim))
-    check_shape(value, "value", key.shape)
-    check_dtype(slot_mapping, "slot_mapping", np.dtype(np.int32), np.dtype(np.int64))
-    check_shape(slot_mapping, "slot_mapping", (key.shape[0],))
-    for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping")):
-        check_contiguous(array, name)
+    key, value, slot_mapping = _checked_rows(cache, key, value, slot_mapping)
     if key.size == 0:
         return
-    check_alignment(key, "key")
-    check_alignment(value, "value")
     if must_validate(validate, cache.backend):
         check_slots(cache, slot_mapping)
 
@@ -70,17 +96,12 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     kernel = load_kernel(
         "cache/append_kv.cu",
         "append_kv",
-        {
-            "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
-            "SLOT": C_TYPE_OF_DTYPE[slot_mapping.dtype],
-            "HEAD_DIM": config.head_dim,
-            "BLOCK_SIZE": config.block_size,
-            "KEY_PACK": key_strides.pack_size,
-            "VALUE_PACK": value_strides.pack_size,
-        },
+        _append_defines(cache, slot_mapping),
         cache.backend,
     )
-    vectors = key.size // (16 // config.numpy_dtype.itemsize)
+    per_vector = 16 // config.numpy_dtype.itemsize
+    tokens_of_thread = per_vector if value_strides.pack_size == 1 else 1
+    vectors = -(-key.shape[0] // tokens_of_thread) * config.num_kv_heads * config.head_dim // per_vector
     launch = kernel.prepare(
         (-(-vectors // THREADS),),
         (THREADS,),
@@ -95,10 +116,161 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     )
     launch()
     cache.appends.add((config,), given, launch, ("key", "value", "slot_mapping", "key_cache", "value_cache"))
-    _refresh_textures(cache, slot_mapping)
+    refresh_slots(cache, slot_mapping)
 
 
-def _refresh_textures(cache: KVCache, slot_mapping: Any) -> None:
-    """Write what was appended to the arrays that textures read, where there are any."""
-    for textures in cache.textures.values():
-        textures.refresh(slot_mapping)
+def rope_append_kv(
+    cache: KVCache,
+    key: Any,
+    value: Any,
+    slot_mapping: Any,
+    positions: Any,
+    *,
+    query: Any = None,
+    rotary_dim: int | None = None,
+    theta: float = 10000.0,
+    interleaved: bool = False,
+    scaling: Llama3Scaling | None = None,
+    validate: bool | None = None,
+) -> Any:
+    """Rotate new tokens' keys by their positions, and write them with their values into their slots.
+
+    Parameters
+    ----------
+    cache : KVCache
+        Written in place.
+    key, value : array, [num_tokens, Hkv, D]
+        In the cache's dtype.
+    slot_mapping : array, int32 or int64 [num_tokens]
+        As `append_kv` takes it; the query of a token that is skipped is rotated all the same.
+    positions : array, int32 [num_tokens]
+        From 0 to below 2**24.
+    query : array, [num_tokens, H, D], optional
+        To be rotated too.
+    rotary_dim : int, optional
+        Dimensions that turn, the first ones; all D if not given. A multiple of 16 (of 8 in float32).
+    theta : float
+        RoPE's base.
+    interleaved : bool
+        Whether neighbouring dimensions turn together (GPT-J), or dimension i and i + rotary_dim / 2 (GPT-NeoX, Llama).
+    scaling : Llama3Scaling, optional
+        Of the frequencies.
+    validate : bool, optional
+        As `append_kv` takes it; reads the positions too.
+
+    Returns
+    -------
+    array, of the query's shape, or None
+        The rotated query; `query` stays as it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing was written.
+    UnsupportedError
+        If `rotary_dim` is not served; the message names the limit.
+
+    References
+    ----------
+    .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
+    """
+    check_cache(cache)
+    config, caller = cache.config, query
+    key, value, slot_mapping = _checked_rows(cache, key, value, slot_mapping)
+    positions = as_backend_array(positions, "positions", cache.backend)
+    check_dtype(positions, "positions", np.dtype(np.int32))
+    check_shape(positions, "positions", (key.shape[0],))
+    check_contiguous(positions, "positions")
+    if query is not None:
+        query = as_backend_array(query, "query", cache.backend)
+        check_dtype(query, "query", config.numpy_dtype)
+        check_shape(query, "query", (key.shape[0], "H", config.head_dim))
+        check_contiguous(query, "query")
+    rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
+    step = 2 * (16 // config.numpy_dtype.itemsize)
+    if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):
+        raise TypeError(f"rotary_dim must be an integer; got {type(rotary_dim).__name__} {rotary_dim!r}")
+    if not 0 < rotary_dim <= config.head_dim or rotary_dim % step:
+        raise UnsupportedError(
+            f"rotary_dim must be a multiple of {step}, at most the head_dim {config.head_dim}; got {rotary_dim}"
+        )
+    if not (math.isfinite(theta) and theta > 0):
+        raise ValueError(f"theta must be positive and finite; got {theta!r}")
+    if scaling is not None and not isinstance(scaling, Llama3Scaling):
+        raise TypeError(f"scaling must be a Llama3Scaling; got {type(scaling).__name__}")
+    if must_validate(validate, cache.backend):
+        check_slots(cache, slot_mapping)
+        check_positions(positions, MAX_POSITION)
+    rotated = None if query is None else cache.xp.empty_like(query)
+    if key.shape[0]:
+        if query is not None and query.size:
+            check_alignment(query, "query")
+        key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
+        defines = {
+            **_append_defines(cache, slot_mapping),
+            "ROTARY_DIM": int(rotary_dim),
+            "INTERLEAVED": int(bool(interleaved)),
+        }
+        kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
+        kernel(
+            (key.shape[0],),
+            (ROPE_THREADS,),
+            key_cache=Strided(cache.key),
+            value_cache=Strided(cache.value),
+            rotated=rotated,
+            query=query,
+            key=key,
+            value=value,
+            slot_mapping=slot_mapping,
+            positions=positions,
+            turns=_turns(cache, int(rotary_dim), float(theta), scaling),
+            num_heads=0 if query is None else query.shape[1],
+            num_kv_heads=config.num_kv_heads,
+            **layouts.stride_arguments(key_strides, value_strides),
+        )
+        refresh_slots(cache, slot_mapping)
+    return None if rotated is None else like_caller(rotated, caller)
+
+
+def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling | None) -> Any:
+    """Return turns a position as two floats, float32 [2, rotary_dim / 2], on the cache's device; made once."""
+    name = (rotary_dim, theta, scaling)
+    if name not in cache.turns:
+        exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
+        high = exact.astype(np.float32)
+        cache.turns[name] = cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)]))
+    return cache.turns[name]
+
+
+def _checked_rows(cache: KVCache, key: Any, value: Any, slot_mapping: Any) -> tuple[Any, Any, Any]:
+    """Return keys, values and slots as the backend's own arrays, or raise by name."""
+    config = cache.config
+    key, value, slot_mapping = (
+        as_backend_array(array, name, cache.backend)
+        for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping"))
+    )
+    for array, name in ((key, "key"), (value, "value")):
+        check_dtype(array, name, config.numpy_dtype)
+        check_shape(array, name, ("num_tokens", config.num_kv_heads, config.head_dim))
+    check_shape(value, "value", key.shape)
+    check_dtype(slot_mapping, "slot_mapping", np.dtype(np.int32), np.dtype(np.int64))
+    check_shape(slot_mapping, "slot_mapping", (key.shape[0],))
+    for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping")):
+        check_contiguous(array, name)
+    if key.size:
+        check_alignment(key, "key")
+        check_alignment(value, "value")
+    return key, value, slot_mapping
+
+
+def _append_defines(cache: KVCache, slot_mapping: Any) -> dict[str, object]:
+    """Return what a kernel that appends is specialised to."""
+    config = cache.config
+    return {
+        "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
+        "SLOT": C_TYPE_OF_DTYPE[slot_mapping.dtype],
+        "HEAD_DIM": config.head_dim,
+        "BLOCK_SIZE": config.block_size,
+        "KEY_PACK": layouts.kv_strides(config, "key").pack_size,
+        "VALUE_PACK": layouts.kv_strides(config, "value").pack_size,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
+from cupaged.ops.arrays import as_backend_array, check_alignment
+from cupaged.runtime.arguments import byte_bounds
 
 __all__ = [
     "as_numpy",
@@ -17,12 +20,17 @@ __all__ = [
     "check_cache",
     "check_contiguous",
     "check_dtype",
+    "check_positions",
+    "check_query_start",
     "check_query_to_seq",
     "check_shape",
     "check_shared_prefix",
     "check_slots",
+    "checked_out",
+    "checked_scale",
     "checked_shared_prefix",
     "must_validate",
+    "shares_memory",
 ]
 
 
@@ -70,11 +78,12 @@ def must_validate(validate: bool | None, backend: str) -> bool:
 
 
 def check_block_tables(
-    cache: KVCache, block_tables: Any, seq_lens: Any, query_tokens: int = 1, window: int | None = None
+    cache: KVCache, block_tables: Any, seq_lens: Any, query_tokens: Any = 1, window: int | None = None
 ) -> None:
     """Raise ValueError if a length is negative or beyond the table, or a used table entry is no block of the cache.
 
-    Entries are used from the first that the earliest of `query_tokens` sees through its window.
+    Entries are used from the first that the earliest of `query_tokens`, a number or one for each sequence, sees through
+    its window.
     """
     tables, lens = as_numpy(block_tables), as_numpy(seq_lens).astype(np.int64)
     block_size, num_blocks = cache.config.block_size, cache.config.num_blocks
@@ -144,6 +153,32 @@ def check_shared_prefix(
         )
 
 
+def check_positions(positions: Any, end: int) -> None:
+    """Raise ValueError unless all positions lie from 0 to below `end`."""
+    given = as_numpy(positions)
+    wrong = (given < 0) | (given >= end)
+    if wrong.any():
+        token = int(np.argmax(wrong))
+        raise ValueError(f"positions must lie from 0 to below {end}; positions[{token}] is {given[token]}")
+
+
+def check_query_start(query_start: Any, total_tokens: int) -> None:
+    """Raise ValueError unless the entries rise from 0 to the number of query tokens."""
+    starts = as_numpy(query_start).astype(np.int64)
+    if starts[0] != 0 or starts[-1] != total_tokens:
+        raise ValueError(
+            f"query_start must begin with 0 and end with the number of query tokens, {total_tokens}; "
+            f"it begins with {starts[0]} and ends with {starts[-1]}"
+        )
+    falls = np.diff(starts) < 0
+    if falls.any():
+        seq = int(np.argmax(falls))
+        raise ValueError(
+            f"query_start must not fall; query_start[{seq}] is {starts[seq]}, "
+            f"and query_start[{seq + 1}] {starts[seq + 1]}"
+        )
+
+
 def check_query_to_seq(query_to_seq: Any, num_seqs: int) -> None:
     """Raise ValueError if an entry, where there is such an array, is no sequence."""
     if query_to_seq is None:
@@ -172,6 +207,43 @@ def check_slots(cache: KVCache, slot_mapping: Any) -> None:
         twice = int(written[np.argmax(counts > 1)])
         tokens = np.flatnonzero(slots == twice)[:2].tolist()
         raise ValueError(f"slot_mapping must name a slot once; slot {twice} is given to tokens {tokens}")
+
+
+def checked_scale(scale: float | None, head_dim: int) -> float:
+    """Return the factor of the logits, ``1 / sqrt(head_dim)`` if none is given, or raise by name."""
+    if scale is None:
+        return head_dim**-0.5
+    if not isinstance(scale, int | float | np.floating | np.integer) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a real number; got {type(scale).__name__} {scale!r}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite; got {scale!r}")
+    return float(scale)
+
+
+def checked_out(out: Any, query: Any, cache: KVCache) -> Any:
+    """Return `out` as the backend's own array, or raise by name unless a result like `query` can be written to it."""
+    array = as_backend_array(out, "out", cache.backend)
+    check_dtype(array, "out", query.dtype)
+    check_shape(array, "out", query.shape)
+    check_contiguous(array, "out")
+    if array.size:
+        check_alignment(array, "out")
+    name = shares_memory(array, query, cache)
+    if name is not None:
+        raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
+    return array
+
+
+def shares_memory(out: Any, query: Any, cache: KVCache) -> str | None:
+    """Return whose memory `out` takes part of, "query" or "cache", or None."""
+    start, end = byte_bounds(out)
+    low, high = byte_bounds(query)
+    if start < high and low < end:
+        return "query"
+    for low, high in cache.bounds:
+        if start < high and low < end:
+            return "cache"
+    return None
 
 
 def as_numpy(array: Any) -> np.ndarray:

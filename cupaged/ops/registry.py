@@ -115,6 +115,20 @@ _KERNELS = (
         "what paged_attention_persistent serves",
     ),
     KernelInfo(
+        "paged_prefill",
+        "attention/paged_prefill.cu",
+        "new tokens of any number over a paged context: tiles of rows on tensor cores, tiles of tokens copied ahead",
+        _TENSOR_CORES,
+        rounds_weights=True,
+        variants=ALL_VARIANTS - {"query_tokens"},
+    ),
+    KernelInfo(
+        "plan_prefill",
+        "attention/plan_prefill.cu",
+        "shares prefill work out over thread blocks, on the device, the longest pieces first",
+        "what paged_prefill serves",
+    ),
+    KernelInfo(
         "merge_states",
         "attention/merge_states.cu",
         "merges attention over disjoint parts of a context by their log-sum-exps",
@@ -131,6 +145,18 @@ _KERNELS = (
         "cache/write_texture.cu",
         "copies tokens from a cache to the array that a texture reads, by surface writes",
         "what paged_attention_texture serves",
+    ),
+    KernelInfo(
+        "rope_append_kv",
+        "cache/rope_append_kv.cu",
+        "rotates new keys by their positions and writes them with their values; rotates queries too",
+        "what append_kv serves; rotated dimensions a multiple of 16, of 8 in float32",
+    ),
+    KernelInfo(
+        "copy_blocks",
+        "cache/copy_blocks.cu",
+        "copies whole blocks: within a cache, into an array, or from one, 64 bytes a thread",
+        "any cache",
     ),
 )
 ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.name.startswith("paged_attention"))

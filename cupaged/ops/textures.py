@@ -2,7 +2,7 @@
 
 Linear and pitch-linear textures read the cache's own memory, so that the next launch sees what is appended to it. An
 array is block-linear, which only the GPU can address: it is a copy, filled by surface writes when it is bound, and kept
-up to date by `cupaged.append_kv`; after any other change of the cache, call `TextureView.refresh`.
+up to date by whatever of `cupaged` appends, copies or scatters; after any other change, call `TextureView.refresh`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = [
     "TextureView",
     "bind_textures",
     "load_path",
+    "refresh_blocks",
+    "refresh_slots",
     "why_no_textures",
 ]
 
@@ -150,6 +152,20 @@ def load_path(cache: KVCache) -> tuple[dict[str, object], dict[str, Any]]:
         view = bind_textures(cache, binding, floats=floats)
         tiles, arguments = view.tiles, view.arguments
     return {"LOAD_PATH": path, "TEXEL_FLOATS": int(floats), "TEXTURE_TILES": tiles}, arguments
+
+
+def refresh_slots(cache: KVCache, slot_mapping: Any) -> None:
+    """Write what the slots hold by now to the arrays that textures read, where there are any."""
+    for view in cache.textures.values():
+        view.refresh(slot_mapping)
+
+
+def refresh_blocks(cache: KVCache, block_ids: Any) -> None:
+    """The same for all slots of some blocks, int32 on the cache's backend."""
+    if cache.textures:
+        size = cache.config.block_size
+        within = cache.xp.arange(size, dtype=block_ids.dtype)
+        refresh_slots(cache, (block_ids[:, None] * size + within).reshape(-1))
 
 
 class TextureView:

@@ -9,6 +9,7 @@
 #include "mma.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"
+#include "swizzled_rows.cuh"
 #include "types.cuh"
 
 #ifndef CHUNK_TOKENS
@@ -21,20 +22,15 @@ struct AttentionTile {
   static constexpr int HALVES = Rows / 8;
   static constexpr int OPERANDS = (Rows + 15) / 16;   // the tensor cores take 16 rows: of 8, the rest is zeros
   static constexpr int STEPS = HeadDim / 16;          // tiles of 16 dimensions
-  static constexpr int VEC = kValuesPer16Bytes<T>;
   static constexpr int FLOAT_PITCH = HeadDim + (Rows == 8 ? 8 : 0);   // of results: where there is room, no bank conflicts
 
   LeftTile query[OPERANDS][STEPS];
   ResultTile out[OPERANDS][2 * STEPS];
   SoftmaxState softmax[HALVES];
 
-  // Where a chunk's row has its 16-byte vector `index` in shared memory, in elements. Vectors change places so that 8
-  // rows' vectors of one index lie in different banks, without padding: a row that began within a 32-byte sector would
-  // tear sectors of global memory apart, and each be fetched twice.
+  // Where a chunk's row has its 16-byte vector `index` in shared memory, in elements.
   static __device__ __forceinline__ int place_of(int row, int index) {
-    constexpr int VECTORS = HeadDim / VEC;
-    constexpr int SWAPS = VECTORS % 8 == 0 ? 8 : VECTORS % 4 == 0 ? 4 : 2;   // vectors that may change places
-    return row * HeadDim + (index ^ (row / (8 / SWAPS) % SWAPS)) * VEC;
+    return SwizzledRows<T, HeadDim>::place_of(row, index);
   }
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
   static __device__ __forceinline__ int row_of(int half) { return lane() / 4 + 8 * half; }

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cupaged.bench.claims import CLAIMS, FAILS, HOLDS, OPEN, PARTLY, VERDICTS, Claim, judge
+from cupaged.bench.claims import CLAIMS, FAILS, HOLDS, OPEN, PARTLY, VERDICTS, judge
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {claim.name: claim for claim in CLAIMS}
@@ -20,7 +20,7 @@ def test_every_claim_is_complete_and_its_command_exists():
     assert len(BY_NAME) == len(CLAIMS)
     for claim in CLAIMS:
         assert claim.statement and claim.origin and claim.published and claim.source
-        assert claim.experiment is None or (ROOT / claim.command.removeprefix("python ")).is_file()
+        assert (ROOT / claim.command.removeprefix("python ")).is_file()
         assert not (claim.stated_values or claim.published_values) or claim.unit
 
 
@@ -133,5 +133,18 @@ def test_the_checklist_counts_kernels_that_keep_all_of_it():
     assert verdict("checklist", rows=[bad]).verdict == FAILS
 
 
-def test_a_claim_without_an_experiment_names_no_command():
-    assert isinstance(BY_NAME["swap"], Claim) and BY_NAME["swap"].command == "–"
+def swaps(**times):
+    rows = [
+        {"status": "ok", "tokens": 256, "host_blocks": kind, "block_size": int(size.removeprefix("at_")), "out_ms": ms,
+         "in_ms": ms, "recompute_ms": 10.0}
+        for size, ms in times.items()
+        for kind in ("scattered", "neighbours")
+    ]  # fmt: skip
+    return {"rows": rows}
+
+
+def test_swapping_is_held_to_recomputing_at_both_ends():
+    finding = verdict("swap", **swaps(at_1=50.0, at_16=6.0, at_256=2.0))
+    assert finding.verdict == HOLDS and finding.values == (0.4, 10.0) and "1.20 at 16" in finding.reason
+    assert verdict("swap", **swaps(at_1=2.0, at_16=2.0, at_256=2.0)).verdict == PARTLY
+    assert verdict("swap", **swaps(at_1=2.0, at_16=6.0, at_256=20.0)).verdict == FAILS

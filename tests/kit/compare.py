@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from cupaged.bench.accuracy import decode_budget, merge_budget
+from cupaged.bench.accuracy import decode_budget, merge_budget, prefill_budget
 from cupaged.reference import as_numpy as to_numpy
 
-__all__ = ["assert_decode_matches_reference", "assert_merge_matches_reference", "to_numpy"]
+__all__ = [
+    "assert_decode_matches_reference",
+    "assert_merge_matches_reference",
+    "assert_prefill_matches_reference",
+    "to_numpy",
+]
 
 
 def assert_decode_matches_reference(case, out, lse=None, kernel="auto"):
     """Hold a decode result to the float64 reference."""
     budget = decode_budget(*case.arguments, kernel, **case.variants)
     assert out.dtype == case.query.dtype
+    _assert_within(budget, to_numpy(out), None if lse is None else to_numpy(lse))
+
+
+def assert_prefill_matches_reference(case, out, lse=None, rows=slice(None)):
+    """Hold a prefill result, or some of its rows, to the float64 reference."""
+    budget = prefill_budget(*case.arguments, **case.options)
+    assert out.dtype == case.query.dtype
+    if rows != slice(None):
+        budget = replace(budget, **{name: getattr(budget, name)[rows] for name in ("expected", "out", "expected_lse")})
     _assert_within(budget, to_numpy(out), None if lse is None else to_numpy(lse))
 
 

@@ -92,6 +92,12 @@ def all_variants():
         ("cache/append_kv.cu", "append_kv", append_defines(config, ("int", "long long")[i % 2]))
         for i, config in enumerate(CONFIGS)
     ]
+    rope = [
+        ("cache/rope_append_kv.cu", "rope_append_kv",
+         {**append_defines(config, ("int", "long long")[i % 2]), "ROTARY_DIM": config.head_dim // 32 * 16 or 16,
+          "INTERLEAVED": i % 2})
+        for i, config in enumerate(CONFIGS)
+    ]  # fmt: skip
     computed = [(*v1[i][:2], {**v1[i][2], "TABLE_LOOKUP": 0}) for i in (0, 8)]
     gather = [
         ("bench/gather_lookup.cu", "gather_lookup", {"ROW": 512, "BLOCK_SIZE": 7, "UNIT": unit, "TABLE_LOOKUP": lookup})
@@ -101,13 +107,32 @@ def all_variants():
         ("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines)
         for defines in PERSISTENT_DEFINES
     ]
+    prefill = [("attention/paged_prefill.cu", "paged_prefill", defines) for defines in PREFILL_DEFINES]
     mma = [("attention/paged_attention_mma.cu", "paged_attention_mma", defines) for defines in MMA_DEFINES]
     merge = [
         ("attention/merge_states.cu", "merge_states", {"STORAGE": storage})
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
-    rest = [("bench/read_stream.cu", "read_stream", {}), ("attention/plan_decode.cu", "plan_decode", {})]
-    groups = (v1, computed, rung_variants(), texture_variants(), mma, persistent, merge, append, gather, rest)
+    rest = [
+        ("bench/read_stream.cu", "read_stream", {}),
+        ("attention/plan_decode.cu", "plan_decode", {}),
+        ("attention/plan_prefill.cu", "plan_prefill", {}),
+        ("cache/copy_blocks.cu", "copy_blocks", {}),
+    ]
+    groups = (
+        v1,
+        computed,
+        rung_variants(),
+        texture_variants(),
+        mma,
+        persistent,
+        prefill,
+        merge,
+        append,
+        rope,
+        gather,
+        rest,
+    )
     return [KernelSource.read(*variant) for group in groups for variant in group]
 
 
@@ -145,5 +170,22 @@ PERSISTENT_DEFINES = [
         ("__nv_bfloat16", 64, 7, 32, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 1, "SOFTCAP": 1, "ALIBI": 1}),
         ("__half", 256, 16, 8, 4, 2, 16, {"SHARED_PREFIX": 2}),
         ("__half", 64, 7, 16, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 2, "SOFTCAP": 1, "ALIBI": 1, "SINKS": 1}),
+    )
+]  # fmt: skip
+PREFILL_DEFINES = [
+    {
+        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROW_WARPS": row_warps,
+        "TOKEN_WARPS": token_warps, "WARP_ROWS": warp_rows, "HELD_STEPS": held, "BLOCKS_PER_SM": blocks,
+        **dict.fromkeys(asked, 1), "CAUSAL": causal,
+    }
+    for storage, head_dim, block_size, row_warps, token_warps, warp_rows, held, blocks, asked, causal in (
+        ("__half", 64, 16, 4, 1, 32, 4, 2, (), 1),
+        ("__nv_bfloat16", 128, 16, 4, 1, 32, 0, 2, (), 1),
+        ("__nv_bfloat16", 96, 7, 4, 1, 32, 0, 2, ("WINDOW", "SINKS"), 1),
+        ("__half", 192, 64, 8, 1, 16, 0, 1, ("SOFTCAP",), 0),
+        ("__nv_bfloat16", 256, 256, 8, 1, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
+        ("__half", 80, 24, 4, 1, 16, 0, 2, ("ALIBI",), 0),
+        ("__nv_bfloat16", 128, 16, 1, 4, 16, 0, 3, (), 1),
+        ("__half", 256, 1, 1, 4, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
     )
 ]  # fmt: skip

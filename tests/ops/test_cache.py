@@ -39,6 +39,19 @@ def test_only_the_named_slots_change(layout, dtype, block_size, head_dim, backen
         np.testing.assert_array_equal(to_numpy(stored), expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("first", [0, 8, 5, 13])
+def test_a_prompt_whose_slots_are_neighbours(layout, dtype, first, backend, xp):
+    cache, dense = marked_cache(layout, dtype, backend)
+    slots = np.concatenate([np.arange(first, 16), [32, 33, 34, -1], np.arange(48, 64), [7 - first % 2 * 7 + 64]])
+    key, value = new_tokens(cache, len(slots))
+    pg.append_kv(cache, key, value, xp.asarray(slots))
+    pg.reference.append_kv(*dense, key, value, slots)
+    for stored, expected in zip(cache.to_dense(), dense, strict=True):
+        np.testing.assert_array_equal(to_numpy(stored), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_slots_may_be_of_either_integer_type(dtype, backend, xp):
     cache, _dense = marked_cache("BSHD", "float16", backend)

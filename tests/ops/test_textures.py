@@ -151,6 +151,17 @@ def test_what_is_appended_is_seen_through_textures(path, slots_of, floats, backe
         assert_decode_matches_reference(case, *attend(case, path, TEXEL_FLOATS=floats), KERNEL)
 
 
+@pytest.mark.parametrize("floats", [0, 1])
+def test_blocks_that_are_copied_or_scattered_are_seen_through_textures(floats, backend):
+    case = decode_case(DecodeShape((40, 23)), backend)
+    attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats)
+    first, second = (int(row[0]) for row in to_numpy(case.block_tables))
+    pg.copy_blocks(case.cache, [[first, second]])
+    assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
+    pg.scatter_blocks(case.cache, [first], pg.gather_blocks(case.cache, [second]) * 2)
+    assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
+
+
 def test_another_change_of_the_cache_needs_a_refresh(backend):
     case = decode_case(DecodeShape((40,)), backend)
     attend(case, "TEXTURE_ARRAY")

@@ -14,8 +14,13 @@ from cupaged.ops.rungs import RUNGS
 from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import host, kernels_defining, load_kernel
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
-from tests.kit.compare import assert_decode_matches_reference, assert_merge_matches_reference
+from tests.kit.compare import (
+    assert_decode_matches_reference,
+    assert_merge_matches_reference,
+    assert_prefill_matches_reference,
+)
 from tests.kit.experiments import functions
+from tests.kit.prefill import PrefillShape, prefill_case
 from tests.kit.programs import kernel_from_text
 
 SHAPES = [
@@ -37,8 +42,16 @@ SHAPES = [
 SHAPES_OF_RUNGS = SHAPES[1:2] + SHAPES[5:]  # each build with sanitizers takes seconds
 
 
+SHAPES_OF_PREFILL = [
+    PrefillShape(DecodeShape((150, 0, 90, 65), num_heads=8), (70, 0, 90, 1)),
+    PrefillShape(DecodeShape((700, 33), num_heads=4, head_dim=128, dtype="bfloat16", block_size=7), (3, 1)),
+    PrefillShape(DecodeShape((90,), window=20, query_tokens=60, alibi=True, sinks=True, layout="BHSD"), (60,)),
+    PrefillShape(DecodeShape((90, 20), head_dim=192, softcap=3.0, layout="HBSD"), (40, 20), causal=False),
+]
+
+
 def run_all(backend):
-    """Attend and merge under two schedules, append, and read a stream."""
+    """Attend and merge under two schedules, append, move blocks, and read a stream."""
     for shape in SHAPES:
         case = decode_case(shape, backend)
         for seed in range(2):
@@ -57,6 +70,17 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+        if config.head_dim % 16 == 0:
+            positions = xp.asarray(np.arange(5, dtype=np.int32))
+            pg.rope_append_kv(case.cache, rows, rows, xp.asarray(slots), positions, query=rows, interleaved=True)
+        pg.copy_blocks(case.cache, [[0, config.num_blocks - 1]])
+        pg.scatter_blocks(case.cache, [1], pg.gather_blocks(case.cache, [0]))
+    for shape in SHAPES_OF_PREFILL:
+        case = prefill_case(shape, backend)
+        for seed in range(2):
+            with host.schedule(seed) if backend == "host" else nullcontext():
+                result = pg.paged_prefill(*case.arguments, return_lse=True, **case.options)
+                assert_prefill_matches_reference(case, *result)
     run_every_path(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)

@@ -10,6 +10,7 @@ import cupaged as pg
 from cupaged.ops import rungs
 from cupaged.runtime import host, kernels_folder, kernels_from
 from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
+from tests.kit.prefill import PrefillShape, prefill_case
 
 KERNEL_OF_FILE = {
     "attention/paged_attention_naive.cu": "paged_attention_naive",
@@ -21,12 +22,15 @@ KERNEL_OF_FILE = {
     "attention/paged_attention_batched.cu": "paged_attention_batched",
     "attention/paged_attention_mma.cu": "paged_attention_mma",
     "attention/paged_attention_persistent.cu": "paged_attention_persistent",
+    "attention/paged_prefill.cu": "paged_prefill",
     "include/reduce.cuh": "paged_attention_v1",
 }
+# Not the one that blocks rely on which run at the same time: here they run one behind the other for the most part.
+BARRIER = r"__syncthreads\(\);(?!   // this part is there)"
 BARRIERS = [
     (file, match.start())
     for file in KERNEL_OF_FILE
-    for match in re.finditer(r"__syncthreads\(\);", (kernels_folder() / file).read_text(encoding="utf-8"))
+    for match in re.finditer(BARRIER, (kernels_folder() / file).read_text(encoding="utf-8"))
 ]
 SHAPES = [
     DecodeShape((300,), num_heads=2, num_kv_heads=1),
@@ -38,6 +42,12 @@ SHAPES_OF_PERSISTENT = [  # pieces from the queue, pieces in turns, parts of a s
     DecodeShape((300, 290, 310) * 12, num_heads=2, num_kv_heads=2, head_dim=32),
     DecodeShape((4000,), num_heads=9, num_kv_heads=1, head_dim=32),
 ]
+SHAPES_OF_PREFILL = [  # many pieces with rows of a warp's own, parts of a context, tokens shared out over warps
+    PrefillShape(DecodeShape((200, 130, 150), num_heads=4, num_kv_heads=2, head_dim=32), (190, 130, 100)),
+    PrefillShape(DecodeShape((900, 400, 700), num_heads=9, num_kv_heads=1, head_dim=32), (6, 4, 5)),
+    PrefillShape(DecodeShape((900, 300, 600), num_heads=2, num_kv_heads=1, head_dim=32), (3, 2, 2)),
+]
+SHAPES_OF_KERNEL = {"paged_attention_persistent": SHAPES_OF_PERSISTENT, "paged_prefill": SHAPES_OF_PREFILL}
 
 
 def copy_without(tmp_path, file, position):
@@ -52,11 +62,16 @@ def copy_without(tmp_path, file, position):
 
 def outcomes(kernel, shape):
     """Return the results over three schedules."""
-    case = decode_case(shape, "host")
+    prefill = kernel == "paged_prefill"
+    case = prefill_case(shape, "host") if prefill else decode_case(shape, "host")
     results = []
     for seed in range(3):
         with host.schedule(seed):
-            results.append(pg.paged_attention(*case.arguments, kernel=kernel))
+            if prefill:
+                nowhere = np.full_like(case.query, np.nan)  # a row that is not written shows
+                results.append(pg.paged_prefill(*case.arguments, out=nowhere))
+            else:
+                results.append(pg.paged_attention(*case.arguments, kernel=kernel))
     return results
 
 
@@ -70,14 +85,14 @@ def differs(kernel, shape, expected):
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 17
+    assert len(BARRIERS) == 21
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
     monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
     kernel = KERNEL_OF_FILE[file]
-    shapes = SHAPES_OF_PERSISTENT if kernel == "paged_attention_persistent" else SHAPES
+    shapes = SHAPES_OF_KERNEL.get(kernel, SHAPES)
     shapes = [shape for shape in shapes if kernel != "paged_attention_mma" or tensor_cores_serve(shape)]
     shapes = [shape for shape in shapes if kernel != "paged_attention_texture" or keeps_rows_together(shape)]
     expected = {shape: outcomes(kernel, shape) for shape in shapes}

@@ -21,7 +21,7 @@ def name(source):
 
 def serves(source, architecture):
     """cp.async and bfloat16 on tensor cores came with sm_80."""
-    copies = source.entry in ("paged_attention_mma", "paged_attention_persistent")
+    copies = source.entry in ("paged_attention_mma", "paged_attention_persistent", "paged_prefill")
     copies = copies or dict(source.defines).get("LOAD_PATH") == "LOAD_ASYNC_COPY"
     return architecture != "sm_75" or not copies
 

@@ -1,0 +1,1 @@
+"""What drives a model through the memory manager and the kernels."""

@@ -1,0 +1,247 @@
+"""PagedAttention as a model uses it: one call that finds room, shares prefixes, writes the cache and attends."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupaged.config import CacheConfig
+from cupaged.errors import UnsupportedError
+from cupaged.kv_cache import KVCache
+from cupaged.memory.manager import NO_PAIRS, BlockManager
+from cupaged.ops.arrays import as_backend_array, like_caller
+from cupaged.ops.attention import paged_attention
+from cupaged.ops.blocks import copy_blocks
+from cupaged.ops.cache import append_kv
+from cupaged.ops.plan import why_no_tensor_cores
+from cupaged.ops.prefill import paged_prefill
+from cupaged.ops.swap import SwapEngine
+
+__all__ = ["PagedAttention", "PagedStep"]
+
+SeqId = Hashable
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Where the rows of a step go and what they see; the same for every layer.
+
+    Attributes
+    ----------
+    is_prompt : bool
+        Whether sequences have rows of any number, or one each.
+    copies : int32 [num_copies, 2]
+        (source, destination) blocks, to be copied in every layer's cache before anything is written.
+    slots : int64 [num_rows]
+        Where each row's key and value go; -1 where they are there already.
+    block_tables, seq_lens, query_start : int32 [num_seqs, max_blocks], [num_seqs], [num_seqs + 1]
+        As `cupaged.paged_prefill` takes them.
+    """
+
+    is_prompt: bool
+    copies: np.ndarray
+    slots: np.ndarray
+    block_tables: np.ndarray
+    seq_lens: np.ndarray
+    query_start: np.ndarray
+
+
+class PagedAttention:
+    """A layer's attention over a paged cache.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Of the layer's cache, which is made here.
+    manager : BlockManager, optional
+        Which block holds which token; layers of one model share it. Without it one is made for the config.
+    backend : {"cuda", "host"}, optional
+        See `KVCache`.
+    swaps : SwapEngine, optional
+        Makes the transfers of a manager with ``on_evict="offload"``.
+    scale, window, softcap, alibi_slopes, sinks
+        As `cupaged.paged_attention` takes them, for every call.
+
+    Attributes
+    ----------
+    cache : KVCache
+    manager : BlockManager
+
+    References
+    ----------
+    .. [1] Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        manager: BlockManager | None = None,
+        backend: str | None = None,
+        *,
+        swaps: SwapEngine | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+    ) -> None:
+        self.cache = KVCache(config, backend)
+        self.manager = BlockManager(config.num_blocks, block_size=config.block_size) if manager is None else manager
+        if self.manager.block_size != config.block_size:
+            raise ValueError(
+                f"manager must have the cache's block size, {config.block_size}; got {self.manager.block_size}"
+            )
+        if self.manager.gpu.num_blocks > config.num_blocks:
+            raise ValueError(
+                f"manager must have no more blocks than the cache's {config.num_blocks}; "
+                f"got {self.manager.gpu.num_blocks}"
+            )
+        self.swaps = swaps
+        self.options = {
+            "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        sequence_ids: Sequence[SeqId],
+        is_prompt: bool,
+        *,
+        tokens: Sequence[Any] | None = None,
+    ) -> Any:
+        """Find room for new tokens, write their keys and values, and attend with their queries.
+
+        Parameters
+        ----------
+        query : array, [num_rows, H, D]
+            Rows of the sequences one behind the other: one each if they decode, any number if they are prompts.
+        key, value : array, [num_rows, Hkv, D]
+        sequence_ids : sequence of hashable
+            The sequences, each once.
+        is_prompt : bool
+            Whether the rows are prompts, or further chunks of one prompt, or each a sequence's next token.
+        tokens : sequence, optional
+            Of prompts, for each sequence its token ids, int [num_tokens], by which prefixes are shared, or only their
+            number; needed if there are several. A new prompt has a row for each token, or only for those that
+            `BlockManager.cached_tokens` does not count: which, the number of rows says. When decoding, the token ids,
+            int [num_seqs], by which filled blocks can be found.
+
+        Returns
+        -------
+        array, [num_rows, H, D]
+            Of the kind and dtype of `query`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was expected and what came.
+        OutOfBlocksError
+            If there is no room; nothing has changed then.
+        """
+        return self.attend(query, key, value, self.step(sequence_ids, is_prompt, query.shape[0], tokens=tokens))
+
+    __call__ = forward
+
+    def step(
+        self, sequence_ids: Sequence[SeqId], is_prompt: bool, num_rows: int, *, tokens: Sequence[Any] | None = None
+    ) -> PagedStep:
+        """Find room for a step's tokens, once for all layers; parameters and errors are those of `forward`."""
+        names = list(sequence_ids)
+        if len(set(names)) != len(names):
+            raise ValueError("sequence_ids must name each sequence once")
+        return self._prompt_step(names, num_rows, tokens) if is_prompt else self._decode_step(names, num_rows, tokens)
+
+    def attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
+        """Write a step's keys and values to this layer's cache, and attend with its queries."""
+        cache, xp = self.cache, self.cache.xp
+        if len(step.copies):
+            copy_blocks(cache, step.copies)
+        append_kv(cache, key, value, xp.asarray(step.slots))
+        tables, lens = xp.asarray(step.block_tables), xp.asarray(step.seq_lens)
+        if not step.is_prompt:
+            return paged_attention(query, cache, tables, lens, **self.options)
+        if why_no_tensor_cores(cache) is None:
+            return paged_prefill(query, cache, tables, lens, xp.asarray(step.query_start), **self.options)
+        return self._attend_one_by_one(query, step)
+
+    def free(self, sequence_id: SeqId) -> None:
+        """Forget a sequence."""
+        self.manager.free(sequence_id)
+
+    def _prompt_step(self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None) -> PagedStep:
+        manager = self.manager
+        if tokens is None:
+            if len(names) != 1:
+                raise ValueError(f"tokens must be given for several prompts; got {len(names)} sequences")
+            tokens = [num_rows]
+        if len(tokens) != len(names):
+            raise ValueError(f"tokens must have an entry for each of {len(names)} sequences; got {len(tokens)}")
+        counts = [int(text) if np.ndim(text) == 0 else len(text) for text in tokens]
+        continued = [i for i, name in enumerate(names) if name in manager]
+        if len(continued) > 1:  # so that a call without room changes nothing
+            raise UnsupportedError(f"a call may continue one prompt; got {[names[i] for i in continued]}")
+        fresh = [i for i in range(len(names)) if i not in continued]
+        copies, admitted = NO_PAIRS, []
+        starts = [0] * len(names)
+        try:
+            for i in fresh:
+                manager.allocate(names[i], tokens[i])
+                admitted.append(names[i])
+            cached = [0 if i in continued else manager.cached_tokens(names[i]) for i in range(len(names))]
+            whole = sum(counts) == num_rows
+            if not whole and sum(counts) - sum(cached) != num_rows:
+                raise ValueError(
+                    f"query must have a row for each of {sum(counts)} tokens, or for the {sum(counts) - sum(cached)} "
+                    f"that are not cached; got {num_rows}"
+                )
+            for i in continued:
+                starts[i] = manager.num_tokens(names[i])
+                copies = manager.append(names[i], tokens[i]).copies
+        except Exception:
+            for name in admitted:
+                manager.free(name)
+            raise
+        self._carry_out_transfers()
+        slots = []
+        for name, start, count, there in zip(names, starts, counts, cached, strict=True):
+            first = 0 if whole else there
+            mine = manager.slots(name, start + first, start + count)
+            mine[: there - first] = -1  # shared: others may be reading them
+            slots.append(mine)
+        rows = [len(mine) for mine in slots]
+        return PagedStep(
+            True, copies, np.concatenate([np.empty(0, np.int64), *slots]), manager.block_tables(names),
+            manager.seq_lens(names), np.cumsum([0, *rows]).astype(np.int32),
+        )  # fmt: skip
+
+    def _decode_step(self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None) -> PagedStep:
+        manager = self.manager
+        if num_rows != len(names):
+            raise ValueError(f"query must have one row for each of {len(names)} sequences; got {num_rows}")
+        slots, copies = manager.append_batch(names, None if tokens is None else np.asarray(tokens))
+        self._carry_out_transfers()
+        starts = np.arange(len(names) + 1, dtype=np.int32)
+        return PagedStep(False, copies, slots, manager.block_tables(names), manager.seq_lens(names), starts)
+
+    def _carry_out_transfers(self) -> None:
+        transfers = self.manager.take_transfers()
+        if transfers and self.swaps is None:
+            raise UnsupportedError('a manager with on_evict="offload" needs a SwapEngine: pass it as swaps')
+        if transfers and self.swaps is not None:
+            self.swaps.carry_out(transfers)
+            self.swaps.wait()
+
+    def _attend_one_by_one(self, query: Any, step: PagedStep) -> Any:
+        """Attend with a prompt's tokens as with decode queries of sequences that end there."""
+        rows = np.diff(step.query_start)
+        seq = np.repeat(np.arange(len(rows)), rows)
+        contexts = step.seq_lens[seq] - (step.query_start[1:][seq] - 1 - np.arange(len(seq)))
+        xp = self.cache.xp
+        given = as_backend_array(query, "query", self.cache.backend)
+        tables, lens = xp.asarray(step.block_tables[seq]), xp.asarray(contexts.astype(np.int32))
+        return like_caller(paged_attention(given, self.cache, tables, lens, **self.options), query)

@@ -1,0 +1,245 @@
+"""How close to a copy's speed are the operations on the cache, and how close to the link's is swapping?
+
+Appending, rotating and appending, copying, gathering and scattering blocks read every byte once and write it once: they
+are held to the device's own copy, in every layout. Swapping is held to one pinned copy of the same bytes over the link.
+Each operation's result is checked first. Without a GPU results are checked and not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import cupaged as pg
+from cupaged.bench.ceilings import copy_ceiling
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    new_figure,
+    print_table,
+    result_folder,
+    run_experiment,
+    save_figure,
+    write_results,
+)
+from cupaged.bench.timing import time_graph
+from cupaged.layouts import LAYOUTS
+from cupaged.runtime import choose_backend
+
+Row = dict[str, Any]
+SIZES_MB = (1, 8, 64, 256)
+REPEATS = 7
+EXPECTATION = (
+    "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
+    "within a tenth of the copy, whatever the layout, but for values in BHDSX, whose neighbours lie a block apart. "
+    "Small operations are launches. A swap is a gather and a copy that overlap: the link's speed, if blocks on the "
+    "host are neighbours; blocks that are not cost a copy each."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; returns 0 if every result was right."""
+    parser = argument_parser(__doc__ or "")
+    options = parser.parse_args(arguments)
+    backend = choose_backend(options.backend)
+    stamp = machine_stamp(backend)
+    result_folder(stamp, options.out)
+    console.print(EXPECTATION, "\n")
+    ceiling = copy_ceiling() if backend == "cuda" else None
+    sizes = (0.05,) if backend == "host" else SIZES_MB[2:3] if options.smoke else SIZES_MB
+    rows: list[Row] = []
+    for layout in tqdm(LAYOUTS, desc="cache_ops", unit="layout"):
+        for size in sizes:
+            rows += measure(layout, size, backend, ceiling)
+    title = f"Bytes read and written, beside a copy ceiling of {ceiling:.0f} GB/s" if ceiling else "Results"
+    print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, title)
+    verdict = conclusion(rows)
+    console.print(verdict, "\n")
+    folder = write_results(rows, stamp, "cache_ops", options.out, copy_ceiling_gb_s=ceiling, conclusion=verdict)
+    draw(rows, stamp, folder / "cache_ops.png")
+    console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+HOST_COLUMNS = {"operation": "operation", "layout": "layout", "mb": "MB|.2f", "status": "status"}
+GPU_COLUMNS = {"operation": "operation", "layout": "layout", "mb": "MB|.0f", "time_us": "us|.1f", "gb_s": "GB/s|.0f",
+               "of_ceiling": "of ceiling|.0%", "status": "status"}  # fmt: skip
+
+
+def measure(layout: str, size_mb: float, backend: str, ceiling: float | None) -> list[Row]:
+    """Check and time every operation on blocks of `size_mb` megabytes of keys and values."""
+    config = pg.CacheConfig(1, 16, 8, 128, "bfloat16", layout)
+    count = max(2, int(size_mb * 1e6 / (config.block_size * config.bytes_per_token)))
+    work = Work(layout, count, backend)
+    rows = []
+    for name, (call, check) in work.operations().items():
+        what = {"operation": name, "layout": layout, "mb": work.nbytes / 1e6}
+        rows.append(measured_row(what, lambda c=call, k=check: on_device(c, k, work.nbytes, ceiling)))
+    for name, out in (("swap out", True), ("swap in", False)):
+        what = {"operation": name, "layout": layout, "mb": work.nbytes / 1e6}
+        rows.append(measured_row(what, lambda o=out: over_the_link(work, o, ceiling is not None)))
+    return rows
+
+
+class Work:
+    """A cache of twice as many blocks as are moved, and what is moved."""
+
+    def __init__(self, layout: str, count: int, backend: str) -> None:
+        self.cache = pg.KVCache(pg.CacheConfig(2 * count, 16, 8, 128, "bfloat16", layout), backend)
+        self.count, config, xp = count, self.cache.config, self.cache.xp
+        self.nbytes = count * config.block_size * config.bytes_per_token
+        rng = np.random.default_rng(0)
+        self.order = rng.permutation(2 * count).astype(np.int32)
+        tokens = count * config.block_size
+        shape = (tokens, config.num_kv_heads, config.head_dim)
+        generator = xp.random.default_rng(0)
+        self.key, self.value = (
+            generator.standard_normal(shape, dtype=np.float32).astype(config.numpy_dtype) for _ in "kv"
+        )
+        blocks = self.order[:count].astype(np.int64)
+        self.slots_on_host = (blocks[:, None] * config.block_size + np.arange(config.block_size)).reshape(-1)
+        self.slots = xp.asarray(self.slots_on_host)
+        self.positions = xp.zeros(tokens, dtype=np.int32)
+        self.sources, self.targets = (xp.asarray(ids) for ids in (self.order[:count], self.order[count:]))
+        self.pairs = xp.stack([self.sources, self.targets], axis=1)
+
+    def operations(self) -> dict[str, tuple[Callable[[], Any], Callable[[], bool]]]:
+        """Return by name what is launched, and what says afterwards whether its result is right."""
+        cache, count = self.cache, self.count
+        out = pg.gather_blocks(cache, self.sources)
+        return {
+            "append": (
+                lambda: pg.append_kv(cache, self.key, self.value, self.slots, validate=False),
+                lambda: self._holds(self.sources),
+            ),
+            "rope and append": (  # position 0: nothing turns
+                lambda: pg.rope_append_kv(cache, self.key, self.value, self.slots, self.positions, validate=False),
+                lambda: self._holds(self.sources),
+            ),
+            "copy": (lambda: pg.copy_blocks(cache, self.pairs, validate=False), lambda: self._holds(self.targets)),
+            "gather": (
+                lambda: pg.gather_blocks(cache, self.sources, out, validate=False),
+                lambda: bool((out == pg.gather_blocks(cache, self.targets)).all()) and count == len(out),
+            ),
+            "scatter": (
+                lambda: pg.scatter_blocks(cache, self.targets, out, validate=False),
+                lambda: self._holds(self.targets),
+            ),
+        }
+
+    def _holds(self, ids: Any) -> bool:
+        """Whether the listed blocks hold the new tokens in order."""
+        config = self.cache.config
+        ids = ids if isinstance(ids, np.ndarray) else ids.get()
+        some = np.unique(np.linspace(0, self.count - 1, 8).astype(int))
+        expected = [
+            array.reshape(self.count, config.block_size, *array.shape[1:])[some] for array in (self.key, self.value)
+        ]
+        expected = [array if isinstance(array, np.ndarray) else array.get() for array in expected]
+        return all(np.array_equal(*pair) for pair in zip(self.cache.blocks(ids[some]), expected, strict=True))
+
+
+def on_device(call: Callable[[], Any], check: Callable[[], bool], nbytes: int, ceiling: float | None) -> Row:
+    """Check and time an operation that reads and writes `nbytes`."""
+    call()
+    row: Row = {"status": "ok" if check() else "wrong: the cache holds something else"}
+    if ceiling is None:
+        return row
+    timing = time_graph([call])
+    bandwidth = 2 * nbytes / timing.median_us / 1e3
+    return {**row, "time_us": timing.median_us, "gb_s": bandwidth, "of_ceiling": bandwidth / ceiling}
+
+
+def over_the_link(work: Work, out: bool, timed: bool) -> Row:
+    """Check and time a swap, beside one pinned copy of the same bytes."""
+    engine = pg.SwapEngine([work.cache], work.count)
+    pairs = np.stack([work.order[: work.count], np.arange(work.count, dtype=np.int32)], axis=1)
+    engine.swap_out(pairs)
+    engine.synchronise()
+    gathered = pg.gather_blocks(work.cache, pairs[:, 0])
+    expected = gathered if isinstance(gathered, np.ndarray) else gathered.get()
+    right = np.array_equal(engine.host[0].blocks.view(np.uint16), expected.view(np.uint16))
+    if not out:
+        back = np.stack([pairs[:, 1], work.order[work.count :]], axis=1)
+        engine.swap_in(back)
+        engine.synchronise()
+        moved = pg.gather_blocks(work.cache, work.targets)
+        right = right and bool((moved == gathered).all())
+    row: Row = {"status": "ok" if right else "wrong: other bytes arrived"}
+    if not timed:
+        return row
+    asked = (lambda: engine.swap_out(pairs)) if out else (lambda: engine.swap_in(back))
+    link = link_time(gathered, engine.host[0].blocks, out)
+    taken = median_time(asked, engine.synchronise)
+    bandwidth = work.nbytes / taken / 1e9
+    return {**row, "time_us": 1e6 * taken, "gb_s": bandwidth, "of_ceiling": link / taken,
+            "link_gb_s": work.nbytes / link / 1e9}  # fmt: skip
+
+
+def link_time(device: Any, host: np.ndarray, out: bool) -> float:
+    """Return how long one copy of all bytes between the device and pinned memory takes."""
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    runtime = cupy.cuda.runtime
+    far, near = host.ctypes.data, device.data.ptr
+    kind = runtime.memcpyDeviceToHost if out else runtime.memcpyHostToDevice
+    ends = (far, near) if out else (near, far)
+    return median_time(lambda: runtime.memcpyAsync(*ends, device.nbytes, kind, stream.ptr), stream.synchronize)
+
+
+def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    """Return the median of seconds from the call until its work is done."""
+    times = []
+    for _ in range(REPEATS + 2):
+        wait()
+        start = perf_counter()
+        call()
+        wait()
+        times.append(perf_counter() - start)
+    return float(np.median(times[2:]))
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """Say what the rows show."""
+    parts = [f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} results are right."]
+    timed = [row for row in rows if row["status"] == "ok" and "of_ceiling" in row and row["mb"] >= 60]
+    for name in dict.fromkeys(row["operation"] for row in timed):
+        mine = sorted((row for row in timed if row["operation"] == name), key=lambda row: row["of_ceiling"])
+        ceiling = "one pinned copy" if "swap" in name else "the copy"
+        parts.append(
+            f"From 64 MB on, {name} reaches {mine[0]['of_ceiling']:.0%} ({mine[0]['layout']}) to "
+            f"{mine[-1]['of_ceiling']:.0%} ({mine[-1]['layout']}) of {ceiling}."
+        )
+    return " ".join(parts)
+
+
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+    """Bars by operation and layout, in percent of the ceiling, of the largest size; nothing without times."""
+    timed = [row for row in rows if row["status"] == "ok" and "of_ceiling" in row]
+    if not timed:
+        return
+    largest = max(row["mb"] for row in timed)
+    best = {(row["operation"], row["layout"]): 100 * row["of_ceiling"] for row in timed if row["mb"] == largest}
+    names = list(dict.fromkeys(name for name, _ in best))
+    figure, axis = new_figure(width=12, height=4.8)
+    width = 0.85 / len(LAYOUTS)
+    for i, layout in enumerate(LAYOUTS):
+        places = [n + (i - (len(LAYOUTS) - 1) / 2) * width for n in range(len(names))]
+        bars = axis.bar(places, [best.get((name, layout), 0) for name in names], width=0.95 * width, label=layout)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("percent of the copy, or of one pinned copy")
+    axis.legend(loc="lower right", ncols=len(LAYOUTS))
+    axis.set_title(f"Operations on {largest:.0f} MB of cache ({stamp['device']})", fontsize=11)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_experiment(main)

@@ -1,0 +1,283 @@
+"""How fast is attention of whole prompts, chunks and speculative tokens over a paged context, beside what others ship?
+
+The toolkit's paged_prefill beside FlashInfer's paged prefill in each of its backends, and PyTorch's attention on keys
+and values in one piece: the same workloads over the same memory in the same run, some tokens of each result checked
+against the reference, all timed by the same replay of a CUDA graph. Without a GPU results are checked and not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from peers import (
+    FLASHINFER,
+    Peer,
+    as_torch,
+    first_result,
+    host_copy,
+    on_current_stream,
+    page_lists,
+    release,
+    versions,
+    why_not,
+    workspace,
+)
+from tqdm import tqdm
+
+from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    new_figure,
+    print_table,
+    result_folder,
+    run_experiment,
+    save_figure,
+    write_results,
+)
+from cupaged.bench.timing import copies_for_cold_l2, time_graph, time_launches
+from cupaged.bench.workload import PREFILL_WORKLOADS, PrefillStep, PrefillWorkload, prefill_call
+from cupaged.errors import UnsupportedError
+from cupaged.runtime import choose_backend
+
+Row = dict[str, Any]
+Call = Callable[[], Any]
+
+OURS = "cupaged"
+EXPECTATION = (
+    "What to expect. Long prompts are bound by arithmetic: a tile of keys is read once for 128 query rows. mma.sync "
+    "reaches some 60 % of what Hopper's own instructions do, so kernels made of it (FlashInfer's fa2, this one) end "
+    "below those made of wgmma (fa3). Four tokens over 4k are bound by memory, as decode is. Short prompts without "
+    "shared heads spend much of their time on tiles that the diagonal cuts, and on starting and writing."
+)
+SMALL_WORKLOADS = (  # for a CPU
+    PrefillStep("prefill 2x70", 4, 2, 70, 2, 70, 64),
+    PrefillStep("spec 2x3 over 200", 4, 2, 3, 2, 200, 64),
+)
+GPU_COLUMNS = {"workload": "workload", "peer": "contender", "time_us": "us|.1f", "tflop_s": "TFLOP/s|.0f",
+               "gb_s": "GB/s|.0f", "of_ceiling": "of read ceiling|.0%", "ratio": "time over ours|.2f",
+               "status": "status"}  # fmt: skip
+HOST_COLUMNS = {"workload": "workload", "peer": "contender", "error_of_budget": "error of budget|.2f",
+                "status": "status"}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; returns 0 if every result of the toolkit was right."""
+    parser = argument_parser(__doc__ or "")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of all arrays")
+    parser.add_argument("--head-dim", type=int, default=None, help="another head dim than the workloads'")
+    options = parser.parse_args(arguments)
+    backend = choose_backend(options.backend)
+    stamp = machine_stamp(backend)
+    result_folder(stamp, options.out)
+    console.print(EXPECTATION, "\n")
+    reasons = {peer.name: why_not(peer) if backend == "cuda" else "it is for the cuda backend" for peer in PEERS}
+    peers = [peer for peer in PEERS if reasons[peer.name] is None]
+    for name, why in reasons.items():
+        if why is not None:
+            console.print(f"not compared: {name}: {why}")
+    ceiling = read_ceiling() if backend == "cuda" else None
+    steps = SMALL_WORKLOADS if backend == "host" else PREFILL_WORKLOADS[3:] if options.smoke else PREFILL_WORKLOADS
+    changes = {"dtype": options.dtype, **({"head_dim": options.head_dim} if options.head_dim else {})}
+    rows: list[Row] = []
+    for step in tqdm([replace(step, **changes) for step in steps], desc="prefill", unit="workload"):
+        rows += with_ratios(measure(step, peers, backend, ceiling))
+    print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Causal attention of new tokens over a paged context")
+    verdict = conclusion(rows)
+    console.print(verdict, "\n")
+    folder = write_results(
+        rows, stamp, "prefill", options.out, peers=versions(peers), read_ceiling_gb_s=ceiling,
+        not_compared={name: why for name, why in reasons.items() if why}, workloads=[asdict(step) for step in steps],
+        conclusion=verdict,
+    )  # fmt: skip
+    draw(rows, stamp, folder / "prefill.png")
+    console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
+    return 0 if all(row["status"] == "ok" for row in rows if row["peer"] == OURS) else 1
+
+
+# --- the contenders -----------------------------------------------------------------------------------------------
+
+
+def flashinfer(backend: str) -> Callable[[PrefillWorkload], Call]:
+    """Return the adapter of FlashInfer's paged prefill with some backend; it plans once, as for all layers."""
+
+    def prepare(work: PrefillWorkload) -> Call:
+        torch = import_module("torch")
+        query, pages = as_torch(work.query), (as_torch(work.cache.key), as_torch(work.cache.value))
+        config = work.cache.config
+        lists = page_lists(host_copy(work.block_tables), host_copy(work.seq_lens), config.block_size)
+        indptr, indices, last_page_len = (torch.from_numpy(values).to(query.device) for values in lists)
+        wrapper = import_module("flashinfer").BatchPrefillWithPagedKVCacheWrapper(
+            workspace("flashinfer", str(query.device)), "NHD", backend=backend
+        )
+        wrapper.plan(
+            as_torch(work.query_start), indptr, indices, last_page_len, query.shape[1], config.num_kv_heads,
+            config.head_dim, config.block_size, causal=True, q_data_type=query.dtype, kv_data_type=query.dtype,
+        )  # fmt: skip
+        out = torch.empty_like(query)
+        return lambda: wrapper.run(query, pages, out=out)
+
+    return prepare
+
+
+def sdpa(backend: str) -> Callable[[PrefillWorkload], Call]:
+    """Return the adapter of torch's attention on keys and values in one piece, with some backend."""
+
+    def prepare(work: PrefillWorkload) -> Call:
+        torch = import_module("torch")
+        kernels, bias = import_module("torch.nn.attention"), import_module("torch.nn.attention.bias")
+        config, lens = work.cache.config, host_copy(work.seq_lens)
+        new = np.diff(host_copy(work.query_start))
+        if (lens != lens[0]).any() or (new != new[0]).any():
+            raise UnsupportedError("contiguous keys and values need contexts and chunks of one length")
+        tables = as_torch(work.block_tables).long()
+
+        def in_one_piece(pages: Any) -> Any:
+            rows = as_torch(pages)[tables].reshape(len(lens), -1, config.num_kv_heads, config.head_dim)
+            return rows[:, : int(lens[0])].transpose(1, 2).contiguous()  # [num_seqs, Hkv, length, D]
+
+        key, value = in_one_piece(work.cache.key), in_one_piece(work.cache.value)
+        query = as_torch(work.query).view(len(lens), int(new[0]), -1, config.head_dim).transpose(1, 2).contiguous()
+        square = int(new[0]) == int(lens[0])
+        mask = {"is_causal": True} if square else {"attn_mask": bias.causal_lower_right(int(new[0]), int(lens[0]))}
+        chosen = [getattr(kernels.SDPBackend, backend)]
+
+        def call() -> Any:
+            with kernels.sdpa_kernel(chosen):
+                attention = torch.nn.functional.scaled_dot_product_attention
+                return attention(query, key, value, enable_gqa=True, **mask).transpose(1, 2)
+
+        return call
+
+    return prepare
+
+
+PEERS = (
+    Peer("FlashInfer, fa2", "FlashInfer", FLASHINFER, flashinfer("fa2")),
+    Peer("FlashInfer, fa3", "FlashInfer", FLASHINFER, flashinfer("fa3")),
+    Peer("SDPA, flash", "SDPA", ("torch",), sdpa("FLASH_ATTENTION")),
+    Peer("SDPA, cuDNN", "SDPA", ("torch",), sdpa("CUDNN_ATTENTION")),
+)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure(step: PrefillStep, peers: Sequence[Peer], backend: str, ceiling: float | None) -> list[Row]:
+    """Return a row for each contender, the toolkit first; whatever goes wrong in a peer is a row."""
+    copies = [step.build(backend)]
+    if backend == "cuda":
+        copies += [step.build(backend, seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
+    what = {"workload": step.name, "gflop": copies[0].flop / 1e9, "kv_mb": copies[0].kv_bytes / 1e6}
+    rows = [measured_row({**what, "peer": OURS}, lambda: measure_ours(copies, ceiling))]
+    for peer in peers:
+        named = {**what, "peer": peer.name}
+        rows.append(measured_row(named, lambda p=peer: measure_peer(p, copies, ceiling), (Exception,)))
+        release(backend)
+    return rows
+
+
+def measure_ours(copies: Sequence[PrefillWorkload], ceiling: float | None) -> Row:
+    """Check and time paged_prefill."""
+    work = copies[0]
+    out = work.cache.xp.full_like(work.query, float("nan"))
+    calls = [prefill_call(copy, out) for copy in copies]
+    calls[0]()
+    return {**verdict_on(error_of(work, out)), **timed(calls, work, ceiling)}
+
+
+def measure_peer(peer: Peer, copies: Sequence[PrefillWorkload], ceiling: float | None) -> Row:
+    """Check and time a peer."""
+    work = copies[0]
+    backend = work.cache.backend
+    calls = [on_current_stream(peer.prepare(copy), backend) for copy in copies]  # type: ignore[arg-type]
+    result = first_result(calls[0], backend).reshape(work.query.shape).float()
+    out = work.cache.xp.asarray(result)
+    return {**verdict_on(error_of(work, out)), **timed(calls, work, ceiling)}
+
+
+def error_of(work: PrefillWorkload, out: Any) -> float:
+    """Return the largest error of some tokens as a fraction of its budget: of the first and the last sequence."""
+    worst = 0.0
+    for seq in dict.fromkeys((0, len(work.seq_lens) - 1)):
+        first = int(work.query_start[seq])
+        length, new = int(work.seq_lens[seq]), int(work.query_start[seq + 1]) - first
+        positions = sorted({length - new, length - new // 2 - 1, length - 1})
+        rows, arguments = work.tokens(seq, positions)
+        worst = max(worst, decode_check(out[rows], *arguments, rounds_weights=True))
+    return worst
+
+
+def timed(calls: Sequence[Call], work: PrefillWorkload, ceiling: float | None) -> Row:
+    """Return time, arithmetic and bandwidth on the GPU: of a graph's replay, or of launches."""
+    if ceiling is None:
+        return {}
+    row: Row = {"timed": "graph"}
+    try:
+        timing = time_graph(calls)
+    except Exception as error:
+        row = {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}
+        timing = time_launches(calls)
+    bandwidth = work.kv_bytes / timing.median_us / 1e3
+    return {
+        **row,
+        "time_us": timing.median_us,
+        "spread_us": timing.spread_us,
+        "tflop_s": work.flop / timing.median_us / 1e6,
+        "gb_s": bandwidth,
+        "of_ceiling": bandwidth / ceiling,
+    }
+
+
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """Return a workload's rows with each time over the toolkit's."""
+    ours = rows[0].get("time_us")
+    return [{**row, "ratio": row["time_us"] / ours} if ours and "time_us" in row else row for row in rows]
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """Say what the rows show."""
+    ours = [row for row in rows if row["peer"] == OURS]
+    parts = [f"{sum(row['status'] == 'ok' for row in ours)} of {len(ours)} results of the toolkit match the reference."]
+    for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
+        ratios = [row["ratio"] for row in rows if row["peer"] == peer and row["status"] == "ok" and "ratio" in row]
+        if ratios:
+            mean = float(np.exp(np.mean(np.log(ratios))))
+            parts.append(
+                f"{peer} takes {min(ratios):.2f} to {max(ratios):.2f} times the toolkit's time on {len(ratios)} "
+                f"workloads, {mean:.2f} in the geometric mean."
+            )
+    return " ".join(parts)
+
+
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+    """Bars of TFLOP/s by workload and contender; nothing without times."""
+    good = {
+        (row["workload"], row["peer"]): row["tflop_s"] for row in rows if row["status"] == "ok" and "tflop_s" in row
+    }
+    peers = [peer for peer in dict.fromkeys(row["peer"] for row in rows) if any(key[1] == peer for key in good)]
+    if not peers:
+        return
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    figure, axis = new_figure(width=12, height=4.8)
+    width = 0.85 / len(peers)
+    for i, peer in enumerate(peers):
+        places = [n + (i - (len(peers) - 1) / 2) * width for n in range(len(names))]
+        bars = axis.bar(places, [good.get((name, peer), 0) for name in names], width=0.95 * width, label=peer)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.set_ylabel("TFLOP/s of the causal product")
+    axis.legend(loc="upper right", ncols=len(peers))
+    axis.set_title(f"Prefill over a paged context ({stamp['device']})", fontsize=11)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_experiment(main)

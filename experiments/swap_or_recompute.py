@@ -1,0 +1,208 @@
+"""When a sequence must give way and come back: is it quicker to swap its blocks, or to compute them again?
+
+Figure 19 of the vLLM paper (arXiv 2309.06180) sets the two beside each other by block size, for OPT-13B: swapping small
+blocks takes long, as each is a copy of its own; recomputing does not depend on them; from 16 to 64 the two are alike.
+Here a sequence's blocks are swapped out and in, in all layers, beside the matrix products and the attention of a
+prefill of the same length, by length and block size, with blocks that are neighbours on the host, which share a copy,
+and with blocks that are not. Without a GPU it is checked that blocks come back as they were, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import cupaged as pg
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    new_figure,
+    print_table,
+    result_folder,
+    run_experiment,
+    save_figure,
+    write_results,
+)
+from cupaged.runtime import choose_backend
+
+Row = dict[str, Any]
+REPEATS = 5
+BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
+LENGTHS = (128, 256, 512, 1024, 2048)
+PAPER_LENGTH = 256  # what the conclusion compares block sizes at
+EXPECTATION = (
+    "What to expect. Swapping moves bytes in proportion to the length, recomputing does arithmetic that grows a little "
+    "faster: on one machine one of them wins at nearly every length. Blocks that are neighbours on the host share a "
+    "copy, so their size should hardly matter; scattered ones cost a copy each, as in the paper, and small ones lose."
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides both costs: OPT-13B, the paper's."""
+
+    layers: int = 40
+    heads: int = 40
+    head_dim: int = 128
+    hidden: int = 5120
+    feed_forward: int = 20480
+
+
+SMALL = Model(2, 2, 64, 128, 256)  # for a CPU, and for a smoke run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; returns 0 if every block came back as it was."""
+    parser = argument_parser(__doc__ or "")
+    options = parser.parse_args(arguments)
+    backend = choose_backend(options.backend)
+    stamp = machine_stamp(backend)
+    result_folder(stamp, options.out)
+    console.print(EXPECTATION, "\n")
+    small = backend == "host" or options.smoke
+    model, lengths, sizes = (SMALL, (50,), (1, 16)) if small else (Model(), LENGTHS, BLOCK_SIZES)
+    rows: list[Row] = []
+    for length in tqdm(lengths, desc="swap_or_recompute", unit="length"):
+        recompute = recompute_seconds(model, length) if backend == "cuda" else None
+        for size in sizes:
+            for scattered in (False, True):
+                what = {"tokens": length, "block_size": size, "host_blocks": "scattered" if scattered else "neighbours"}
+                case = (length, size, scattered, backend, recompute)
+                rows.append(measured_row(what, lambda case=case: measure(model, *case)))
+    print_table(rows, COLUMNS if backend == "cuda" else HOST_COLUMNS, "A sequence out and in again, or computed again")
+    verdict = conclusion(rows)
+    console.print(verdict, "\n")
+    folder = write_results(rows, stamp, "swap_or_recompute", options.out, model=vars(model), conclusion=verdict)
+    draw(rows, stamp, folder / "swap_or_recompute.png")
+    console.print(f"table, JSON and {'picture' if backend == 'cuda' else 'no picture'}: {folder}")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+HOST_COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "status": "status"}
+COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "out_ms": "out ms|.2f",
+           "in_ms": "in ms|.2f", "recompute_ms": "recompute ms|.2f", "gb_s": "GB/s|.1f",
+           "status": "status"}  # fmt: skip
+
+
+def measure(model: Model, length: int, block_size: int, scattered: bool, backend: str, recompute: float | None) -> Row:
+    """Swap a sequence out and in, check that it came back, and time both ways."""
+    blocks = -(-length // block_size)
+    config = pg.CacheConfig(2 * blocks, block_size, model.heads, model.head_dim, "float16")
+    caches = [pg.KVCache(config, backend) for _ in range(model.layers)]
+    rng = np.random.default_rng(0)
+    for layer, cache in enumerate(caches):
+        for array in cache.storage:
+            words = array.reshape(-1).view(np.uint16)
+            words[...] = cache.xp.arange(words.size, dtype=np.uint32).astype(np.uint16) + np.uint16(layer)
+    here, there = np.split(rng.permutation(2 * blocks).astype(np.int32), 2)
+    places = np.arange(0, 2 * blocks, 2) if scattered else np.arange(blocks)
+    engine = pg.SwapEngine(caches, 2 * blocks)
+    out = np.stack([here, rng.permutation(places) if scattered else places], axis=1)
+    back = np.stack([out[:, 1], there], axis=1)
+    engine.swap_out(out)
+    engine.swap_in(back)
+    engine.synchronise()
+    right = all(
+        all(np.array_equal(*pair) for pair in zip(cache.blocks(there), cache.blocks(here), strict=True))
+        for cache in (caches[0], caches[-1])
+    )
+    row: Row = {"status": "ok" if right else "wrong: other bytes came back", "blocks": blocks}
+    if recompute is None:
+        return row
+    nbytes = model.layers * blocks * block_size * config.bytes_per_token
+    out_s = median_time(lambda: engine.swap_out(out), engine.synchronise)
+    in_s = median_time(lambda: engine.swap_in(back), engine.synchronise)
+    return {**row, "mb": nbytes / 1e6, "out_ms": 1e3 * out_s, "in_ms": 1e3 * in_s, "recompute_ms": 1e3 * recompute,
+            "gb_s": 2 * nbytes / (out_s + in_s) / 1e9}  # fmt: skip
+
+
+def recompute_seconds(model: Model, length: int) -> float:
+    """Return the time of a prefill's matrix products, append and attention, one layer's times their number."""
+    import cupy
+
+    xp = cupy
+    width = model.heads * model.head_dim
+    shapes = [(model.hidden, 3 * width), (width, model.hidden), (model.hidden, model.feed_forward),
+              (model.feed_forward, model.hidden)]  # fmt: skip
+    weights = [xp.zeros(shape, np.float16) for shape in shapes]
+    inputs = [xp.zeros((length, shape[0]), np.float16) for shape in shapes]
+    cache = pg.KVCache(pg.CacheConfig(-(-length // 16), 16, model.heads, model.head_dim, "float16"), "cuda")
+    rows = xp.zeros((length, model.heads, model.head_dim), np.float16)
+    tables = xp.arange(cache.config.num_blocks, dtype=np.int32)[None]
+    lens, starts = xp.asarray([length], dtype=np.int32), xp.asarray([0, length], dtype=np.int32)
+    slots = xp.arange(length)
+    plan = pg.plan_prefill(cache, lens, starts, length, model.heads)
+
+    def layer() -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            xp.matmul(x, weight)
+        pg.append_kv(cache, rows, rows, slots, validate=False)
+        pg.paged_prefill(rows, cache, tables, lens, starts, plan=plan, validate=False)
+
+    return model.layers * median_time(lambda: [layer() for _ in range(8)], xp.cuda.Device().synchronize) / 8
+
+
+def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    """Return the median of seconds from the call until its work is done."""
+    times = []
+    for _ in range(REPEATS + 1):
+        wait()
+        start = perf_counter()
+        call()
+        wait()
+        times.append(perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def conclusion(rows: Sequence[Row]) -> str:
+    """Say what the rows show."""
+    parts = [f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} swaps brought back what went out."]
+    timed = [row for row in rows if row["status"] == "ok" and "recompute_ms" in row]
+    for kind in dict.fromkeys(row["host_blocks"] for row in timed):
+        for size in dict.fromkeys(row["block_size"] for row in timed):
+            mine = [row for row in timed if (row["host_blocks"], row["block_size"]) == (kind, size)]
+            quicker = [row["tokens"] for row in mine if row["out_ms"] + row["in_ms"] < row["recompute_ms"]]
+            said = "at no length" if not quicker else f"at {', '.join(map(str, quicker))} tokens"
+            parts.append(f"Blocks of {size}, {kind}: swapping is quicker {said}.")
+    return " ".join(parts)
+
+
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+    """Times by block size, and by length, beside recomputing; nothing without times."""
+    timed = [row for row in rows if row["status"] == "ok" and "recompute_ms" in row]
+    if not timed:
+        return
+    lengths = list(dict.fromkeys(row["tokens"] for row in timed))
+    sizes = list(dict.fromkeys(row["block_size"] for row in timed))
+    length = PAPER_LENGTH if PAPER_LENGTH in lengths else lengths[0]
+    size = 16 if 16 in sizes else sizes[0]
+    figure, axes = new_figure(2, width=12, height=4.8)
+    for axis, key, fixed, label in (
+        (axes[0], "block_size", ("tokens", length), "block size"),
+        (axes[1], "tokens", ("block_size", size), "tokens"),
+    ):
+        chosen = [row for row in timed if row[fixed[0]] == fixed[1]]
+        for kind in ("neighbours", "scattered"):
+            mine = [row for row in chosen if row["host_blocks"] == kind]
+            both = [row["out_ms"] + row["in_ms"] for row in mine]
+            axis.plot([row[key] for row in mine], both, marker="o", label=f"swap out and in, {kind}")
+        mine = [row for row in chosen if row["host_blocks"] == "neighbours"]
+        axis.plot([row[key] for row in mine], [row["recompute_ms"] for row in mine], marker="s", label="recompute")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(f"{label} ({fixed[0].replace('_', ' ')} {fixed[1]})")
+        axis.set_ylabel("ms")
+    axes[0].legend()
+    figure.suptitle(f"Swap or recompute ({stamp['device']})", fontsize=11)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_experiment(main)

@@ -1,0 +1,146 @@
+// A warp's attention of 16 or 32 query rows over tiles of context tokens, on tensor cores (FlashAttention-2, Dao, arXiv
+// 2307.08691): queries, keys and values are read from shared memory, logits, a running softmax and the weighted sum of
+// values stay in registers.
+//
+// Lane l has the rows l/4, l/4 + 8, l/4 + 16, ..., called halves here since two of them fill an operand. Weights are
+// rounded to the storage type before they meet the values; sums are float32.
+#pragma once
+
+#include "exp2.cuh"
+#include "mma.cuh"
+#include "reduce.cuh"
+#include "softmax.cuh"
+#include "swizzled_rows.cuh"
+
+template <typename T, int HeadDim, int Rows, int Tokens, int HeldSteps>
+struct PrefillTile {
+  using Shared = SwizzledRows<T, HeadDim>;
+  using Walk = typename Shared::Walk;
+  static constexpr int OPERANDS = Rows / 16, HALVES = Rows / 8;
+  static constexpr int STEPS = HeadDim / 16;                         // tiles of 16 dimensions
+  static constexpr int EIGHTS = Tokens / 8, SIXTEENTHS = Tokens / 16;
+  static constexpr float HEADROOM = 8.0f;   // how far weights may exceed 1, in powers of 2, before the maximum is raised
+
+  using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
+  using Weights = LeftTile[OPERANDS];              // of 16 tokens
+
+  LeftTile held[HeldSteps > 0 ? HeldSteps : 1][OPERANDS];   // the first steps of the query: the rest is read each time
+  ResultTile out[OPERANDS][2 * STEPS];
+  SoftmaxState softmax[HALVES];   // its maximum is what weights are relative to, no more than HEADROOM below the largest
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
+  static __device__ __forceinline__ int row_of(int half) { return lane() / 4 + 8 * half; }
+  static __device__ __forceinline__ int token_of(int eighth, int next) { return eighth * 8 + lane() % 4 * 2 + next; }
+
+  __device__ __forceinline__ void start() {
+#pragma unroll
+    for (SoftmaxState& state : softmax) state = SoftmaxState();
+#pragma unroll
+    for (int operand = 0; operand < OPERANDS; ++operand)
+#pragma unroll
+      for (ResultTile& tile : out[operand]) tile = {};
+  }
+
+  __device__ __forceinline__ void hold(const T* query) {   // [Rows][HeadDim], by place_of
+    const Walk walk(lane() % 16, lane() / 16);
+#pragma unroll
+    for (int step = 0; step < HeldSteps; ++step)
+#pragma unroll
+      for (int operand = 0; operand < OPERANDS; ++operand)
+        load_matrices(held[step][operand].pair, query + walk.place(16 * operand, step));
+  }
+
+  // Multiply the query by the keys of a tile.
+  __device__ __forceinline__ void multiply(Products& product, const T* query, const T* key) const {   // key: [Tokens][HeadDim]
+    const Walk query_walk(lane() % 16, lane() / 16), key_walk(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
+#pragma unroll
+    for (int operand = 0; operand < OPERANDS; ++operand)
+#pragma unroll
+      for (ResultTile& tile : product[operand]) tile = {};
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      LeftTile left[OPERANDS];
+#pragma unroll
+      for (int operand = 0; operand < OPERANDS; ++operand) {
+        if (step < HeldSteps) left[operand] = held[step < HeldSteps ? step : 0][operand];
+        else load_matrices(left[operand].pair, query + query_walk.place(16 * operand, step));
+      }
+#pragma unroll
+      for (int i = 0; i < SIXTEENTHS; ++i) {
+        unsigned int pair[4];   // tokens 0-7 and 8-15, each as two tiles of 8 dimensions
+        load_matrices(pair, key + key_walk.place(16 * i, step));
+#pragma unroll
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+          multiply_add(product[operand][2 * i], left[operand], RightTile{pair[0], pair[1]}, T());
+          multiply_add(product[operand][2 * i + 1], left[operand], RightTile{pair[2], pair[3]}, T());
+        }
+      }
+    }
+  }
+
+  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product of
+  // -infinity leaves the token out. Weights of the next 16 tokens are made between the multiplications of 16.
+  __device__ __forceinline__ void add(const Products& product, float factor, const T* value) {   // [Tokens][HeadDim]
+    raise(product, factor);
+    const Walk walk(lane() / 8 % 2 * 8 + lane() % 8, lane() / 16);
+    Weights weight[2];
+#pragma unroll
+    for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight[0], product, factor, 0, pair);
+#pragma unroll
+    for (int i = 0; i < SIXTEENTHS; ++i)
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
+        load_matrices_transposed(pair, value + walk.place(16 * i, step));
+#pragma unroll
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+          multiply_add(out[operand][2 * step], weight[i % 2][operand], RightTile{pair[0], pair[1]}, T());
+          multiply_add(out[operand][2 * step + 1], weight[i % 2][operand], RightTile{pair[2], pair[3]}, T());
+        }
+        if (i + 1 < SIXTEENTHS)
+#pragma unroll
+          for (int next = step * 4 * OPERANDS / STEPS; next < (step + 1) * 4 * OPERANDS / STEPS; ++next)
+            weigh(weight[(i + 1) % 2], product, factor, i + 1, next);
+      }
+  }
+
+  // Sum up over lanes; no tile may be added after this.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (SoftmaxState& state : softmax) state.sum = warp_reduce<Sum, 1, 4>(state.sum);
+  }
+
+ private:
+  // Raise all maxima once a logit has outgrown one of them: seldom after the first tile.
+  __device__ __forceinline__ void raise(const Products& product, float factor) {
+    float largest[HALVES];
+    bool outgrown = false;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      largest[half] = minus_infinity();
+#pragma unroll
+      for (const ResultTile& tile : product[half / 2])
+        largest[half] = fmaxf(largest[half], fmaxf(tile.value[half % 2 * 2], tile.value[half % 2 * 2 + 1]));
+      largest[half] = warp_reduce<Max, 1, 4>(largest[half]) * factor;
+      outgrown = outgrown || largest[half] > softmax[half].max + HEADROOM;
+    }
+    if (!__any_sync(kAllLanes, outgrown)) return;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const float shrink = softmax[half].raise(largest[half]);
+#pragma unroll
+      for (ResultTile& tile : out[half / 2]) tile.value[half % 2 * 2] *= shrink, tile.value[half % 2 * 2 + 1] *= shrink;
+    }
+  }
+
+  // Make a pair of weights of 16 tokens, and add them to this lane's part of the sum.
+  __device__ __forceinline__ void weigh(Weights& weight, const Products& product, float factor, int sixteenth, int pair) {
+    const int operand = pair / 4, half = pair % 2, eighth = pair / 2 % 2;
+    SoftmaxState& state = softmax[2 * operand + half];
+    const float* logit = product[operand][2 * sixteenth + eighth].value + 2 * half;
+    const float base = state.max == minus_infinity() ? 0.0f : state.max;   // of nothing so far: all weights are 0
+    const float low = fast_exp2(fmaf(logit[0], factor, -base)), high = fast_exp2(fmaf(logit[1], factor, -base));
+    state.sum += low + high;
+    weight[operand].pair[half + 2 * eighth] = pack_pair(low, high, T());
+  }
+};

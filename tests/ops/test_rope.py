@@ -1,0 +1,95 @@
+"""RoPE fused with the append, held to float64."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.ops.cache import frequencies
+from tests.kit.compare import to_numpy
+
+LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+def allowed(rows, dtype):
+    """Half a unit of the result's last place is a unit of its largest term's; float32 errs in the angle and in sums."""
+    size = np.abs(to_numpy(rows).astype(float)).max(axis=-1, keepdims=True)
+    return size * (2 * float(ml_dtypes.finfo(dtype).eps) + 16 * FLOAT32_EPS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "rotary_dim"), [("float16", 128, None), ("bfloat16", 72, 32), ("float32", 40, 40)]
+)
+def test_keys_and_queries_turn_and_values_stay(layout, interleaved, dtype, head_dim, rotary_dim, backend, xp):
+    cache = pg.KVCache(pg.CacheConfig(5, 7, 2, head_dim, dtype, layout), backend)
+    rng = np.random.default_rng(0)
+    storage = cache.config.numpy_dtype
+    key, value = (xp.asarray(rng.standard_normal((6, 2, head_dim)).astype(storage)) for _ in "kv")
+    query = xp.asarray(rng.standard_normal((6, 6, head_dim)).astype(storage))
+    positions = np.array([0, 1, 100, 8191, 131071, 2**24 - 1], np.int32)
+    slots = np.array([3, 34, -1, 0, 20, 7])
+    scaling = pg.Llama3Scaling() if dtype == "float16" else None
+    options = {"rotary_dim": rotary_dim, "theta": 500000.0, "interleaved": interleaved, "scaling": scaling}
+    rotated = pg.rope_append_kv(cache, key, value, xp.asarray(slots), xp.asarray(positions), query=query, **options)
+    angles = frequencies(rotary_dim or head_dim, 500000.0, scaling)
+    expected = pg.reference.rotate(query, positions, angles, interleaved)
+    assert (np.abs(to_numpy(rotated).astype(float) - expected) <= allowed(query, storage)).all()
+    stored_key, stored_value = (to_numpy(array).reshape(35, 2, head_dim) for array in cache.to_dense())
+    expected = pg.reference.rotate(key, positions, angles, interleaved)
+    there = slots >= 0
+    error = np.abs(stored_key[slots[there]].astype(float) - expected[there])
+    assert (error <= allowed(key, storage)[there]).all()
+    np.testing.assert_array_equal(stored_value[slots[there]], to_numpy(value)[there])
+    others = np.setdiff1d(np.arange(35), slots)
+    assert not stored_key[others].any() and not stored_value[others].any()
+
+
+def test_without_a_query_nothing_is_returned(backend, xp):
+    cache = pg.KVCache(pg.CacheConfig(2, 4, 1, 32), backend)
+    rows = xp.ones((1, 1, 32), xp.float16)
+    assert pg.rope_append_kv(cache, rows, rows, xp.asarray([5]), xp.asarray([0], dtype=xp.int32)) is None
+    assert (to_numpy(cache.to_dense()[0])[1, 1] == 1).all()
+
+
+def test_llama_3_keeps_fast_turns_and_slows_slow_ones():
+    plain, scaled = frequencies(128, 500000.0), frequencies(128, 500000.0, pg.Llama3Scaling())
+    turns = 8192 * plain / (2 * math.pi)
+    np.testing.assert_array_equal(scaled[turns >= 4], plain[turns >= 4])
+    np.testing.assert_allclose(scaled[turns <= 1], plain[turns <= 1] / 8, rtol=1e-15)
+    between = (turns > 1) & (turns < 4)
+    smooth = (turns[between] - 1) / 3
+    np.testing.assert_allclose(scaled[between], plain[between] * (smooth + (1 - smooth) / 8), rtol=1e-15)
+    assert between.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"rotary_dim": 24},
+            pg.UnsupportedError,
+            "rotary_dim must be a multiple of 16, at most the head_dim 32; got 24",
+        ),
+        (
+            {"rotary_dim": 48},
+            pg.UnsupportedError,
+            "rotary_dim must be a multiple of 16, at most the head_dim 32; got 48",
+        ),
+        ({"theta": 0.0}, ValueError, "theta must be positive and finite; got 0.0"),
+        ({"scaling": 8.0}, TypeError, "scaling must be a Llama3Scaling; got float"),
+        ({"positions": [-1]}, ValueError, r"positions must lie from 0 to below 16777216; positions\[0\] is -1"),
+        ({"positions": [0, 1]}, ValueError, r"positions must have shape \[1\]; got \[2\]"),
+    ],
+)
+def test_a_mistake_names_the_argument(options, error, message, backend, xp):
+    cache = pg.KVCache(pg.CacheConfig(2, 4, 1, 32), backend)
+    rows = xp.ones((1, 1, 32), xp.float16)
+    positions = xp.asarray(options.get("positions", [0]), dtype=xp.int32)
+    options = {name: value for name, value in options.items() if name != "positions"}
+    with pytest.raises(error, match=message):
+        pg.rope_append_kv(cache, rows, rows, xp.asarray([0]), positions, **options)
