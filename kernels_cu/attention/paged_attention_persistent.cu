@@ -97,9 +97,10 @@ struct Cursor {
       const int slot = static_cast<unsigned>(first_token + row) % BLOCK_SIZE;
       const bool there = found != kUnmapped;
       const int block_id = there ? found : 0, place = Tile::place_of(row, vector);
-      start_copy_16(to.key + place, call.key_cache + call.key_strides.offset(block_id, kv_head, slot, vector * VEC), there);
-      start_copy_16(to.value + place, call.value_cache + call.value_strides.offset(block_id, kv_head, slot, vector * VEC),
-                    there);
+      start_copy_16_once(to.key + place,
+                         call.key_cache + call.key_strides.offset(block_id, kv_head, slot, vector * VEC), there);
+      start_copy_16_once(to.value + place,
+                         call.value_cache + call.value_strides.offset(block_id, kv_head, slot, vector * VEC), there);
     }
     return __ballot_sync(kAllLanes, block_of_lane != kUnmapped);
   }

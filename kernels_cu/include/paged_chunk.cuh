@@ -24,8 +24,9 @@ struct __align__(128) PagedChunk {   // whole lines, so that no sector is torn a
       const int slot = static_cast<unsigned>(first_token + row) % BlockSize, dim = vector * VEC;
       const int found = block_of(row), block_id = found == kUnmapped ? 0 : found;
       const int place = AttentionTile<T, HeadDim, 8>::place_of(row, vector);   // the same for any number of rows
-      start_copy_16(key + place, key_cache + key_strides.offset(block_id, kv_head, slot, dim), found != kUnmapped);
-      start_copy_16(value + place, value_cache + value_strides.offset(block_id, kv_head, slot, dim), found != kUnmapped);
+      const bool there = found != kUnmapped;
+      start_copy_16_once(key + place, key_cache + key_strides.offset(block_id, kv_head, slot, dim), there);
+      start_copy_16_once(value + place, value_cache + value_strides.offset(block_id, kv_head, slot, dim), there);
     }
   }
 

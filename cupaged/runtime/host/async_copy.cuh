@@ -9,6 +9,9 @@ inline void start_copy_16(void* shared, const void* global, bool wanted, CUPAGED
   if (cupaged::this_thread->record_traffic) cupaged::record_load(global, wanted ? 16 : 0, {file, line});
   cupaged::note_copy(shared, wanted ? global : nullptr);
 }
+inline void start_copy_16_once(void* shared, const void* global, bool wanted, CUPAGED_CALLER) {
+  start_copy_16(shared, global, wanted, file, line);
+}
 inline void close_copy_group() { cupaged::close_copies(); }
 template <int Left>
 inline void wait_for_copies() {
