@@ -77,7 +77,8 @@ struct Call {
 };
 
 // Copy this warp's query rows; rows that are not there become zeros.
-__device__ __forceinline__ void copy_query(STORAGE* to, const STORAGE* query, const PrefillRows& rows, int first, int count) {
+__device__ __forceinline__ void copy_query(STORAGE* to, const STORAGE* query, const PrefillRows& rows, int first,
+                                           int count) {
   const int lane = threadIdx.x % kWarpSize, row_of_lane = first + lane % WARP_ROWS;
   const bool there = row_of_lane < count;
   const long long at = there ? rows.index(row_of_lane) : -1;
@@ -158,16 +159,19 @@ __device__ __forceinline__ void store_part(const Call& call, long long part, int
 #pragma unroll
     for (int i = 0; i < 2 * Tile::STEPS; ++i) {
       const float* value = tile.out[half / 2][i].value + half % 2 * 2;
-      __stcg(reinterpret_cast<float2*>(call.partial_out + at * HEAD_DIM + i * 8 + lane % 4 * 2), make_float2(value[0], value[1]));
+      __stcg(reinterpret_cast<float2*>(call.partial_out + at * HEAD_DIM + i * 8 + lane % 4 * 2),
+             make_float2(value[0], value[1]));
     }
     if (lane % 4 == 0)
-      __stcg(reinterpret_cast<float2*>(call.partial_state) + at, make_float2(tile.softmax[half].max, tile.softmax[half].sum));
+      __stcg(reinterpret_cast<float2*>(call.partial_state) + at,
+             make_float2(tile.softmax[half].max, tile.softmax[half].sum));
   }
 }
 
 // Merge the warps' results over their tokens, laid open in `room`, and write the rows, or leave them as a part.
-__device__ __forceinline__ void merge_warps(const Call& call, const PrefillRows& rows, const PrefillPiece& piece, long long part,
-                                            const Tile& tile, Exchange& exchange, float* room) {   // [WARPS][ROWS][HEAD_DIM]
+__device__ __forceinline__ void merge_warps(const Call& call, const PrefillRows& rows, const PrefillPiece& piece,
+                                            long long part, const Tile& tile, Exchange& exchange,
+                                            float* room) {   // [WARPS][ROWS][HEAD_DIM]
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
@@ -175,7 +179,8 @@ __device__ __forceinline__ void merge_warps(const Call& call, const PrefillRows&
 #pragma unroll
     for (int i = 0; i < 2 * Tile::STEPS; ++i) {
       const float* value = tile.out[half / 2][i].value + half % 2 * 2;
-      *reinterpret_cast<float2*>(room + (warp * ROWS + row) * HEAD_DIM + i * 8 + lane % 4 * 2) = make_float2(value[0], value[1]);
+      float* to = room + (warp * ROWS + row) * HEAD_DIM + i * 8 + lane % 4 * 2;
+      *reinterpret_cast<float2*>(to) = make_float2(value[0], value[1]);
     }
     if (lane % 4 == 0) exchange.max[warp][row] = tile.softmax[half].max, exchange.sum[warp][row] = tile.softmax[half].sum;
   }
@@ -227,8 +232,8 @@ __device__ __forceinline__ void merge_parts(const Call& call, const PrefillRows&
 }
 
 // Turn products into logits, where they are more than scaled, and leave out tokens that a row does not see.
-__device__ __forceinline__ void finish_logits(Tile::Products& product, const Mask& mask, const Exchange& exchange, int first_row,
-                                              int first_token, bool masked, float factor) {
+__device__ __forceinline__ void finish_logits(Tile::Products& product, const Mask& mask, const Exchange& exchange,
+                                              int first_row, int first_token, bool masked, float factor) {
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
     const int row = first_row + Tile::row_of(half), context = exchange.context[row];
@@ -279,12 +284,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
     const PrefillPiece& piece = work.piece;
     const int shortest = piece.context + piece.first_row / group;
     const int longest = piece.context + (piece.first_row + piece.rows - 1) / group;
-    return Loader{work.kv_head * head_stride, block_stride, slot_stride, BlockTable(block_tables, piece.seq, max_blocks), max_blocks,
+    return Loader{work.kv_head * head_stride, block_stride, slot_stride,
+                  BlockTable(block_tables, piece.seq, max_blocks), max_blocks,
                   variants.first_token(shortest), CAUSAL ? longest : piece.seq_len, {}};
   };
   int used = 0;   // tiles: the next is in stage used % STAGES, or on its way there
   const auto start_copy = [&](Loader& loader, int tile, int stage, int end) {
-    loader.start_copy(key_cache, value_cache, tile, memory.stage[stage].key, memory.stage[stage].value, exchange.mapped[stage]);
+    loader.start_copy(key_cache, value_cache, tile, memory.stage[stage].key, memory.stage[stage].value,
+                      exchange.mapped[stage]);
     close_copy_group();
     if (tile + 1 < end) loader.look_up(tile + 1);
   };
@@ -320,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
       float factor = scale * kLog2E;
       const bool masked = !mask.all_seen(shortest, longest);
       if (TRANSFORMED || masked || factor <= 0.0f) {
-        const bool scaled = TRANSFORMED || factor <= 0.0f;   // by now: only products times a positive factor keep their order
+        const bool scaled = TRANSFORMED || factor <= 0.0f;   // only a positive factor can wait: it keeps the order
         finish_logits(product, mask, exchange, warp_row, warp_token, masked, scaled ? factor : 1.0f);
         if (scaled) factor = 1.0f;
       }

@@ -21,7 +21,9 @@ struct Cut {
   int total_tokens, group, rows, tile_tokens, window;
   bool causal;
 
-  __device__ __forceinline__ int start_of(int seq) const { return min(max(load_global(query_start + seq), 0), total_tokens); }
+  __device__ __forceinline__ int start_of(int seq) const {
+    return min(max(load_global(query_start + seq), 0), total_tokens);
+  }
 
   // The tiles of a sequence's rows.
   __device__ __forceinline__ int tiles_of(int seq) const {

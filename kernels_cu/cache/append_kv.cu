@@ -25,8 +25,8 @@ constexpr int GROUP = VALUE_PACK == 1 ? VEC : 1;   // tokens of a thread
 using Row = Vector<STORAGE, VEC>;
 
 // Store the values of GROUP tokens with neighbouring slots, the first a multiple of GROUP: a vector for each dimension.
-__device__ __forceinline__ void store_columns(STORAGE* cache, const KvStrides<VALUE_PACK>& strides, int block_id, int kv_head,
-                                              int slot, int dim, const Row (&value)[GROUP]) {
+__device__ __forceinline__ void store_columns(STORAGE* cache, const KvStrides<VALUE_PACK>& strides, int block_id,
+                                              int kv_head, int slot, int dim, const Row (&value)[GROUP]) {
 #pragma unroll
   for (int v = 0; v < VEC; ++v) {
     Vector<STORAGE, GROUP> column;

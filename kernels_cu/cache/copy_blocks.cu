@@ -36,13 +36,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) copy_blocks(
     const long long from_block_stride, const long long from_run_stride,
     const int runs, const long long run_vectors, const int chunks) {
   const int chunk = blockIdx.x % chunks, piece = blockIdx.x / chunks, run = piece % runs, block = piece / runs;
-  const Blocks to{to_ids, id_stride, to_block_stride, to_run_stride}, from{from_ids, id_stride, from_block_stride, from_run_stride};
+  const Blocks to{to_ids, id_stride, to_block_stride, to_run_stride};
+  const Blocks from{from_ids, id_stride, from_block_stride, from_run_stride};
   auto* target = reinterpret_cast<Bytes16*>(blockIdx.y == 0 ? first_to : second_to) + to.start(block, run);
   const auto* source = reinterpret_cast<const Bytes16*>(blockIdx.y == 0 ? first_from : second_from) + from.start(block, run);
   const long long first = static_cast<long long>(chunk) * THREADS * VECTORS + threadIdx.x;
   Bytes16 vector[VECTORS];
 #pragma unroll
-  for (int i = 0; i < VECTORS; ++i) vector[i] = load_global_if(first + i * THREADS < run_vectors, source + first + i * THREADS);
+  for (int i = 0; i < VECTORS; ++i)
+    vector[i] = load_global_if(first + i * THREADS < run_vectors, source + first + i * THREADS);
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i)
     if (first + i * THREADS < run_vectors) target[first + i * THREADS] = vector[i];

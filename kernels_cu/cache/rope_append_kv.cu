@@ -26,7 +26,7 @@ constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;              // in a row
 constexpr int PAIRS = ROTARY_DIM / 2;                // that turn together
 constexpr int TURNED = ROTARY_DIM / VEC;             // vectors that turn
-constexpr int ITEMS = VECTORS - TURNED / 2;          // what a thread takes of a row: two vectors that turn, or one that does not
+constexpr int ITEMS = VECTORS - TURNED / 2;          // of a row: two vectors that turn, or one that does not
 constexpr float TWO_PI = 6.283185307179586f;
 using Row = Vector<STORAGE, VEC>;
 

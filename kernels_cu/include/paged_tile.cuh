@@ -4,6 +4,7 @@
 
 #include "async_copy.cuh"
 #include "paged_kv.cuh"
+#include "recomputed.cuh"
 #include "reduce.cuh"
 #include "swizzled_rows.cuh"
 #include "types.cuh"
@@ -21,7 +22,8 @@ struct TileLoader {
   // Rows that are copied at once, a power of 2: from 8 on, vectors of a column change places alike in every turn.
   static constexpr int ROWS_A_TURN = largest_power_of_2(Threads / Rows::VECTORS);
   static constexpr int TURNS = Tokens / ROWS_A_TURN;
-  static_assert(Tokens % kWarpSize == 0 && ROWS_A_TURN >= 1 && ROWS_A_TURN <= kWarpSize, "lanes look after as many tokens each");
+  static_assert(Tokens % kWarpSize == 0 && ROWS_A_TURN >= 1 && ROWS_A_TURN <= kWarpSize,
+                "lanes look after as many tokens each");
 
   long long head_offset;         // of the KV head, in keys and in values
   int block_stride, slot_stride;
@@ -36,7 +38,8 @@ struct TileLoader {
       const int token = tile * Tokens + e * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize;
       const unsigned index = static_cast<unsigned>(token) / BlockSize;
       entry[e] = kUnmapped;
-      if (from_token <= token && token < to_token && index < static_cast<unsigned>(max_blocks)) entry[e] = table.block(index);
+      if (from_token <= token && token < to_token && index < static_cast<unsigned>(max_blocks))
+        entry[e] = table.block(index);
     }
   }
 
@@ -44,14 +47,14 @@ struct TileLoader {
   __device__ __forceinline__ void start_copy(const T* key_cache, const T* value_cache, int tile,
                                              T* key_rows, T* value_rows,   // [Tokens][HeadDim], by place_of
                                              unsigned* mapped) const {     // [ENTRIES], a bit for each token
-    const int row = static_cast<int>(threadIdx.x) / Rows::VECTORS, vector = static_cast<int>(threadIdx.x) % Rows::VECTORS;
+    const int thread = recomputed(threadIdx.x), row = thread / Rows::VECTORS, vector = thread % Rows::VECTORS;
     const bool copies = Threads == ROWS_A_TURN * Rows::VECTORS || row < ROWS_A_TURN;
     const KvStrides<HeadDim> strides{block_stride, 0, slot_stride, 0};
     const int first_place = Rows::place_of(row, vector);
 #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn) {
       const int below = turn * ROWS_A_TURN, entry_of = below / kWarpSize;
-      const int found = __shfl_sync(kAllLanes, entry[entry_of], below % kWarpSize + row);   // from the lane that looked it up
+      const int found = __shfl_sync(kAllLanes, entry[entry_of], below % kWarpSize + row);   // from who looked it up
       const int block_id = found == kUnmapped ? 0 : found;
       const int slot = static_cast<unsigned>(tile * Tokens + below + row) % BlockSize;
       const long long offset = head_offset + strides.offset(block_id, 0, slot, vector * Rows::VEC);

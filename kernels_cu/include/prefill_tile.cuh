@@ -51,7 +51,8 @@ struct PrefillTile {
   }
 
   // Multiply the query by the keys of a tile.
-  __device__ __forceinline__ void multiply(Products& product, const T* query, const T* key) const {   // key: [Tokens][HeadDim]
+  __device__ __forceinline__ void multiply(Products& product, const T* query,
+                                           const T* key) const {   // [Tokens][HeadDim]
     const Walk query_walk(lane() % 16, lane() / 16), key_walk(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 #pragma unroll
     for (int operand = 0; operand < OPERANDS; ++operand)
