@@ -59,6 +59,7 @@ class KVCache:
             self._key, self._value = self.storage
         self.appends = CheckedCalls(self.backend)  # of append_kv
         self.textures: dict[Any, Any] = {}  # of cupaged.ops.textures.bind_textures
+        self.mover: Any = None  # of cupaged.ops.swap.swap_blocks
         self.turns: dict[Any, Any] = {}  # of rope_append_kv: its frequencies, on the device
 
     @cached_property

@@ -34,6 +34,7 @@ from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
 SIZES_MB = (1, 8, 64, 256)
+COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share of the memory's speed
 REPEATS = 7
 EXPECTATION = (
     "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
@@ -153,7 +154,8 @@ def on_device(call: Callable[[], Any], check: Callable[[], bool], nbytes: int, c
         return row
     timing = time_graph([call])
     bandwidth = 2 * nbytes / timing.median_us / 1e3
-    return {**row, "time_us": timing.median_us, "gb_s": bandwidth, "of_ceiling": bandwidth / ceiling}
+    row |= {"time_us": timing.median_us, "gb_s": bandwidth}
+    return row | ({"of_ceiling": bandwidth / ceiling} if nbytes >= COLD_MB * 1e6 else {})
 
 
 def over_the_link(work: Work, out: bool, timed: bool) -> Row:

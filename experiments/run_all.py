@@ -109,7 +109,9 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
         return Outcome(name, "not run: needs a GPU")
     command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out), *["--smoke"] * smoke]
     command += ["--backend", backend] if kind == "both" else []
-    command += ["--results", str(out)] if name == "claims" else []  # only what was found on this machine
+    command += (
+        ["--results", str(out)] if name == "claims" else []
+    )  # only what is in this folder: each card says where it is from
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     started, clock = time.time(), time.perf_counter()
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})

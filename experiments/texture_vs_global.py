@@ -477,11 +477,13 @@ def judge_locality(rows: list[Row]) -> tuple[str, str]:
 
 
 def judge_prefetch(rows: list[Row]) -> tuple[str, str]:
-    """Whether going row by row gains a texture more than it gains plain loads: something would have fetched ahead."""
-    gains = {
-        path: latency(rows, path, "HBM") / latency(rows, path, "HBM", "row by row")
-        for path in ("plain", *textures_of(PATHS))
-    }
+    """Whether going row by row gains a texture more than it gains plain loads: something would have fetched ahead.
+
+    Only in linear memory is each step a line of its own. In an array, rows that follow each other share lines, and what
+    is gained there is no prefetch.
+    """
+    linear = [path for path in textures_of(PATHS) if path != "tex array"]
+    gains = {path: latency(rows, path, "HBM") / latency(rows, path, "HBM", "row by row") for path in ("plain", *linear)}
     plain = gains.pop("plain")
     measured = f"row by row over random, from HBM: plain {plain:.2f}, textures " + ", ".join(
         f"{gain:.2f} ({path.removeprefix('tex ')})" for path, gain in gains.items()

@@ -182,7 +182,7 @@ def waste(document: Document) -> Finding:
         f"{least - 61.8:+.1f} and {most - 79.6:+.1f} points on the published range; within 60 to 80 %: "
         f"{', '.join(inside) or 'none'}; more: {', '.join(more) or 'none'}; the rest less, as they reserve less"
     )
-    return Finding(_named(found), verdict_of((len(inside) + len(more)) / len(found)), reason, (least, most))
+    return Finding(_named(found), verdict_of(len(inside) / len(found)), reason, (least, most))
 
 
 def more_requests(document: Document) -> Finding:

@@ -82,6 +82,8 @@ def verdict_cards(rows: Iterable[Row]) -> str:
         if row["measured"] and row["reason"]:
             lines.append(f"<p>{html.escape(row['reason'])}</p>")
         published = f"published: {row['published']} ({row['source']}); measured by {row['command']}"
+        if row.get("device"):
+            published += f" on {row['device']}, commit {row['commit']}, {row['date']}"
         lines.append(paragraph(published, faint=True))
         cards.append(f'<div class="card {row["verdict"].replace(" ", "-")}">\n' + "\n".join(lines) + "\n</div>")
     return "\n".join(cards)

@@ -12,12 +12,12 @@ from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import NO_PAIRS, BlockManager
-from cupaged.ops.arrays import as_backend_array, like_caller
+from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
 from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.cache import append_kv
-from cupaged.ops.plan import why_no_tensor_cores
-from cupaged.ops.prefill import paged_prefill
+from cupaged.ops.checks import check_cache, check_contiguous, check_dtype, check_shape
+from cupaged.ops.prefill import paged_prefill, why_no_prefill
 from cupaged.ops.swap import SwapEngine
 
 __all__ = ["PagedAttention", "PagedStep"]
@@ -55,13 +55,16 @@ class PagedAttention:
     Parameters
     ----------
     config : CacheConfig
-        Of the layer's cache, which is made here.
+        Of the layer's cache.
     manager : BlockManager, optional
         Which block holds which token; layers of one model share it. Without it one is made for the config.
     backend : {"cuda", "host"}, optional
         See `KVCache`.
+    cache : KVCache, optional
+        The layer's cache, of that config; one is made without it.
     swaps : SwapEngine, optional
-        Makes the transfers of a manager with ``on_evict="offload"``.
+        Makes the transfers of a manager with ``on_evict="offload"``, which needs one, over this cache and those of all
+        other layers.
     scale, window, softcap, alibi_slopes, sinks
         As `cupaged.paged_attention` takes them, for every call.
 
@@ -69,6 +72,11 @@ class PagedAttention:
     ----------
     cache : KVCache
     manager : BlockManager
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
 
     References
     ----------
@@ -81,6 +89,7 @@ class PagedAttention:
         manager: BlockManager | None = None,
         backend: str | None = None,
         *,
+        cache: KVCache | None = None,
         swaps: SwapEngine | None = None,
         scale: float | None = None,
         window: int | None = None,
@@ -88,7 +97,10 @@ class PagedAttention:
         alibi_slopes: Any = None,
         sinks: Any = None,
     ) -> None:
-        self.cache = KVCache(config, backend)
+        self.cache = KVCache(config, backend) if cache is None else cache
+        check_cache(self.cache)
+        if self.cache.config != config:
+            raise ValueError(f"cache must be of the config; got {self.cache.config} and {config}")
         self.manager = BlockManager(config.num_blocks, block_size=config.block_size) if manager is None else manager
         if self.manager.block_size != config.block_size:
             raise ValueError(
@@ -99,6 +111,10 @@ class PagedAttention:
                 f"manager must have no more blocks than the cache's {config.num_blocks}; "
                 f"got {self.manager.gpu.num_blocks}"
             )
+        if swaps is not None and not any(each is self.cache for each in swaps.caches):
+            raise ValueError("swaps must be over this layer's cache among others: make the caches first, and pass them")
+        if swaps is None and self.manager.gpu.on_evict is not None:
+            raise ValueError('swaps must be given for a manager with on_evict="offload"')
         self.swaps = swaps
         self.options = {
             "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
@@ -143,6 +159,7 @@ class PagedAttention:
         OutOfBlocksError
             If there is no room; nothing has changed then.
         """
+        self._check_rows(query, key, value)
         return self.attend(query, key, value, self.step(sequence_ids, is_prompt, query.shape[0], tokens=tokens))
 
     __call__ = forward
@@ -165,7 +182,7 @@ class PagedAttention:
         tables, lens = xp.asarray(step.block_tables), xp.asarray(step.seq_lens)
         if not step.is_prompt:
             return paged_attention(query, cache, tables, lens, **self.options)
-        if why_no_tensor_cores(cache) is None:
+        if why_no_prefill(cache) is None:
             return paged_prefill(query, cache, tables, lens, xp.asarray(step.query_start), **self.options)
         return self._attend_one_by_one(query, step)
 
@@ -203,8 +220,8 @@ class PagedAttention:
                 starts[i] = manager.num_tokens(names[i])
                 copies = manager.append(names[i], tokens[i]).copies
         except Exception:
-            for name in admitted:
-                manager.free(name)
+            for name in reversed(admitted):
+                manager.free(name, written=False)
             raise
         self._carry_out_transfers()
         slots = []
@@ -229,12 +246,27 @@ class PagedAttention:
         return PagedStep(False, copies, slots, manager.block_tables(names), manager.seq_lens(names), starts)
 
     def _carry_out_transfers(self) -> None:
-        transfers = self.manager.take_transfers()
-        if transfers and self.swaps is None:
-            raise UnsupportedError('a manager with on_evict="offload" needs a SwapEngine: pass it as swaps')
-        if transfers and self.swaps is not None:
+        if self.swaps is not None and (transfers := self.manager.take_transfers()):
             self.swaps.carry_out(transfers)
             self.swaps.wait()
+
+    def _check_rows(self, query: Any, key: Any, value: Any) -> None:
+        """Raise by name what would be refused once the tokens have their places."""
+        config = self.cache.config
+        given = {"query": query, "key": key, "value": value}
+        arrays = {name: as_backend_array(array, name, self.cache.backend) for name, array in given.items()}
+        rows = arrays["query"].shape[:1]
+        for name, heads in (("query", "H"), ("key", config.num_kv_heads), ("value", config.num_kv_heads)):
+            check_dtype(arrays[name], name, config.numpy_dtype)
+            check_shape(arrays[name], name, (*(rows or ("num_rows",)), heads, config.head_dim))
+            check_contiguous(arrays[name], name)
+            if arrays[name].size:
+                check_alignment(arrays[name], name)
+        if arrays["query"].shape[1] % config.num_kv_heads:
+            raise ValueError(
+                f"query must have a multiple of the cache's {config.num_kv_heads} KV heads; "
+                f"got {arrays['query'].shape[1]}"
+            )
 
     def _attend_one_by_one(self, query: Any, step: PagedStep) -> Any:
         """Attend with a prompt's tokens as with decode queries of sequences that end there."""

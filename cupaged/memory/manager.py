@@ -228,10 +228,22 @@ class BlockManager:
                 self.counters.cached_tokens += num_found * self.block_size
             return blocks
 
-    def free(self, seq_id: SeqId) -> None:
-        """Forget a sequence. Its last readers' blocks become free, or evictable if their content can be found."""
+    def free(self, seq_id: SeqId, *, written: bool = True) -> None:
+        """Forget a sequence. Its last readers' blocks become free, or evictable if their content can be found.
+
+        Parameters
+        ----------
+        seq_id : hashable
+            The sequence.
+        written : bool
+            Whether its tokens were computed. With False, what it was to write cannot be found any more; sequences that
+            were admitted after it and share that must be freed likewise.
+        """
         with self.lock:
             sequence = self._known(seq_id)
+            if not written and sequence.cpu_blocks is None:
+                own = self.tables.blocks(sequence.row)[sequence.num_cached // self.block_size :]
+                self.gpu.unpublish(own)
             del self._sequences[seq_id]
             self._transcripts.digests[sequence.row] = []
             blocks = self.tables.close(sequence.row)

@@ -168,6 +168,10 @@ class BlockPool:
         if new:
             self.stats.named(as_index(blocks[new]), depth[new], priority)
 
+    def unpublish(self, blocks: Ids) -> None:
+        """Let the content of `blocks`, all of which have a reader, not be found."""
+        self.cache.forget(blocks[self.cache.named[as_index(blocks)]])
+
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""
         blocks = self._take_evictable(min(n, len(self.policy)))

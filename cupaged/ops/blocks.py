@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array
+from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.ops.checks import as_numpy, check_cache, check_contiguous, check_dtype, check_shape, must_validate
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.select import load_kernel
@@ -109,9 +109,7 @@ def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: boo
     Parameters and errors are those of `gather_blocks`; `blocks` is its result.
     """
     check_cache(cache)
-    ids = _checked_ids(cache, block_ids, validate)
-    if isinstance(block_ids, np.ndarray | list) or must_validate(validate, cache.backend):
-        _check_once(as_numpy(ids), "block_ids")
+    ids = _checked_ids(cache, block_ids, validate, once=True)
     blocks = as_backend_array(blocks, "blocks", cache.backend)
     _check_blocks(cache, blocks, "blocks", (ids.shape[0], block_elements(cache)))
     _launch(
@@ -209,11 +207,13 @@ def _as_ids(cache: KVCache, ids: Any, name: str, shape: tuple[int | str, ...]) -
     return array
 
 
-def _checked_ids(cache: KVCache, block_ids: Any, validate: bool | None) -> Any:
+def _checked_ids(cache: KVCache, block_ids: Any, validate: bool | None, once: bool = False) -> Any:
     """Return block ids as int32 on the cache's device, checked if they lie on the host or it is asked for."""
     ids = _as_ids(cache, block_ids, "block_ids", ("num_blocks",))
     if isinstance(ids, np.ndarray) or must_validate(validate, cache.backend):
         _check_ids(cache, as_numpy(ids), "block_ids")
+        if once:
+            _check_once(as_numpy(ids), "block_ids")
     return cache.xp.ascontiguousarray(cache.xp.asarray(ids, dtype=INT32))
 
 
@@ -235,3 +235,5 @@ def _check_blocks(cache: KVCache, blocks: Any, name: str, shape: tuple[int, int]
     check_dtype(blocks, name, cache.config.numpy_dtype)
     check_shape(blocks, name, shape)
     check_contiguous(blocks, name)
+    if blocks.size:
+        check_alignment(blocks, name)

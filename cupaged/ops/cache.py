@@ -46,6 +46,16 @@ class Llama3Scaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "original_context"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)!r}")
+        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise ValueError(
+                f"high_freq_factor must be above low_freq_factor, {self.low_freq_factor}, and finite; "
+                f"got {self.high_freq_factor!r}"
+            )
+
 
 def frequencies(rotary_dim: int, theta: float = 10000.0, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """Return RoPE's angle of each pair of dimensions a position, in radians, float64 [rotary_dim / 2]."""

@@ -33,13 +33,14 @@ from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["PrefillPlan", "paged_prefill", "plan_prefill"]
+__all__ = ["PrefillPlan", "paged_prefill", "plan_prefill", "why_no_prefill"]
 
 INT32 = np.dtype(np.int32)
 NO_WINDOW = 2**31 - 1
 TILE_TOKENS = 64  # of context, as in kernels_cu/attention/paged_prefill.cu
 STAGES = 2
 PIECE_INTS = 12  # of a PrefillPiece
+PIECE_SEQ, PIECE_LENS = 0, (1, 4, 5)  # where its sequence stands, and first_token, context, seq_len
 STATIC_SHARED_BYTES = 4096  # of a block, at most
 SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
 REGISTERS_PER_SM = 65536
@@ -145,8 +146,7 @@ class PrefillPlan:
         self.group = num_heads // config.num_kv_heads
         rows = total_tokens * self.group
         on_gpu = cache.backend == "cuda"
-        most = _attribute("MaxSharedMemoryPerBlockOptin") - STATIC_SHARED_BYTES if on_gpu else 2**30
-        self.shape = _fitting(prefill_shape(config, rows / max(1, num_seqs)), config, most)
+        self.shape = _fitting(prefill_shape(config, rows / max(1, num_seqs)), config, _shared_bytes(cache))
         self.num_blocks = multiprocessors(cache) * _resident_blocks(self) if on_gpu else HOST_BLOCKS
         max_slots = int(self.shape.parts_a_share * self.num_blocks)
         max_pieces = -(-rows // self.shape.rows) + num_seqs + max_slots // config.num_kv_heads + 1
@@ -174,6 +174,8 @@ class PrefillPlan:
             check_dtype(array, name, INT32)
             check_shape(array, name, (size,))
             check_contiguous(array, name)
+        if must_validate(None, self.backend):
+            check_query_start(query_start, self.total_tokens)
         kernel = load_kernel("attention/plan_prefill.cu", "plan_prefill", {}, self.backend)
         kernel(
             (1,),
@@ -196,6 +198,23 @@ class PrefillPlan:
             min_part=8 if self.backend == "cuda" else 1,
             cached_tokens=self.cached_tokens,
         )
+
+    def check_lens(self, seq_lens: Any, query_start: Any) -> None:
+        """Raise ValueError unless the plan was last made for these lengths and starts, which are those of a call.
+
+        Reads them and the plan, and so waits for the device.
+        """
+        lens, starts = (as_numpy(array).astype(np.int64) for array in (seq_lens, query_start))
+        pieces = as_numpy(self.pieces)[: int(as_numpy(self.summary)[0])].astype(np.int64)
+        seq, first_token, context, seq_len = pieces[:, PIECE_SEQ], *(pieces[:, i] for i in PIECE_LENS)
+        new_tokens = np.zeros_like(lens)
+        new_tokens[seq] = seq_len - context + 1
+        same = np.array_equal(new_tokens, np.diff(starts))
+        if not (same and np.array_equal(seq_len, lens[seq]) and np.array_equal(first_token, starts[seq])):
+            raise ValueError(
+                "seq_lens and query_start must be what the plan was last made for: call plan.update(seq_lens, "
+                f"query_start); got seq_lens {lens.tolist()[:8]} and query_start {starts.tolist()[:8]}"
+            )
 
 
 def plan_prefill(
@@ -338,6 +357,8 @@ def paged_prefill(
         check_query_start(query_start, total_tokens)
         new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
         check_block_tables(cache, block_tables, seq_lens, new_tokens, variants.window)
+        if plan is not None:
+            plan.check_lens(seq_lens, query_start)
     if query.size:
         if plan is None:
             plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window)
@@ -410,7 +431,7 @@ def prefill_kernel(config: CacheConfig, shape: PrefillShape, backend: str, varia
 
 
 def _check_served(cache: KVCache, causal: bool, window: int | None) -> None:
-    reason = why_no_tensor_cores(cache, "paged_prefill")
+    reason = why_no_prefill(cache)
     if reason:
         raise UnsupportedError(reason)
     if window is not None and not causal:
@@ -486,6 +507,23 @@ def _fitting(shape: PrefillShape, config: CacheConfig, most: int) -> PrefillShap
     while shape.shared_bytes(config) > most and shape.row_warps > 1:
         shape = replace(shape, row_warps=shape.row_warps // 2)
     return shape
+
+
+def _shared_bytes(cache: KVCache) -> int:
+    """Return the dynamic shared memory that a block may have."""
+    return 2**30 if cache.backend == "host" else _attribute("MaxSharedMemoryPerBlockOptin") - STATIC_SHARED_BYTES
+
+
+def why_no_prefill(cache: KVCache) -> str | None:
+    """Return None if paged_prefill serves the cache where it lies, else what it does not."""
+    reason = why_no_tensor_cores(cache, "paged_prefill")
+    needed = PrefillShape(1, 1, 16, 0, 1).shared_bytes(cache.config)
+    if reason is None and needed > _shared_bytes(cache):
+        reason = (
+            f"paged_prefill needs {needed} bytes of shared memory for a head_dim of {cache.config.head_dim}; this "
+            f"device gives a block {_shared_bytes(cache)}"
+        )
+    return reason
 
 
 def _attribute(name: str) -> int:

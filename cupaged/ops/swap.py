@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,12 @@ class HostBlocks:
         else:
             memory = np.zeros(nbytes, np.uint8)
         self.blocks: np.ndarray = memory.view(config.numpy_dtype).reshape(num_blocks, elements)
+        self.moved: Any = None  # an event: when all that was started is done
+
+    def __del__(self) -> None:
+        if getattr(self, "moved", None) is not None:
+            with suppress(Exception):  # the driver may be gone before us
+                self.moved.synchronize()  # CuPy gives pinned memory to others at once
 
 
 class SwapEngine:
@@ -147,9 +154,10 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
         )
     if cache.config != host.config:
         raise ValueError(f"src and dst must be of the same config; got {cache.config} and {host.config}")
-    mover = _Mover(cache)
-    mover.move(cache, host, pairs, out)
-    mover.wait()
+    if cache.mover is None:
+        cache.mover = _Mover(cache)  # kept: its buffers must outlive the copies
+    cache.mover.move(cache, host, pairs, out)
+    cache.mover.wait()
 
 
 class _Mover:
@@ -177,6 +185,12 @@ class _Mover:
         for first in range(0, len(on_host), self.at_once):
             chunk = slice(first, first + self.at_once)
             self._move_chunk(cache, host, on_device[chunk], on_host[chunk], out)
+        if self.on_gpu:
+            host.moved = self.link_stream.record()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # the driver may be gone before us
+            self.synchronise()  # others may get the buffers then
 
     def wait(self) -> None:
         """Let the current stream wait for what was started."""

@@ -223,6 +223,8 @@ class TextureView:
             return
         config = self._config
         tokens = config.num_slots if slot_mapping is None else len(slot_mapping)
+        if not tokens:
+            return
         kernel = load_kernel(
             "cache/write_texture.cu",
             "write_texture",

@@ -69,20 +69,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) plan_prefill(
     const float uncut, const float parts_a_share,     // shares of the work up to which a piece is left whole; else cut
     const int min_part,                               // tiles
     const int cached_tokens) {                        // of a head, whose keys and values stay in the L2 cache
-  __shared__ unsigned long long total, tokens_read;
+  __shared__ unsigned long long total, tokens_read, query_tokens;
   __shared__ int longest, slots, count_of[BINS], sum_of_warp[WARPS];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Cut cut{seq_lens, query_start, total_tokens, group, rows, tile_tokens, window, causal != 0};
 
-  if (threadIdx.x == 0) total = 0, tokens_read = 0, longest = 1, slots = 0;
+  if (threadIdx.x == 0) total = 0, tokens_read = 0, query_tokens = 0, longest = 1, slots = 0;
   count_of[threadIdx.x] = 0;
   __syncthreads();
   for_each_piece(cut, num_seqs, [&](const PrefillPiece& piece) {
     atomicAdd(&total, static_cast<unsigned long long>(piece.tiles()));
     atomicMax(&longest, piece.tiles());
-    if (piece.first_row == 0) atomicAdd(&tokens_read, static_cast<unsigned long long>(piece.seq_len));
+    if (piece.first_row == 0) {
+      atomicAdd(&tokens_read, static_cast<unsigned long long>(piece.seq_len));
+      atomicAdd(&query_tokens, static_cast<unsigned long long>(piece.seq_len - piece.context + 1));
+    }
   });
   __syncthreads();
+  if (query_tokens > static_cast<unsigned long long>(total_tokens)) {   // starts that fall: there is no room for more
+    if (threadIdx.x == 0) summary[0] = 0, summary[1] = 1;
+    return;
+  }
   const float share = fmaxf(1.0f, static_cast<float>(total) * num_kv_heads / blocks);
   const auto parts_of = [&](const PrefillPiece& piece) {
     const float shares = piece.tiles() / share;

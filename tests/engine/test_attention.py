@@ -158,3 +158,58 @@ def test_one_prompt_at_a_time_is_continued(backend, xp):
     module.forward(*rows(4, 0, xp), ["a", "b"], True, tokens=[2, 2])
     with pytest.raises(pg.UnsupportedError, match=r"a call may continue one prompt; got \['a', 'b'\]"):
         module.forward(*rows(4, 1, xp), ["a", "b"], True, tokens=[2, 2])
+
+
+def test_what_a_failed_call_was_to_write_is_not_found(backend, xp):
+    texts = [np.arange(9, dtype=np.int32), np.arange(100, 120, dtype=np.int32)]
+    given = rows(29, 0, xp)
+    module = pg.PagedAttention(pg.CacheConfig(6, 4, 2, 32), backend=backend)
+    for tokens, error in ((texts, pg.OutOfBlocksError), ([texts[0], texts[0][:6]], ValueError)):
+        with pytest.raises(error):
+            module.forward(*given, ["a", "b"], True, tokens=tokens)
+        assert module.manager.seq_ids == [] and module.manager.gpu.num_free == 6
+    with pytest.raises(TypeError, match="key must have dtype float16"):
+        module.forward(given[0][:9], given[1][:9].astype(np.float32), given[2][:9], ["a"], True, tokens=texts[:1])
+    assert module.manager.seq_ids == []
+    mine = [array[:9] for array in given]
+    assert_close(
+        module.forward(*mine, ["a"], True, tokens=texts[:1]), Dense().attend("a", *(to_numpy(array) for array in mine))
+    )
+    assert module.manager.cached_tokens("a") == 0
+    module.manager.check()
+
+
+def test_prompts_that_share_a_prefix_may_come_in_one_call(backend, xp):
+    module = pg.PagedAttention(CONFIG, backend=backend)
+    text = np.arange(9, dtype=np.int32)
+    given = rows(9, 0, xp)
+    twice = [xp.concatenate([array, array]) for array in given]
+    out = module.forward(*twice, ["a", "b"], True, tokens=[text, text])
+    expected = Dense().attend("a", *(to_numpy(array) for array in given))
+    assert_close(out, np.concatenate([expected, expected]))
+    assert module.manager.cached_tokens("b") == 8
+
+
+def test_a_module_offloads_what_is_evicted_and_finds_it_again(backend, xp):
+    config = pg.CacheConfig(6, 4, 2, 32)
+    manager = pg.BlockManager(6, 12, block_size=4, on_evict="offload")
+    with pytest.raises(ValueError, match="swaps must be given for a manager"):
+        pg.PagedAttention(config, manager, backend)
+    cache = pg.KVCache(config, backend)
+    with pytest.raises(ValueError, match="swaps must be over this layer's cache"):
+        pg.PagedAttention(config, manager, backend, swaps=pg.SwapEngine([cache], 12))
+    module = pg.PagedAttention(config, manager, backend, cache=cache, swaps=pg.SwapEngine([cache], 12))
+    text, given, dense = np.arange(18, dtype=np.int32), rows(18, 0, xp), Dense()
+    expected = dense.attend("a", *(to_numpy(array) for array in given))
+    assert_close(module.forward(*given, ["a"], True, tokens=[text]), expected)
+    module.free("a")
+    module.forward(*rows(20, 1, xp), ["b"], True, tokens=[np.arange(50, 70, dtype=np.int32)])
+    module.free("b")
+    out = module.forward(*given, ["a"], True, tokens=[text])
+    assert manager.cached_tokens("a") == 16
+    assert_close(out, expected)
+
+
+def test_a_cache_of_another_config_is_refused(backend):
+    with pytest.raises(ValueError, match="cache must be of the config"):
+        pg.PagedAttention(CONFIG, cache=pg.KVCache(pg.CacheConfig(6, 4, 2, 32), backend))

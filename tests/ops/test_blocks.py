@@ -78,11 +78,11 @@ def test_the_manager_drives_the_engine(backend, xp):
     manager.allocate("a", 40)
     before = manager.block_tables(["a"])[0]
     engine.swap_out(manager.swap_out("a"))
+    engine.wait()  # what follows writes to the blocks that are free now
     manager.allocate("b", 30)
     for cache, dense in layers:
         ids = manager.block_tables(["b"])[0]
         pg.scatter_blocks(cache, ids, xp.zeros((len(ids), 2 * 7 * 3 * 40), dense[0].dtype))
-    engine.wait()
     manager.free("b")
     engine.swap_in(manager.swap_in("a"))
     engine.synchronise()
@@ -136,3 +136,29 @@ def test_bad_swaps_are_refused(backend):
         pg.SwapEngine([], 3)
     pg.copy_blocks(cache, [])
     pg.swap_blocks(cache, host, [])
+
+
+def test_blocks_that_vectors_cannot_read_are_refused(backend, xp):
+    cache, _ = numbered_cache("BSHD", backend)
+    elements = pg.gather_blocks(cache, [0]).shape[1]
+    askew = xp.zeros(elements + 2, cache.config.numpy_dtype)[2:].reshape(1, elements)
+    for call in (lambda: pg.gather_blocks(cache, [0], askew), lambda: pg.scatter_blocks(cache, [0], askew)):
+        with pytest.raises(ValueError, match="must start on a 16-byte boundary"):
+            call()
+
+
+@pytest.mark.parametrize("ids", [(1, 1), [1, 1], np.array([1, 1])], ids=lambda ids: type(ids).__name__)
+def test_a_block_that_is_scattered_twice_is_refused(ids, backend):
+    cache, _ = numbered_cache("BSHD", backend)
+    with pytest.raises(ValueError, match="block_ids must write a block once; block 1 is written twice"):
+        pg.scatter_blocks(cache, ids, pg.gather_blocks(cache, [0, 2]))
+
+
+@pytest.mark.gpu
+def test_scattering_by_ids_on_the_host_reads_nothing_back(monkeypatch):
+    cache, _ = numbered_cache("BSHD", "cuda")
+    blocks = pg.gather_blocks(cache, [0, 2])
+    read = []
+    monkeypatch.setattr("cupaged.ops.blocks.as_numpy", lambda array: read.append(type(array)) or np.asarray(array))
+    pg.scatter_blocks(cache, [1, 3], blocks)
+    assert read and set(read) == {np.ndarray}

@@ -5,6 +5,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.bench.accuracy import prefill_budget
+from cupaged.ops import prefill
 from tests.kit.cases import DecodeShape
 from tests.kit.compare import assert_prefill_matches_reference, to_numpy
 from tests.kit.prefill import TENSOR_CORE_DIMS, PrefillShape, prefill_case, random_prefill_shape
@@ -197,6 +198,35 @@ def test_what_it_does_not_serve_is_said(shape, options, message, backend):
     case = prefill_case(PrefillShape(shape, (12,)), backend)
     with pytest.raises(pg.UnsupportedError, match=message):
         pg.paged_prefill(*case.arguments, **options)
+
+
+def test_starts_that_fall_are_refused_or_do_nothing(backend, xp, monkeypatch):
+    case = prefill_case(PrefillShape(DecodeShape((200,)), (200,)), backend)
+    query, cache, tables, lens, _ = case.arguments
+    falling = xp.asarray([0, 200] * 40, dtype=xp.int32)
+    many = xp.repeat(tables, 79, axis=0), xp.repeat(lens, 79)
+    with pytest.raises(ValueError, match="query_start must not fall; query_start\\[1\\] is 200"):
+        pg.paged_prefill(query, cache, *many, falling, validate=True)
+    if backend == "host":
+        with pytest.raises(ValueError, match="query_start must not fall"):
+            pg.plan_prefill(cache, many[1], falling, 200, query.shape[1])
+    plan = prefill.PrefillPlan(cache, 79, 200, query.shape[1])
+    monkeypatch.setattr(prefill, "must_validate", lambda *_: False)
+    plan.update(many[1], falling)
+    assert int(plan.summary[0]) == 0
+
+
+def test_a_plan_for_other_lengths_is_refused(backend, xp):
+    case = prefill_case(PrefillShape(DecodeShape((100, 60)), (30, 9)), backend)
+    query, cache, _, lens, starts = case.arguments
+    stale = pg.plan_prefill(cache, xp.asarray([90, 60], dtype=xp.int32), starts, 39, query.shape[1])
+    with pytest.raises(ValueError, match="must be what the plan was last made for: call plan.update"):
+        attend(case, plan=stale, validate=True)
+    other = pg.plan_prefill(cache, lens, xp.asarray([0, 20, 39], dtype=xp.int32), 39, query.shape[1])
+    with pytest.raises(ValueError, match="must be what the plan was last made for"):
+        attend(case, plan=other, validate=True)
+    stale.update(lens, starts)
+    assert_prefill_matches_reference(case, *attend(case, plan=stale, validate=True))
 
 
 def test_a_plan_for_something_else_is_refused(backend):

@@ -93,3 +93,16 @@ def test_a_mistake_names_the_argument(options, error, message, backend, xp):
     options = {name: value for name, value in options.items() if name != "positions"}
     with pytest.raises(error, match=message):
         pg.rope_append_kv(cache, rows, rows, xp.asarray([0]), positions, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 0.0}, "factor must be positive and finite; got 0.0"),
+        ({"original_context": -1}, "original_context must be positive and finite; got -1"),
+        ({"low_freq_factor": 4.0}, "high_freq_factor must be above low_freq_factor, 4.0, and finite; got 4.0"),
+    ],
+)
+def test_a_scaling_of_nonsense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pg.Llama3Scaling(**options)

@@ -159,6 +159,7 @@ def test_blocks_that_are_copied_or_scattered_are_seen_through_textures(floats, b
     pg.copy_blocks(case.cache, [[first, second]])
     assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
     pg.scatter_blocks(case.cache, [first], pg.gather_blocks(case.cache, [second]) * 2)
+    pg.copy_blocks(case.cache, [])
     assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
 
 
