@@ -1,4 +1,4 @@
-"""A Llama whose attention goes through the toolkit: everything else is a matrix product or a line of arithmetic.
+"""A Llama whose attention goes through the toolkit; all else is a matrix product or a line of arithmetic.
 
 RMSNorm, rotary angles (RoPE) and SwiGLU are those of Touvron et al., "LLaMA: Open and Efficient Foundation Language
 Models", arXiv 2302.13971. Residuals, norms and angles are float32; matrix products run in the cache's type on the GPU,
@@ -20,7 +20,7 @@ from cupaged.engine.weights import Checkpoint
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
 from cupaged.ops.attention import paged_attention
-from cupaged.ops.cache import append_kv
+from cupaged.ops.cache import append_kv, frequencies, rope_append_kv
 from cupaged.ops.plan import DecodePlan, plan_decode, why_no_tensor_cores
 from cupaged.ops.prefill import paged_prefill, plan_prefill
 
@@ -63,7 +63,9 @@ class _Layer:
     """A layer's weights as products want them: [in features, out features], neighbours side by side."""
 
     attention_norm: Any
-    query_key_value: Any
+    query: Any
+    key: Any
+    value: Any
     output: Any
     mlp_norm: Any
     gate_up: Any
@@ -108,7 +110,9 @@ class Llama:
         self._layers = [
             _Layer(
                 xp.asarray(layer.attention_norm),
-                matrix(layer.query, layer.key, layer.value),
+                matrix(layer.query),
+                matrix(layer.key),
+                matrix(layer.value),
                 matrix(layer.output),
                 xp.asarray(layer.mlp_norm),
                 matrix(layer.gate, layer.up),
@@ -120,9 +124,9 @@ class Llama:
         tied = checkpoint.unembedding is checkpoint.embedding
         self._unembedding = self._embedding.T if tied else matrix(checkpoint.unembedding)
         self._final_norm = xp.asarray(checkpoint.final_norm)
-        frequencies = config.rope_base ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-        angles = np.arange(config.max_tokens)[:, np.newaxis] * frequencies
-        self._cos, self._sin = (xp.asarray(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
+        if use_reference:
+            angles = np.arange(config.max_tokens)[:, np.newaxis] * frequencies(config.head_dim, config.rope_base)
+            self._cos, self._sin = (f(angles).astype(np.float32)[:, np.newaxis] for f in (np.cos, np.sin))
 
     def new_caches(
         self, num_blocks: int, block_size: int, layout: str = "BSHD", backend: str | None = None
@@ -150,17 +154,13 @@ class Llama:
         config, xp = self.config, self.xp
         total = len(step.tokens)
         attend = self._attention(step, caches[0], plan)
-        cos, sin = (table[step.positions][:, np.newaxis] for table in (self._cos, self._sin))
         x = self._embedding[step.tokens].astype(np.float32)
         for layer, cache in zip(self._layers, caches, strict=True):
-            mixed = (self._normed(x, layer.attention_norm) @ layer.query_key_value).reshape(total, -1, config.head_dim)
-            turned = rotated(xp, mixed[:, : -config.num_kv_heads], cos, sin)
+            h = self._normed(x, layer.attention_norm)
             query, key, value = (
-                xp.ascontiguousarray(part.astype(self.storage))
-                for part in (
-                    turned[:, : config.num_heads], turned[:, config.num_heads :], mixed[:, -config.num_kv_heads :]
-                )
-            )  # fmt: skip
+                (h @ weight).astype(self.storage, copy=False).reshape(total, -1, config.head_dim)
+                for weight in (layer.query, layer.key, layer.value)
+            )
             out = self._timed(self._append_and_attend, step, attend, query, key, value, cache)
             x += out.reshape(total, -1).astype(self.compute, copy=False) @ layer.output
             gate, up = xp.split(self._normed(x, layer.mlp_norm) @ layer.gate_up, 2, axis=1)
@@ -179,10 +179,16 @@ class Llama:
     def _append_and_attend(
         self, step: ModelInput, attend: Attend, query: Any, key: Any, value: Any, cache: KVCache
     ) -> Any:
-        if self.use_reference and cache.config.layout in DENSE_LAYOUTS:
-            reference.append_kv(cache.key, cache.value, key, value, step.slots)
+        if self.use_reference:
+            cos, sin = self._cos[step.positions], self._sin[step.positions]
+            query, key = (rotated(x, cos, sin).astype(self.storage) for x in (query, key))
+            if cache.config.layout in DENSE_LAYOUTS:
+                reference.append_kv(cache.key, cache.value, key, value, step.slots)
+            else:
+                append_kv(cache, key, value, step.slots)
         else:
-            append_kv(cache, key, value, step.slots)
+            base = self.config.rope_base
+            query = rope_append_kv(cache, key, value, step.slots, step.positions, query=query, theta=base)
         return attend(query, cache)
 
     def _attention(self, step: ModelInput, cache: KVCache, plan: DecodePlan | None) -> Attend:
@@ -215,23 +221,21 @@ class Llama:
         return result
 
 
-def rotated(xp: Any, x: Any, cos: Any, sin: Any) -> Any:
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """Turn dimension i of each head together with dimension i + D / 2.
 
     Parameters
     ----------
-    xp : module
-        NumPy or CuPy.
-    x : array, [tokens, heads, D]
-    cos, sin : float32 [tokens, 1, D / 2]
+    x : ndarray, [tokens, heads, D]
+    cos, sin : ndarray, float32 [tokens, 1, D / 2]
         Of each token's angles.
 
     Returns
     -------
-    float32 [tokens, heads, D]
+    ndarray, float32 [tokens, heads, D]
     """
-    first, second = xp.split(x.astype(np.float32, copy=False), 2, axis=-1)
-    return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second = np.split(x.astype(np.float32, copy=False), 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def silu(xp: Any, x: Any) -> Any:
