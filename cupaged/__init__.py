@@ -25,6 +25,7 @@ from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.ops.registry import kernels
+from cupaged.ops.sampling import sample
 from cupaged.ops.swap import HostBlocks, SwapEngine, swap_blocks
 from cupaged.ops.textures import TextureView, bind_textures
 from cupaged.runtime import available_backends, kernels_from
@@ -65,6 +66,7 @@ __all__ = [
     "plan_prefill",
     "reference",
     "rope_append_kv",
+    "sample",
     "scatter_blocks",
     "swap_blocks",
 ]
