@@ -7,6 +7,8 @@ manager that feeds them.
 from cupaged import reference
 from cupaged.config import CacheConfig
 from cupaged.engine.attention import PagedAttention, PagedStep
+from cupaged.engine.generate import LLM, Completion, StepReport
+from cupaged.engine.sequence import SamplingParams
 from cupaged.errors import (
     BackendUnavailableError,
     DoubleFreeError,
@@ -33,9 +35,11 @@ from cupaged.runtime import available_backends, kernels_from
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "BackendUnavailableError",
     "BlockManager",
     "CacheConfig",
+    "Completion",
     "DecodePlan",
     "DoubleFreeError",
     "ForeignBlockError",
@@ -48,6 +52,8 @@ __all__ = [
     "PagedAttention",
     "PagedStep",
     "PrefillPlan",
+    "SamplingParams",
+    "StepReport",
     "SwapEngine",
     "TextureView",
     "UnsupportedError",

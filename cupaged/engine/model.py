@@ -135,7 +135,14 @@ class Llama:
         config = CacheConfig(num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim, self.dtype, layout)
         return [KVCache(config, backend or self.backend) for _ in self._layers]
 
-    def forward(self, step: ModelInput, caches: Sequence[KVCache], plan: DecodePlan | None = None) -> Any:
+    def forward(
+        self,
+        step: ModelInput,
+        caches: Sequence[KVCache],
+        plan: DecodePlan | None = None,
+        *,
+        validate: bool | None = None,
+    ) -> Any:
         """Return the logits after some of a step's tokens, whose keys and values are written to the caches.
 
         Parameters
@@ -146,6 +153,8 @@ class Llama:
             One a layer.
         plan : DecodePlan, optional
             Made for the step's lengths, where each sequence has one token; without it the step plans for itself.
+        validate : bool, optional
+            As `cupaged.paged_attention` takes it.
 
         Returns
         -------
@@ -153,7 +162,7 @@ class Llama:
         """
         config, xp = self.config, self.xp
         total = len(step.tokens)
-        attend = self._attention(step, caches[0], plan)
+        attend = self._attention(step, caches[0], plan, validate)
         x = self._embedding[step.tokens].astype(np.float32)
         for layer, cache in zip(self._layers, caches, strict=True):
             h = self._normed(x, layer.attention_norm)
@@ -161,7 +170,7 @@ class Llama:
                 (h @ weight).astype(self.storage, copy=False).reshape(total, -1, config.head_dim)
                 for weight in (layer.query, layer.key, layer.value)
             )
-            out = self._timed(self._append_and_attend, step, attend, query, key, value, cache)
+            out = self._timed(self._append_and_attend, step, attend, query, key, value, cache, validate)
             x += out.reshape(total, -1).astype(self.compute, copy=False) @ layer.output
             gate, up = xp.split(self._normed(x, layer.mlp_norm) @ layer.gate_up, 2, axis=1)
             x += (silu(xp, gate) * up) @ layer.down
@@ -177,7 +186,14 @@ class Llama:
         )
 
     def _append_and_attend(
-        self, step: ModelInput, attend: Attend, query: Any, key: Any, value: Any, cache: KVCache
+        self,
+        step: ModelInput,
+        attend: Attend,
+        query: Any,
+        key: Any,
+        value: Any,
+        cache: KVCache,
+        validate: bool | None,
     ) -> Any:
         if self.use_reference:
             cos, sin = self._cos[step.positions], self._sin[step.positions]
@@ -187,11 +203,13 @@ class Llama:
             else:
                 append_kv(cache, key, value, step.slots)
         else:
-            base = self.config.rope_base
-            query = rope_append_kv(cache, key, value, step.slots, step.positions, query=query, theta=base)
+            query = rope_append_kv(
+                cache, key, value, step.slots, step.positions,
+                query=query, theta=self.config.rope_base, validate=validate,
+            )  # fmt: skip
         return attend(query, cache)
 
-    def _attention(self, step: ModelInput, cache: KVCache, plan: DecodePlan | None) -> Attend:
+    def _attention(self, step: ModelInput, cache: KVCache, plan: DecodePlan | None, validate: bool | None) -> Attend:
         """Return how every layer of this step attends: planned once, by the kernels that serve the cache."""
         tables, lens, starts = step.block_tables, step.seq_lens, step.query_start
         if self.use_reference:
@@ -200,14 +218,16 @@ class Llama:
         heads, served = self.config.num_heads, why_no_tensor_cores(cache) is None
         if starts is None:
             decode = (plan or plan_decode(cache, lens, heads)) if served else None
-            return lambda query, cache: paged_attention(query, cache, tables, lens, plan=decode)
+            return lambda query, cache: paged_attention(query, cache, tables, lens, plan=decode, validate=validate)
         if served:
             prefill = plan_prefill(cache, lens, starts, len(step.tokens), heads)
-            return lambda query, cache: paged_prefill(query, cache, tables, lens, starts, plan=prefill)
+            return lambda query, cache: paged_prefill(
+                query, cache, tables, lens, starts, plan=prefill, validate=validate
+            )
         # Where there is no prefill, each token is a sequence of its own, as long as it sees.
         rows = self.xp.asarray(np.repeat(np.arange(len(lens)), np.diff(reference.as_numpy(starts))))
         own_tables, own_lens = tables[rows], step.positions + np.int32(1)
-        return lambda query, cache: paged_attention(query, cache, own_tables, own_lens)
+        return lambda query, cache: paged_attention(query, cache, own_tables, own_lens, validate=validate)
 
     def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
         wait = self.timing and self.backend == "cuda"

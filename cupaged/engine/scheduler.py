@@ -291,6 +291,8 @@ class Scheduler:
             return False
         self._transfers()
         sequence.num_computed = self.manager.cached_tokens(sequence.seq_id)
+        if not sequence.num_preemptions:
+            sequence.num_cached = sequence.num_computed
         return True
 
     def _swap_in(self, sequence: Sequence, alone: bool) -> bool:

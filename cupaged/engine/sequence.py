@@ -85,6 +85,8 @@ class Sequence:
         Tokens generated so far. The last of them is not in the cache yet.
     num_computed : int
         First tokens whose keys and values are in the cache.
+    num_cached : int
+        Tokens of the prompt that were found in the cache when it was first admitted.
     num_preemptions : int
         How often it gave way to others.
     finish_reason : str
@@ -99,6 +101,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     state: State = State.WAITING
     num_computed: int = 0
+    num_cached: int = 0
     num_preemptions: int = 0
     finish_reason: str = ""
 

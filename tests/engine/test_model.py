@@ -1,14 +1,12 @@
 """The paged model finds the logits of the dense one, whatever way its tokens are cut into steps."""
 
-from dataclasses import fields, replace
-
 import numpy as np
 import pytest
 
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.engine.weights import random_checkpoint
 from cupaged.reference import as_numpy
-from tests.kit.llama import SMALL, dense_logits, logits_budget
+from tests.kit.llama import SMALL, dense_logits, half_budget, logits_budget
 from tests.kit.real_model import smollm2
 
 BLOCK = 8
@@ -76,22 +74,6 @@ def test_half_precision_loses_what_its_digits_lose(backend, dtype):
     for text, logits in zip(TEXTS, found, strict=False):
         expected = dense_logits(CHECKPOINT, text, dtype=np.float64)
         assert np.abs(logits - expected).max() <= half_budget(CHECKPOINT, text, model.storage)
-
-
-def half_budget(checkpoint, text, storage):
-    """Return how far logits may move: what rounding all weights, once, to the type moves them, a few times over."""
-
-    def rounded(weight):
-        return weight.astype(storage).astype(np.float32)
-
-    layers = tuple(
-        type(layer)(**{field.name: rounded(getattr(layer, field.name)) for field in fields(layer)})
-        for layer in checkpoint.layers
-    )
-    embedding = rounded(checkpoint.embedding)
-    other = replace(checkpoint, layers=layers, embedding=embedding, unembedding=embedding)
-    moved = dense_logits(other, text, dtype=np.float64) - dense_logits(checkpoint, text, dtype=np.float64)
-    return 4 * np.abs(moved).max()
 
 
 def test_tokens_that_fill_up_a_batch_change_nothing(backend, xp):

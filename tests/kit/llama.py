@@ -1,5 +1,7 @@
 """A Llama without paging, without batching and without a cache; and small ones to try it on."""
 
+from dataclasses import fields, replace
+
 import numpy as np
 
 from cupaged.engine.weights import TENSORS, ModelConfig, interleaved
@@ -62,6 +64,22 @@ def logits_budget(checkpoint, tokens):
     exact = dense_logits(checkpoint, tokens, dtype=np.float64)
     single = dense_logits(checkpoint, tokens)
     return exact, 4 * np.abs(single - exact).max() + 4 * np.finfo(np.float32).eps * np.abs(exact).max()
+
+
+def half_budget(checkpoint, text, storage):
+    """Return how far logits may move: what rounding all weights, once, to the type moves them, a few times over."""
+
+    def rounded(weight):
+        return weight.astype(storage).astype(np.float32)
+
+    layers = tuple(
+        type(layer)(**{field.name: rounded(getattr(layer, field.name)) for field in fields(layer)})
+        for layer in checkpoint.layers
+    )
+    embedding = rounded(checkpoint.embedding)
+    other = replace(checkpoint, layers=layers, embedding=embedding, unembedding=embedding)
+    moved = dense_logits(other, text, dtype=np.float64) - dense_logits(checkpoint, text, dtype=np.float64)
+    return 4 * np.abs(moved).max()
 
 
 def write_gguf(path, checkpoint, metadata=()):
