@@ -200,7 +200,8 @@ def serve(
         max_batch_tokens=config.max_batch_tokens, max_num_seqs=at_once, prefix_caching=way == SHARED,
     )  # fmt: skip
     if backend == "cuda":  # compile and capture outside the clock
-        llm.generate(list(load.prompts[:2]), pg.SamplingParams(2, ignore_end=True))
+        llm.prepare(at_once, config.longest)
+        llm.generate([load.prompts[0][:2]], pg.SamplingParams(2, ignore_end=True))
     submitted: dict[int, int] = {}
     times: dict[int, list[float]] = {}
     running, seconds, occupied, waits = [], [], [], []

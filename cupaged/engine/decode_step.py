@@ -44,9 +44,9 @@ class ShapeClass(NamedTuple):
 
 
 def shape_class(num_seqs: int, max_blocks: int) -> ShapeClass:
-    """Return the class of a batch: its size rounded up, to 1, 2, 4 or a multiple of 8; its table to a power of two."""
-    rows = 1 << (num_seqs - 1).bit_length() if num_seqs <= 8 else -(-num_seqs // 8) * 8
-    return ShapeClass(rows, max(LEAST_BLOCKS, 1 << (max_blocks - 1).bit_length()))
+    """Return a batch's class: its size rounded up to 1, 2, 3, 4, 6, 8, 12, 16, ..., its table to a power of two."""
+    step = 1 << max(0, (num_seqs - 1).bit_length() - 2)
+    return ShapeClass(-(-num_seqs // step) * step, max(LEAST_BLOCKS, 1 << (max_blocks - 1).bit_length()))
 
 
 class DecodeStep:
@@ -101,7 +101,7 @@ class DecodeStep:
         **rows
             What each of `FIELDS` holds for the sequences, [num_seqs], `block_tables` [num_seqs, max_blocks]; at most
             as many as the class serves. On a GPU the current stream must be the same one each time, and not the
-            default one.
+            default one. Without any, nothing is computed but what captures the step.
 
         Returns
         -------
@@ -115,7 +115,7 @@ class DecodeStep:
             if self.graph is None:
                 self._capture()
             self.graph.launch(self.model.xp.cuda.get_current_stream())
-        return as_numpy(self._out)[: len(rows["tokens"])].copy()
+        return as_numpy(self._out)[: len(rows.get("tokens", ()))].copy()
 
     def _compute(self) -> None:
         if self._plan is not None:
@@ -128,9 +128,11 @@ class DecodeStep:
         cuda = self.model.xp.cuda
         stream = cuda.get_current_stream()
         self._compute()  # compile, and make what is made once
-        self._memory = cuda.MemoryPool()
+        self._memory, held = cuda.MemoryPool(), -1
         with cuda.using_allocator(self._memory.malloc):
-            self._compute()  # now the pool holds all that the captured step will ask for
+            while self._memory.total_bytes() != held:  # until the pool holds all that the captured step will ask for
+                held = self._memory.total_bytes()
+                self._compute()
             stream.synchronize()
             stream.begin_capture()
             try:

@@ -202,6 +202,7 @@ class LLM:
         self.step_seconds = 0.0
         self._swapping = SwapEngine(self.caches, num_cpu_blocks) if num_cpu_blocks else None
         self._fixed_steps = graphs and self.backend == "cuda"
+        self._widest = 1  # blocks of a sequence, so far: tables of one width do for all batches
         self._decode_steps: dict[ShapeClass, DecodeStep] = {}
         self._requests: dict[int, Request] = {}
         self._answers: dict[int, Completion] = {}
@@ -322,6 +323,19 @@ class LLM:
         if request_id not in self._answers or request_id in self._requests:
             raise KeyError(f"request_id must name a request that has ended and was not asked for; got {request_id!r}")
         return self._answers.pop(request_id)
+
+    def prepare(self, num_seqs: int, num_tokens: int) -> None:
+        """Capture decode steps ahead, for up to so many sequences of up to so many tokens each, prompt and answer.
+
+        Without it they are captured when they are first met, which takes a moment. Where there are no graphs, it does
+        nothing.
+        """
+        num_seqs = min(whole_number("num_seqs", num_seqs, at_least=1), self.scheduler.max_num_seqs)
+        num_blocks = -(-whole_number("num_tokens", num_tokens, at_least=1) // self.manager.block_size)
+        if self._fixed_steps:
+            with self._on_stream():
+                for size in sorted({shape_class(n, 1).num_seqs for n in range(1, num_seqs + 1)}):
+                    self._decode_step(size, num_blocks).run()
 
     @property
     def unfinished(self) -> bool:
@@ -462,7 +476,7 @@ class LLM:
         sampling = _sampling_rows([requests[i] for i in samples])
         decodes = step.decodes_only and len(samples) == len(requests)
         if decodes and self._fixed_steps and not self.model.timing:
-            return self._decode_step(shape_class(*tables.shape)).run(**inputs, **sampling)
+            return self._decode_step(*tables.shape).run(**inputs, **sampling)
         xp = self.model.xp
         if not decodes:
             inputs |= {"query_start": query_start, "wanted": query_start[1:][samples] - 1}
@@ -476,8 +490,10 @@ class LLM:
         arrays = {name: xp.asarray(array) for name, array in sampling.items()}
         return as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
 
-    def _decode_step(self, shape: ShapeClass) -> DecodeStep:
-        """Return the step of a class of shapes, the one used last as the youngest."""
+    def _decode_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
+        """Return the step of a batch's class; the one that was used longest ago makes room for a new one."""
+        self._widest = max(self._widest, max_blocks)
+        shape = shape_class(num_seqs, self._widest)
         known = self._decode_steps.pop(shape, None)
         if known is None:
             self.num_captures += 1
