@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "prefill": "both", "cache_ops": "both", "swap_or_recompute": "both", "kernel_profile": "gpu",
     "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu", "eviction": "cpu",
     "bookkeeping": "cpu", "serving": "both",
+    "model_step": "both",
 }  # fmt: skip
 COULD_NOT_RUN = 2  # the status of an experiment that something on the machine kept from running
 ROWS_SHOWN = 500

@@ -110,14 +110,15 @@ class DecodeStep:
         self._fill(rows)
         self._upload()
         if self.model.backend == "host":
-            self._compute()
+            self.compute()
         else:
             if self.graph is None:
                 self._capture()
             self.graph.launch(self.model.xp.cuda.get_current_stream())
         return as_numpy(self._out)[: len(rows.get("tokens", ()))].copy()
 
-    def _compute(self) -> None:
+    def compute(self) -> None:
+        """Launch the step on what is filled in, without a graph."""
         if self._plan is not None:
             self._plan.update(self._input.seq_lens)
         logits = self.model.forward(self._input, self.caches, self._plan, validate=False)
@@ -127,16 +128,16 @@ class DecodeStep:
         """Capture the step; what its arrays are allocated from is its own, as a replay writes to them again."""
         cuda = self.model.xp.cuda
         stream = cuda.get_current_stream()
-        self._compute()  # compile, and make what is made once
+        self.compute()  # compile, and make what is made once
         self._memory, held = cuda.MemoryPool(), -1
         with cuda.using_allocator(self._memory.malloc):
             while self._memory.total_bytes() != held:  # until the pool holds all that the captured step will ask for
                 held = self._memory.total_bytes()
-                self._compute()
+                self.compute()
             stream.synchronize()
             stream.begin_capture()
             try:
-                self._compute()
+                self.compute()
             except BaseException:
                 with suppress(Exception):  # what was captured is invalid, and says so once more
                     stream.end_capture()

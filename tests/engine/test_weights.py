@@ -7,6 +7,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.engine.weights import LayerWeights, in_halves, interleaved, random_checkpoint, read_gguf
+from tests.kit.experiments import functions
 from tests.kit.llama import SMALL, logits_budget, write_gguf
 from tests.kit.real_model import smollm2
 
@@ -75,29 +76,10 @@ def test_llama_cpp_finds_the_logits_of_smollm2(tmp_path):
 @pytest.mark.slow
 def test_transformers_finds_the_logits_of_smollm2():
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     checkpoint, tokenizer = smollm2()
-    config = checkpoint.config
     tokens = tokenizer.encode(tokenizer.chat("Why is the sky blue?"))
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.norm_eps, rope_theta=config.rope_base,
-            max_position_embeddings=config.max_tokens, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    names = {
-        "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
-        "value": "self_attn.v_proj", "output": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
-        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-    }  # fmt: skip
-    state = {"model.embed_tokens.weight": checkpoint.embedding, "model.norm.weight": checkpoint.final_norm}
-    for i, layer in enumerate(checkpoint.layers):
-        state |= {f"model.layers.{i}.{names[field.name]}.weight": getattr(layer, field.name) for field in fields(layer)}
-    missing, unexpected = model.load_state_dict({k: torch.from_numpy(v) for k, v in state.items()}, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+    model = functions("model_step")["as_transformers"](checkpoint)
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].numpy()
     expected, budget = logits_budget(checkpoint, tokens)
