@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any
 
@@ -100,6 +100,8 @@ class StepReport:
         Tokens of each that runs whose keys and values are in the cache.
     seconds : float
         What it took.
+    logits : mapping of request id to float32 [vocab_size]
+        What tokens were chosen from, if asked for.
     """
 
     index: int
@@ -114,6 +116,7 @@ class StepReport:
     block_tables: Mapping[int, NDArray[np.int32]]
     tokens_stored: Mapping[int, int]
     seconds: float
+    logits: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class LLM:
@@ -312,6 +315,40 @@ class LLM:
             self.scheduler.cancel(request)
             self._retire(request)
 
+    def fork(self, request_id: int, token: int | None = None) -> int:
+        """Let a new request run on from where another stands, and return its name.
+
+        The two share their blocks; a block that both would write to is copied when the first of them does. With the
+        logits of a step (`step`) this is what beam search and several answers to one prompt are made of.
+
+        Parameters
+        ----------
+        request_id : int
+            It runs, and has generated a token.
+        token : int, optional
+            What the new one's last token is instead.
+
+        Raises
+        ------
+        KeyError
+            If there is no such request, or it has ended.
+        ValueError
+            If it does not run, as many run as may, or the token is unknown.
+        """
+        parent = self._requests.get(request_id)
+        if parent is None:
+            raise KeyError(f"request_id must name a request that has not ended; got {request_id!r}")
+        if token is not None and not 0 <= token < self.model.config.vocab_size:
+            raise ValueError(f"token must be a token id from 0 to {self.model.config.vocab_size - 1}; got {token}")
+        output = [*parent.output] if token is None else [*parent.output[:-1], int(token)]
+        child = replace(parent, seq_id=self._next_id, output=output, num_preemptions=0)
+        self.scheduler.fork(parent, child)
+        self._next_id += 1
+        self._requests[child.seq_id] = child
+        answer = self._answers[request_id]
+        self._answers[child.seq_id] = replace(answer, request_id=child.seq_id, times=[*answer.times])
+        return child.seq_id
+
     def completion(self, request_id: int) -> Completion:
         """Return what became of a request that has ended, and forget it.
 
@@ -342,13 +379,21 @@ class LLM:
         """Whether any request waits or runs."""
         return self.scheduler.unfinished
 
-    def step(self, *, report: bool = False) -> StepReport | None:
-        """Compute one step for all that run; returns what it did, if asked to."""
+    def step(self, *, report: bool = False, logits: bool = False) -> StepReport | None:
+        """Compute one step for all that run.
+
+        Parameters
+        ----------
+        report : bool
+            Whether to return what it did.
+        logits : bool
+            Whether the report holds the logits that tokens were chosen from; no graph is replayed then.
+        """
         start = time.perf_counter()
         with self._on_stream():
             step = self.scheduler.schedule()
             self._carry_out(step.moves)
-            chosen = self._compute(step) if step.work else NO_TOKENS
+            chosen, rows = self._compute(step, logits) if step.work else (NO_TOKENS, None)
         sampling = [work.sequence for work in step.work if work.samples]
         self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None)
         now = time.perf_counter()
@@ -363,7 +408,8 @@ class LLM:
         if not report:
             return None
         tokens = {request.seq_id: request.output[-1] for request in sampling}
-        return self._report(step, tokens, tuple(request.seq_id for request in finished), now - start)
+        kept = {} if rows is None else {request.seq_id: row for request, row in zip(sampling, rows, strict=True)}
+        return self._report(step, tokens, tuple(request.seq_id for request in finished), now - start, kept)
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -454,8 +500,8 @@ class LLM:
                 (self._swapping.swap_out if move.kind == "out" else self._swapping.swap_in)(move.pairs)
                 self._swapping.wait()  # what follows may read these blocks, or write what they were read from
 
-    def _compute(self, step: Step) -> NDArray[np.int32]:
-        """Return the next token of each sequence of a step that samples."""
+    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+        """Return the next token of each sequence of a step that samples, and, to `keep`, their logits."""
         requests = [work.sequence for work in step.work]
         starts, counts = (
             np.array([getattr(work, name) for work in step.work], np.int32) for name in ("start", "count")
@@ -475,8 +521,8 @@ class LLM:
         samples = [i for i, work in enumerate(step.work) if work.samples]
         sampling = _sampling_rows([requests[i] for i in samples])
         decodes = step.decodes_only and len(samples) == len(requests)
-        if decodes and self._fixed_steps and not self.model.timing:
-            return self._decode_step(*tables.shape).run(**inputs, **sampling)
+        if decodes and self._fixed_steps and not self.model.timing and not keep:
+            return self._decode_step(*tables.shape).run(**inputs, **sampling), None
         xp = self.model.xp
         if not decodes:
             inputs |= {"query_start": query_start, "wanted": query_start[1:][samples] - 1}
@@ -484,11 +530,13 @@ class LLM:
             ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
         )
         if not samples:
-            return NO_TOKENS
+            return NO_TOKENS, None
         if self.model.use_reference:
-            return _draw_with_reference(logits, sampling)
-        arrays = {name: xp.asarray(array) for name, array in sampling.items()}
-        return as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
+            chosen = _draw_with_reference(logits, sampling)
+        else:
+            arrays = {name: xp.asarray(array) for name, array in sampling.items()}
+            chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
+        return chosen, as_numpy(logits) if keep else None
 
     def _decode_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
         """Return the step of a batch's class; the one that was used longest ago makes room for a new one."""
@@ -503,7 +551,14 @@ class LLM:
         self._decode_steps[shape] = known
         return known
 
-    def _report(self, step: Step, tokens: dict[int, int], finished: tuple[int, ...], seconds: float) -> StepReport:
+    def _report(
+        self,
+        step: Step,
+        tokens: dict[int, int],
+        finished: tuple[int, ...],
+        seconds: float,
+        logits: Mapping[int, NDArray[np.float32]],
+    ) -> StepReport:
         running = [request.seq_id for request in self.scheduler.running]
         return StepReport(
             index=self.num_steps - 1,
@@ -518,6 +573,7 @@ class LLM:
             block_tables={seq_id: self.manager.blocks(seq_id) for seq_id in running},
             tokens_stored={request.seq_id: request.num_computed for request in self.scheduler.running},
             seconds=seconds,
+            logits=logits,
         )
 
 

@@ -152,6 +152,29 @@ class Scheduler:
         self.manager.counters.preemptions += 1
         self._wait_again(sequence, swapped=swap)
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let a new request run on from where another stands; they share every block until one of them writes to it.
+
+        Parameters
+        ----------
+        parent : Sequence
+            It runs, and has generated its last token.
+        child : Sequence
+            New, with the parent's tokens, of which the last may be another.
+
+        Raises
+        ------
+        ValueError
+            If the parent does not decode, or as many run as may.
+        """
+        if parent.state is not State.RUNNING or not parent.output or not self._decodes(parent):
+            raise ValueError(f"parent must be running, between two tokens of its answer; {parent.seq_id} is not")
+        if len(self.running) >= self.max_num_seqs:
+            raise ValueError(f"parent must be one of fewer than {self.max_num_seqs} that run; so many run already")
+        self.manager.fork(parent.seq_id, child.seq_id)
+        child.state, child.num_computed = State.RUNNING, parent.num_computed
+        self.running.append(child)
+
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Step:

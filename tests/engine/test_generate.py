@@ -278,6 +278,77 @@ def test_requests_step_by_step():
     llm.cancel(first)  # has ended long since
 
 
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def dense_beams(prompt, width, num_tokens):
+    """Return the texts of a beam search, the best first."""
+    beams = [(0.0, [])]
+    for _ in range(num_tokens):
+        longer = [
+            (score + gain, [*text, token])
+            for score, text in beams
+            for token, gain in enumerate(log_softmax(dense_logits(CHECKPOINT, [*prompt, *text])[-1]))
+        ]
+        beams = sorted(longer, reverse=True)[:width]
+    return [text for _, text in beams]
+
+
+@pytest.mark.parametrize("preempting", [False, True])
+def test_beam_search_by_forks_copies_on_write(backend, preempting):
+    (prompt,), width, num_tokens = prompts_of([6]), 3, 8
+    llm = small_llm(backend, num_cpu_blocks=64)
+    scores = {llm.submit(prompt, pg.SamplingParams(50, ignore_end=True)): 0.0}
+    for _ in range(num_tokens):
+        report = llm.step(report=True, logits=True)
+        assert set(report.logits) == set(report.new_tokens) == set(scores)
+        longer = [
+            (scores[seq_id] + gain, seq_id, token)
+            for seq_id, row in report.logits.items()
+            for token, gain in enumerate(log_softmax(row))
+        ]
+        best = sorted(longer, reverse=True)[:width]
+        forks = {llm.fork(seq_id, token): score for score, seq_id, token in best}
+        for seq_id in scores:
+            llm.cancel(seq_id)
+        scores = forks
+        if preempting:
+            for request in list(llm.scheduler.running):
+                llm.scheduler.preempt(request, swap=request.seq_id % 2 == 0)
+    found = []
+    for seq_id in sorted(scores, key=scores.get, reverse=True):
+        llm.cancel(seq_id)
+        found.append(llm.completion(seq_id).tokens.tolist())
+    assert found == dense_beams(prompt, width, num_tokens)
+    assert llm.stats()["copies"] > 0 or preempting
+    assert_all_free(llm)
+
+
+def test_forks_are_checked():
+    llm = small_llm(max_num_seqs=2, max_batch_tokens=4)
+    first = llm.submit(prompts_of([6])[0], GREEDY)
+    with pytest.raises(ValueError, match="parent must be running, between two tokens of its answer; 0 is not"):
+        llm.fork(first)
+    llm.step()  # a part of the prompt
+    with pytest.raises(ValueError, match="parent must be running"):
+        llm.fork(first)
+    llm.step()
+    with pytest.raises(ValueError, match="token must be a token id from 0 to 96; got 97"):
+        llm.fork(first, 97)
+    second = llm.fork(first)
+    with pytest.raises(ValueError, match="fewer than 2 that run"):
+        llm.fork(first)
+    while llm.unfinished:
+        llm.step()
+    answers = [llm.completion(seq_id) for seq_id in (first, second)]
+    assert_dense(answers, prompts_of([6]) * 2)
+    with pytest.raises(KeyError, match="request_id must name a request that has not ended"):
+        llm.fork(first)
+    assert_all_free(llm)
+
+
 def test_generation_ends_where_the_cache_ends():
     llm, prompts = small_llm(num_blocks=3), prompts_of([9, 12])
     first, second = llm.generate(prompts, GREEDY)
