@@ -21,6 +21,7 @@ using Count = unsigned long long;
 constexpr unsigned kMinusInfinity = 0x007fffffu, kInfinity = 0xff800000u;   // as `ordered` gives them
 constexpr float kOne = 17592186044416.0f;   // 2^44, the weight of the most likely token
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr int LOADS = 8;   // of a thread, under way at once
 constexpr int BITS = 2, CANDIDATES = (1 << BITS) - 1;   // of the threshold, found in a pass
 
 // A whole number that is larger where the float is.
@@ -37,7 +38,14 @@ struct Row {
 
   template <typename Visit>
   __device__ __forceinline__ void visit(Visit&& at_token) const {
-    for (int i = begin + threadIdx.x % kWarpSize; i < end; i += kWarpSize) at_token(to_float(load_global(logits + i)), i);
+    for (int i = begin + threadIdx.x % kWarpSize; i < end; i += LOADS * kWarpSize) {
+      LOGIT x[LOADS];   // all asked for before the first is looked at
+#pragma unroll
+      for (int n = 0; n < LOADS; ++n) x[n] = load_global_if(i + n * kWarpSize < end, logits + i + n * kWarpSize);
+#pragma unroll
+      for (int n = 0; n < LOADS; ++n)
+        if (i + n * kWarpSize < end) at_token(to_float(x[n]), i + n * kWarpSize);
+    }
   }
 
   __device__ __forceinline__ Count weight(float x) const {
