@@ -97,7 +97,7 @@ def sample(
         _check_values(logits, temperature, top_k, top_p)
     if num_seqs:
         warps = min(MAX_WARPS, max(1, vocab_size // TOKENS_OF_WARP))
-        defines = {"LOGIT": C_TYPE_OF_DTYPE[logits.dtype], "WARPS": 1 << (warps.bit_length() - 1)}
+        defines = {"STORAGE": C_TYPE_OF_DTYPE[logits.dtype], "WARPS": 1 << (warps.bit_length() - 1)}
         kernel = load_kernel("sampling/sample.cu", "sample", defines, backend)
         kernel(
             (num_seqs,),

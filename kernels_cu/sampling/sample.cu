@@ -10,7 +10,7 @@
 // Grid:  (num_seqs).    Block: 32 * WARPS.
 //
 // Defines
-//   LOGIT   __half, __nv_bfloat16 or float
+//   STORAGE   __half, __nv_bfloat16 or float
 //   WARPS   1 to 32
 #include "global_memory.cuh"
 #include "reduce.cuh"
@@ -32,14 +32,14 @@ __device__ __forceinline__ unsigned ordered(float x) {
 
 // The row as a warp sees it: its own stretch, neighbouring lanes at neighbouring tokens.
 struct Row {
-  const LOGIT* logits;
+  const STORAGE* logits;
   int begin, end;
   float largest, scale;
 
   template <typename Visit>
   __device__ __forceinline__ void visit(Visit&& at_token) const {
     for (int i = begin + threadIdx.x % kWarpSize; i < end; i += LOADS * kWarpSize) {
-      LOGIT x[LOADS];   // all asked for before the first is looked at
+      STORAGE x[LOADS];   // all asked for before the first is looked at
 #pragma unroll
       for (int n = 0; n < LOADS; ++n) x[n] = load_global_if(i + n * kWarpSize < end, logits + i + n * kWarpSize);
 #pragma unroll
@@ -125,7 +125,7 @@ __device__ __forceinline__ Count scaled_down(Count bits, Count n) {
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) sample(
     int* __restrict__ tokens,                      // [num_seqs]; -1 where no logit is finite, or one is NaN or infinite
-    const LOGIT* __restrict__ logits,              // [num_seqs, vocab_size]
+    const STORAGE* __restrict__ logits,              // [num_seqs, vocab_size]
     const float* __restrict__ temperature,         // [num_seqs]; 0 takes the most likely token, of equals the first
     const int* __restrict__ top_k,                 // [num_seqs]; 0 takes all tokens
     const float* __restrict__ top_p,               // [num_seqs]; 1 takes all

@@ -114,7 +114,7 @@ def all_variants():
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
     sampling = [
-        ("sampling/sample.cu", "sample", {"LOGIT": logit, "WARPS": warps})
+        ("sampling/sample.cu", "sample", {"STORAGE": logit, "WARPS": warps})
         for logit, warps in (("__half", 1), ("__nv_bfloat16", 8), ("float", 32))
     ]
     rest = [
