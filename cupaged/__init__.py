@@ -7,6 +7,8 @@ manager that feeds them.
 from cupaged import reference
 from cupaged.config import CacheConfig
 from cupaged.engine.attention import PagedAttention, PagedStep
+from cupaged.engine.generate import LLM, Completion, StepReport
+from cupaged.engine.sequence import SamplingParams
 from cupaged.errors import (
     BackendUnavailableError,
     DoubleFreeError,
@@ -25,6 +27,7 @@ from cupaged.ops.merge import merge_states
 from cupaged.ops.plan import DecodePlan, plan_decode
 from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.ops.registry import kernels
+from cupaged.ops.sampling import sample
 from cupaged.ops.swap import HostBlocks, SwapEngine, swap_blocks
 from cupaged.ops.textures import TextureView, bind_textures
 from cupaged.runtime import available_backends, kernels_from
@@ -32,9 +35,11 @@ from cupaged.runtime import available_backends, kernels_from
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
     "BackendUnavailableError",
     "BlockManager",
     "CacheConfig",
+    "Completion",
     "DecodePlan",
     "DoubleFreeError",
     "ForeignBlockError",
@@ -47,6 +52,8 @@ __all__ = [
     "PagedAttention",
     "PagedStep",
     "PrefillPlan",
+    "SamplingParams",
+    "StepReport",
     "SwapEngine",
     "TextureView",
     "UnsupportedError",
@@ -65,6 +72,7 @@ __all__ = [
     "plan_prefill",
     "reference",
     "rope_append_kv",
+    "sample",
     "scatter_blocks",
     "swap_blocks",
 ]

@@ -1,4 +1,4 @@
-"""``python -m cupaged doctor``: what this machine has, and what is missing."""
+"""``python -m cupaged doctor`` says what this machine has; ``python -m cupaged generate`` answers a prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cupaged", description="cupaged's command line")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="say what was found, what works, and what to install for the rest")
-    parser.parse_args(arguments)
+    generate = commands.add_parser("generate", help="let a language model answer a prompt, from a paged cache")
+    generate.add_argument("prompt", help="what to say to the model")
+    generate.add_argument("--model", default=None, help="a GGUF file (default: SmolLM2-135M-Instruct, from PyPI)")
+    generate.add_argument("--raw", action="store_true", help="continue the prompt instead of answering it")
+    generate.add_argument("--tokens", type=int, default=64, help="the most tokens to generate (default: 64)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    generate.add_argument("--top-k", type=int, default=0, help="draw from the so many most likely tokens only")
+    generate.add_argument("--top-p", type=float, default=1.0, help="draw from this share of the probability only")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--backend", choices=("cuda", "host"), default=None, help="default: the best that runs here")
+    generate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default=None, help="of the cache")
+    generate.add_argument("--block-size", type=int, default=16, help="tokens in a block (default: 16)")
+    generate.add_argument("--blocks", type=int, default=None, help="blocks in the cache")
+    generate.add_argument(
+        "--kernels", action="store_true", help="on the host, run the .cu files thread by thread, not the reference"
+    )
+    generate.add_argument("--stats", action="store_true", help="show blocks, occupancy, hits, copies, and the time")
+    options = parser.parse_args(arguments)
 
-    from cupaged.doctor import doctor
+    if options.command == "doctor":
+        from cupaged.doctor import doctor
 
-    return doctor()
+        return doctor()
+    from cupaged.engine.command import generate as run_generate
+
+    return run_generate(options)
 
 
 if __name__ == "__main__":

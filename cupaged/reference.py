@@ -10,7 +10,18 @@ import numpy as np
 from cupaged.kv_cache import KVCache
 from cupaged.ops.checks import as_numpy, check_shared_prefix, checked_shared_prefix
 
-__all__ = ["append_kv", "as_numpy", "attention", "merge_states", "paged_attention", "paged_prefill", "rotate"]
+__all__ = [
+    "append_kv",
+    "as_numpy",
+    "attention",
+    "merge_states",
+    "paged_attention",
+    "paged_prefill",
+    "rotate",
+    "sample",
+    "sampling_probabilities",
+    "uniform",
+]
 
 
 def attention(
@@ -309,3 +320,53 @@ def rotate(
     turned[..., first] = rows[..., first] * np.cos(angles) - rows[..., second] * np.sin(angles)
     turned[..., second] = rows[..., second] * np.cos(angles) + rows[..., first] * np.sin(angles)
     return turned
+
+
+def sampling_probabilities(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+    """Return the probability with which `cupaged.sample` draws each token of a row, float64 [vocab_size].
+
+    Parameters
+    ----------
+    logits : array, [vocab_size]
+    temperature, top_k, top_p
+        As `cupaged.sample` takes them, for this row.
+    """
+    logits = as_numpy(logits).astype(np.float64)
+    if temperature == 0:
+        return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
+    descending = np.sort(logits)[::-1]
+    last = descending[top_k - 1] if 0 < top_k < len(logits) else -np.inf
+    weights = np.where(logits >= last, np.exp((logits - descending[0]) / temperature), 0.0)
+    if top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        enough = np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())
+        weights = np.where(weights >= weights[order[min(enough, len(order) - 1)]], weights, 0.0)
+    return weights / weights.sum()
+
+
+def uniform(seed: int) -> float:
+    """Return the number in [0, 1) that a seed stands for: SplitMix64's bits as a fraction."""
+    z = (int(seed) + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return (z ^ z >> 31) / 2**64
+
+
+def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Return the token drawn for each row: the first at which the probabilities, summed up, pass the row's number.
+
+    Parameters
+    ----------
+    logits : array, [num_seqs, vocab_size]
+    temperature, top_k, top_p, seed
+        Numbers for all rows; row i has the seed ``seed + i``.
+
+    Returns
+    -------
+    ndarray, int32 [num_seqs]
+    """
+    tokens = []
+    for i, row in enumerate(as_numpy(logits)):
+        cumulative = np.cumsum(sampling_probabilities(row, temperature, top_k, top_p))
+        tokens.append(np.searchsorted(cumulative, uniform(seed + i) * cumulative[-1], side="right"))
+    return np.array(tokens, np.int32)

@@ -9,10 +9,13 @@ import pytest
 from cupaged.runtime.select import why_no_gpu
 
 
-def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where no GPU answers, with CuPy's own reason."""
+def pytest_collection_modifyitems(config, items):
+    """Skip tests marked `gpu` where no GPU answers, with CuPy's own reason, and `slow` ones unless asked for."""
     reason = why_no_gpu()
+    asked_for_slow = "slow" in config.option.markexpr
     for item in items:
+        if not asked_for_slow and "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with -m slow"))
         if reason and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
 

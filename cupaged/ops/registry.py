@@ -158,6 +158,12 @@ _KERNELS = (
         "copies whole blocks: within a cache, into an array, or from one, 64 bytes a thread",
         "any cache",
     ),
+    KernelInfo(
+        "sample",
+        "sampling/sample.cu",
+        "draws tokens by temperature, top-k and top-p: a threshold is searched for bit by bit, nothing is sorted",
+        "float16, bfloat16, float32 logits; up to 2**19 tokens",
+    ),
 )
 ATTENTION_KERNELS = tuple(info.name for info in _KERNELS if info.name.startswith("paged_attention"))
 

@@ -113,6 +113,10 @@ def all_variants():
         ("attention/merge_states.cu", "merge_states", {"STORAGE": storage})
         for storage in ("__half", "__nv_bfloat16", "float")
     ]
+    sampling = [
+        ("sampling/sample.cu", "sample", {"STORAGE": logit, "WARPS": warps})
+        for logit, warps in (("__half", 1), ("__nv_bfloat16", 8), ("float", 32))
+    ]
     rest = [
         ("bench/read_stream.cu", "read_stream", {}),
         ("attention/plan_decode.cu", "plan_decode", {}),
@@ -131,6 +135,7 @@ def all_variants():
         append,
         rope,
         gather,
+        sampling,
         rest,
     )
     return [KernelSource.read(*variant) for group in groups for variant in group]

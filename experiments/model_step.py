@@ -1,0 +1,320 @@
+"""What does a step of decoding with a real model take, and how much of it is attention?
+
+A batch whose sequences all have one new token, through every layer to the chosen token: replayed as one CUDA graph,
+with what a server does around it (upload, replay, read the tokens back), and launched one by one; the attention of all
+layers alone, as a graph; and the same step in `transformers`, if it is installed, with the same weights. Every way must
+find the logits of the others within what half precision loses. Without a GPU the ways are compared on a small random
+model, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from ml_dtypes import finfo
+from tqdm import tqdm
+
+import cupaged as pg
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    new_figure,
+    print_table,
+    result_folder,
+    run_experiment,
+    save_figure,
+    write_results,
+)
+from cupaged.bench.timing import time_graph, time_launches
+from cupaged.engine.decode_step import DecodeStep, shape_class
+from cupaged.engine.model import Llama, ModelInput
+from cupaged.engine.weights import Checkpoint, LayerWeights, ModelConfig, random_checkpoint, read_gguf, smollm2_path
+from cupaged.reference import as_numpy
+from cupaged.runtime import choose_backend
+
+Row = dict[str, Any]
+REPEATS = 30
+EXPECTATION = (
+    "What to expect. A step of a small model is hundreds of small launches: one by one it waits for the CPU, as a "
+    "graph for the GPU. With short contexts attention is the smaller part. transformers launches more, one by one, "
+    "and copies its cache to append to it."
+)
+SMOLLM2 = ModelConfig(
+    num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, num_heads=9, num_kv_heads=3, head_dim=64,
+    rope_base=100_000.0, max_tokens=8192,
+)  # fmt: skip
+SMALL = ModelConfig(
+    num_layers=2, hidden_size=64, intermediate_size=96, vocab_size=97, num_heads=4, num_kv_heads=2, head_dim=32,
+    max_tokens=64,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """The batch."""
+
+    num_seqs: int
+    context: int
+    dtype: str
+    block_size: int = 16
+
+
+CONFIGS = {
+    ("cuda", False): Config(64, 512, "float16"),
+    ("cuda", True): Config(4, 40, "float16"),
+    ("host", False): Config(4, 20, "float32"),
+    ("host", True): Config(2, 10, "float32"),
+}
+
+
+class Batch:
+    """Sequences of one length whose contexts are computed, on blocks at random, and their next tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Config, backend: str) -> None:
+        random = np.random.default_rng(0)
+        self.checkpoint, self.config = checkpoint, config
+        self.texts = random.integers(checkpoint.config.vocab_size, size=(config.num_seqs, config.context))
+        self.model = Llama(checkpoint, backend, config.dtype)
+        blocks = -(-config.context // config.block_size)
+        self.caches = self.model.new_caches(config.num_seqs * blocks, config.block_size)
+        self.tables = random.permutation(config.num_seqs * blocks).astype(np.int32).reshape(-1, blocks)
+        for i in range(config.num_seqs):  # one at a time: logits of a whole batch of prompts would be large
+            self.model.forward(self._input(slice(i, i + 1), 0, config.context - 1), self.caches)
+
+        self._stream = None
+        if backend == "cuda":
+            self._stream = self.model.xp.cuda.Stream(non_blocking=True)
+            self.model.xp.cuda.Device().synchronize()
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """Return the stream that steps run on: a capture needs one of its own."""
+        return nullcontext() if self._stream is None else self._stream
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """Return the next tokens as `DecodeStep.run` takes them."""
+        last = np.full(self.config.num_seqs, self.config.context - 1, np.int32)
+        within = last % self.config.block_size
+        return {
+            "tokens": self.texts[:, -1].astype(np.int32),
+            "positions": last,
+            "seq_lens": last + 1,
+            "slots": self.tables[:, -1] * np.int32(self.config.block_size) + within,
+            "block_tables": self.tables,
+        }
+
+    def next_logits(self) -> np.ndarray:
+        """Return the logits after the next tokens, launched one by one, float32 [num_seqs, vocab_size]."""
+        xp = self.model.xp
+        step = ModelInput(**{name: xp.asarray(array) for name, array in self.rows().items()})
+        return as_numpy(self.model.forward(step, self.caches))
+
+    def _input(self, seqs: slice, start: int, stop: int) -> ModelInput:
+        xp, size, texts = self.model.xp, self.config.block_size, self.texts[seqs]
+        positions = np.tile(np.arange(start, stop, dtype=np.int32), len(texts))
+        rows = np.repeat(np.arange(len(texts)), stop - start)
+        slots = self.tables[seqs][rows, positions // size] * np.int32(size) + positions % np.int32(size)
+        starts = np.arange(len(texts) + 1, dtype=np.int32) * np.int32(stop - start)
+        arrays = (texts[:, start:stop].reshape(-1).astype(np.int32), positions, slots, self.tables[seqs],
+                  np.full(len(texts), stop, np.int32), starts, starts[1:] - np.int32(1))  # fmt: skip
+        return ModelInput(*(xp.asarray(array) for array in arrays))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the experiment; returns 0 if the ways agree."""
+    options = argument_parser(__doc__ or "").parse_args(arguments)
+    backend = choose_backend(options.backend)
+    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
+    result_folder(stamp, options.out)
+    console.print(EXPECTATION, "\n")
+    checkpoint, name = model_of(backend, options.smoke)
+    batch = Batch(checkpoint, config, backend)
+    expected = batch.next_logits()
+    with batch.stream():
+        step = DecodeStep(batch.model, batch.caches, shape_class(config.num_seqs, batch.tables.shape[1]))
+    measures: dict[str, Callable[[], Row]] = {"one graph": lambda: of_graph(batch, step, expected)}
+    if backend == "cuda":
+        measures["transformers"] = lambda: of_transformers(batch, expected)
+        measures["one graph, uploaded and read back"] = lambda: of_run(batch, step)
+        measures["launched one by one"] = lambda: {"ms": time_launches([step.compute]).median_us / 1e3, "status": "ok"}
+        measures["attention alone, one graph"] = lambda: of_attention(batch)
+    rows: list[Row] = []
+    for way in tqdm(measures, desc="model_step", unit="way"):
+        row = measured_row({"way": way}, measures[way])
+        if "ms" in row and not way.startswith("attention"):
+            row["tokens_per_s"] = 1e3 * config.num_seqs / row["ms"]
+        rows.append(row)
+    print_table(rows, COLUMNS, f"A step of {config.num_seqs} sequences of {config.context} tokens, {name}")
+    verdict = conclusion(rows)
+    console.print(verdict, "\n")
+    folder = write_results(
+        rows, stamp, "model_step", options.out, config=asdict(config), model=name, conclusion=verdict
+    )
+    if any("ms" in row for row in rows):
+        draw(rows, stamp, folder / "model_step.png")
+    console.print(f"table, JSON and {'picture' if backend == 'cuda' else 'no picture'}: {folder}")
+    return 0 if all(row["status"] in ("ok", NOT_INSTALLED) for row in rows) else 1
+
+
+COLUMNS = {"way": "way", "ms": "ms a step|.3f", "tokens_per_s": "tokens a second|.0f", "status": "status"}
+NOT_INSTALLED = "not installed"
+
+
+def model_of(backend: str, smoke: bool) -> tuple[Checkpoint, str]:
+    """Return the model, and what to call it."""
+    if backend == "host" or smoke:
+        return random_checkpoint(SMALL), "a small random model"
+    try:
+        return read_gguf(smollm2_path()), "SmolLM2-135M-Instruct"
+    except ModuleNotFoundError:
+        return random_checkpoint(SMOLLM2), "random weights of SmolLM2-135M's shape"
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def of_graph(batch: Batch, step: DecodeStep, expected: np.ndarray) -> Row:
+    """Run the step, check what it chose, and time its replay."""
+    with batch.stream():
+        chosen = step.run(**batch.rows())
+    best = expected[np.arange(len(chosen)), chosen]
+    row: Row = {"status": agreement(best, expected.max(axis=1), batch.model.storage)}
+    if batch.model.backend == "cuda":
+        row["ms"] = time_graph([step.compute]).median_us / 1e3
+    return row
+
+
+def of_run(batch: Batch, step: DecodeStep) -> Row:
+    """Time what a server does for a step, the scheduler left out."""
+    times = []
+    with batch.stream():
+        for _ in range(REPEATS):
+            start = perf_counter()
+            step.run(**batch.rows())
+            times.append(perf_counter() - start)
+    return {"ms": 1e3 * float(np.median(times[3:])), "status": "ok"}
+
+
+def of_attention(batch: Batch) -> Row:
+    """Time planning, appending and attending in all layers, without anything else."""
+    model, xp, count = batch.model, batch.model.xp, batch.config.num_seqs
+    heads, kv_heads, dim = model.config.num_heads, model.config.num_kv_heads, model.config.head_dim
+    query, key = xp.ones((count, heads, dim), model.storage), xp.ones((count, kv_heads, dim), model.storage)
+    rows = {name: xp.asarray(array) for name, array in batch.rows().items()}
+    plan = pg.plan_decode(batch.caches[0], rows["seq_lens"], heads)
+
+    def attend() -> None:
+        plan.update(rows["seq_lens"])
+        for cache in batch.caches:
+            turned = pg.rope_append_kv(
+                cache, key, key, rows["slots"], rows["positions"],
+                query=query, theta=model.config.rope_base, validate=False,
+            )  # fmt: skip
+            pg.paged_attention(turned, cache, rows["block_tables"], rows["seq_lens"], plan=plan, validate=False)
+
+    return {"ms": time_graph([attend]).median_us / 1e3, "status": "ok"}
+
+
+def of_transformers(batch: Batch, expected: np.ndarray) -> Row:
+    """Time the same step in transformers, by events around it; the cache grows by a token a step."""
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return {"status": NOT_INSTALLED}
+    import torch
+
+    model = as_transformers(batch.checkpoint).to("cuda", getattr(torch, batch.config.dtype)).eval()
+    texts = torch.from_numpy(batch.texts).to("cuda")
+    with torch.inference_mode():
+        past = model(texts[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+        logits = model(texts[:, -1:], past_key_values=past, use_cache=True).logits[:, -1]
+        status = agreement(logits.float().cpu().numpy(), expected, batch.model.storage)
+        times = []
+        for _ in range(REPEATS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            model(texts[:, -1:], past_key_values=past, use_cache=True).logits[:, -1].argmax(-1)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return {"ms": float(np.median(times[3:])), "status": status}
+
+
+def agreement(found: np.ndarray, expected: np.ndarray, storage: np.dtype) -> str:
+    """Return "ok" if logits agree within what features lose that are rounded to the storage type, layer by layer.
+
+    A hundred roundings by half a unit of the last place, in either direction, add up to about five units; three times
+    that is allowed.
+    """
+    error, budget = (
+        float(np.abs(found - expected).max()),
+        15 * float(finfo(storage).eps) * float(np.abs(expected).max()),
+    )
+    return "ok" if error <= budget else f"wrong: logits are {error:.3g} apart, {budget:.3g} allowed"
+
+
+def as_transformers(checkpoint: Checkpoint) -> Any:
+    """Return the model as transformers has it, with the same weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = checkpoint.config
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads, head_dim=config.head_dim,
+            num_key_value_heads=config.num_kv_heads, rms_norm_eps=config.norm_eps, rope_theta=config.rope_base,
+            max_position_embeddings=config.max_tokens, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    names = {
+        "attention_norm": "input_layernorm", "query": "self_attn.q_proj", "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj", "output": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {"model.embed_tokens.weight": checkpoint.embedding, "model.norm.weight": checkpoint.final_norm}
+    for i, layer in enumerate(checkpoint.layers):
+        for field in fields(LayerWeights):
+            state[f"model.layers.{i}.{names[field.name]}.weight"] = getattr(layer, field.name)
+    answer = model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()}, strict=False)
+    assert not answer.unexpected_keys and set(answer.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model
+
+
+# --- reporting ----------------------------------------------------------------------------------------------------
+
+
+def conclusion(rows: list[Row]) -> str:
+    """Return what was found, in a sentence."""
+    took = {row["way"]: row["ms"] for row in rows if "ms" in row}
+    if "one graph" not in took:
+        return "Found: every way chooses the same tokens." if rows[0]["status"] == "ok" else "Found: the ways differ."
+    text = f"Found: a step takes {took['one graph']:.2f} ms as a graph"
+    if "attention alone, one graph" in took:
+        text += f", of which attention is {took['attention alone, one graph'] / took['one graph']:.0%}"
+    for way in ("launched one by one", "transformers"):
+        if way in took:
+            text += f"; {way}: {took[way] / took['one graph']:.1f} times as long"
+    return text + "."
+
+
+def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
+    """Plot the time of each way."""
+    figure, axis = new_figure()
+    timed = [row for row in rows if "ms" in row]
+    axis.barh([row["way"] for row in timed], [row["ms"] for row in timed])
+    axis.invert_yaxis()
+    axis.set(xlabel="ms a step")
+    figure.suptitle(f"A step of decoding, {stamp['device']}")
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_experiment(main)

@@ -1,0 +1,459 @@
+"""The paged engine says token for token what a dense model says, whatever happens to its blocks on the way."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.engine.decode_step import shape_class
+from cupaged.engine.weights import random_checkpoint
+from tests.kit.llama import SMALL, dense_greedy, dense_logits, half_budget
+from tests.kit.real_model import smollm2
+
+CHECKPOINT = random_checkpoint(SMALL, seed=3)
+BLOCK = 4
+GREEDY = pg.SamplingParams(12, ignore_end=True)
+
+
+@cache
+def dense(prompt, num_tokens):
+    return dense_greedy(CHECKPOINT, prompt, num_tokens)
+
+
+def prompts_of(lengths, seed=0, shared=0):
+    """Return prompts that begin with the same `shared` tokens."""
+    random = np.random.default_rng(seed)
+    begin = random.integers(SMALL.vocab_size, size=shared).tolist()
+    return [(begin + random.integers(SMALL.vocab_size, size=length).tolist())[: max(length, 1)] for length in lengths]
+
+
+def small_llm(backend="host", **options):
+    options = {"num_blocks": 64, "block_size": BLOCK, "max_batch_tokens": 32, "max_num_seqs": 8, **options}
+    return pg.LLM(CHECKPOINT, backend=backend, dtype="float32", **options)
+
+
+def assert_all_free(llm):
+    manager = llm.manager
+    assert manager.seq_ids == [] and not llm.unfinished
+    assert manager.gpu.num_available == manager.gpu.num_blocks and manager.cpu.num_used == 0
+    manager.check()
+
+
+def assert_dense(completions, prompts, num_tokens=12):
+    for completion, prompt in zip(completions, prompts, strict=True):
+        assert completion.tokens.tolist() == dense(tuple(prompt), num_tokens)
+        assert completion.finish_reason == "length" and len(completion.times) == num_tokens
+
+
+def test_a_batch_says_what_each_says_alone(backend):
+    llm, prompts = small_llm(backend), prompts_of([1, 3, 4, 5, 9, 17, 30, 2, 8, 33])
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("budget", [3, 5, 64])
+def test_prompts_in_chunks(backend, budget):
+    llm = small_llm(backend, max_batch_tokens=budget, max_num_seqs=3)
+    prompts = prompts_of([20, 1, 13, 7])
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+
+
+def test_prefixes_that_are_found(backend):
+    llm, prompts = small_llm(backend), prompts_of([20, 21, 30, 16, 17], shared=16)
+    assert_dense(llm.generate(prompts[:1], GREEDY), prompts[:1])
+    answers = llm.generate([*prompts, prompts[0]], GREEDY)
+    assert_dense(answers, [*prompts, prompts[0]])
+    assert [answer.cached_tokens for answer in answers] == [16, 16, 16, 12, 16, 16]
+    assert llm.stats()["prefix_hit_rate"] > 0.5
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_a_cache_that_is_too_small_for_all(backend, preemption):
+    llm = small_llm(backend, num_blocks=13, num_cpu_blocks=40, preemption=preemption, spare_blocks=0)
+    prompts = prompts_of([8, 11, 9, 12, 7])
+    answers = llm.generate(prompts, GREEDY)
+    assert_dense(answers, prompts)
+    stats = llm.stats()
+    assert stats["preemptions"] == sum(answer.num_preemptions for answer in answers) > 0
+    assert (stats["blocks_swapped_out"] > 0) == (preemption == "swap")
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_preemption_of_both_kinds_at_random_moments(backend, seed):
+    """With swapping, computing again, prefix hits, chunks, offloaded blocks and cancelled requests all at once."""
+    random = np.random.default_rng(seed)
+    llm = small_llm(
+        backend, num_blocks=24, num_cpu_blocks=24, max_batch_tokens=int(random.integers(8, 20)),
+        preemption=str(random.choice(["swap", "recompute"])), on_evict=str(random.choice(["drop", "offload"])),
+    )  # fmt: skip
+    prompts = prompts_of(random.integers(1, 30, 9).tolist(), seed=seed % 2, shared=9)
+    kinds, cancelled = set(), []
+
+    def disturb(report):
+        running = list(llm.scheduler.running)
+        if running and random.random() < 0.4:
+            victim = running[random.integers(len(running))]
+            swap = bool(random.random() < 0.5 and llm.manager.can_swap_out(victim.seq_id))
+            llm.scheduler.preempt(victim, swap=swap)
+            kinds.add(swap)
+        if not cancelled and random.random() < 0.03 and report.running:
+            cancelled.append(report.running[0])
+            llm.cancel(report.running[0])
+
+    answers = llm.generate(prompts, GREEDY, callback=disturb)
+    assert kinds == {True, False}
+    for answer, prompt in zip(answers, prompts, strict=True):
+        expected = dense(tuple(prompt), 12)
+        if answer.finish_reason == "cancelled":
+            assert answer.request_id in cancelled
+            expected = expected[: len(answer.tokens)]
+        assert answer.tokens.tolist() == expected
+    assert_all_free(llm)
+
+
+def test_the_kernels_say_the_same_on_the_host():
+    llm, prompts = small_llm(use_kernels=True), prompts_of([5, 9, 2])
+    answers = llm.generate(prompts, pg.SamplingParams(4, ignore_end=True))
+    assert [answer.tokens.tolist() for answer in answers] == [dense(tuple(prompt), 12)[:4] for prompt in prompts]
+
+
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_steps_of_fixed_shape_say_the_same(use_kernels):
+    """What a GPU captures, run step by step on the host: classes of shapes, and rows that are left over."""
+    llm, prompts = small_llm(use_kernels=use_kernels), prompts_of([5, 9, 2, 30, 8])
+    llm._fixed_steps = True
+    num_tokens = 3 if use_kernels else 12
+    answers = llm.generate(prompts, [pg.SamplingParams(num_tokens - i % 2, ignore_end=True) for i in range(5)])
+    for i, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
+        assert answer.tokens.tolist() == dense(tuple(prompt), 12)[: num_tokens - i % 2]
+    assert llm.num_captures > 1
+    assert_all_free(llm)
+
+
+def test_half_precision_goes_through_prefill_and_plans(backend):
+    prompts = prompts_of([9, 3])
+    llm = pg.LLM(
+        CHECKPOINT, backend=backend, dtype="float16", use_kernels=True, num_blocks=16, block_size=BLOCK, graphs=False
+    )
+    answers = llm.generate(prompts, pg.SamplingParams(3, ignore_end=True))
+    for answer, prompt in zip(answers, prompts, strict=True):  # each token is the best, as far as half precision tells
+        text = [*prompt, *answer.tokens.tolist()]
+        logits = dense_logits(CHECKPOINT, text, dtype=np.float64)[len(prompt) - 1 : -1]
+        chosen = logits[np.arange(3), answer.tokens]
+        assert (logits.max(axis=1) - chosen <= 2 * half_budget(CHECKPOINT, text, np.float16)).all()
+
+
+def test_shape_classes():
+    assert [shape_class(n, 1)[0] for n in (1, 2, 3, 5, 8, 9, 16, 17, 64)] == [1, 2, 3, 6, 8, 12, 16, 24, 64]
+    assert [shape_class(1, n)[1] for n in (1, 8, 9, 100)] == [8, 8, 16, 128]
+
+
+def test_a_class_that_comes_back_is_not_captured_again():
+    llm, prompts = small_llm(), prompts_of([5, 9])
+    llm._fixed_steps = True
+    llm.generate(prompts, GREEDY)
+    captures = llm.num_captures
+    llm.generate(prompts, GREEDY)
+    assert llm.num_captures == captures > 0
+
+
+def test_classes_can_be_captured_ahead():
+    llm, prompts = small_llm(), prompts_of([5, 9, 7])
+    llm.prepare(8, 32)
+    assert llm.num_captures == 0  # there are no graphs on the host
+    llm._fixed_steps = True
+    llm.prepare(8, 32)
+    assert llm.num_captures == len({1, 2, 3, 4, 6, 8})
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+    assert llm.num_captures == 6
+    before = [contents.copy() for cache in llm.caches for contents in cache.storage]
+    llm.prepare(8, 32)
+    after = [contents for cache in llm.caches for contents in cache.storage]
+    for old, new in zip(before, after, strict=True):  # nothing is written
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_replayed_and_captured_anew_for_another_class():
+    llm, prompts = small_llm("cuda"), prompts_of([5, 9, 2, 30, 8])
+    lengths = [12, 4, 9, 12, 6]
+    answers = llm.generate(prompts, [pg.SamplingParams(length, ignore_end=True) for length in lengths])
+    for answer, prompt, length in zip(answers, prompts, lengths, strict=True):
+        assert answer.tokens.tolist() == dense(tuple(prompt), 12)[:length]
+    steps = list(llm._decode_steps.values())
+    assert len(steps) == llm.num_captures > 1 and all(step.graph is not None for step in steps)
+    eager = small_llm("cuda", graphs=False)
+    params = pg.SamplingParams(12, temperature=0.9, top_k=20, top_p=0.95, seed=5, ignore_end=True)
+    assert [a.tokens.tolist() for a in llm.generate(prompts, params)] == [
+        a.tokens.tolist() for a in eager.generate(prompts, params)
+    ]
+    assert eager.num_captures == 0
+
+
+@pytest.mark.gpu
+def test_what_a_graph_writes_is_its_own():
+    """Arrays made after a capture must not lie where its replay writes."""
+    llm, prompts = small_llm("cuda"), prompts_of([5])
+    xp = llm.model.xp
+    llm.generate(prompts, GREEDY)
+    with llm._stream:
+        others = [xp.full(n, 7.0, np.float32) for n in (97, 1000, 64 * 97, 4096, 100_000)]
+    llm.generate(prompts, GREEDY)
+    assert all(bool((other == 7.0).all()) for other in others)
+
+
+def test_drawing_depends_on_the_seed_and_not_on_the_batch(backend):
+    prompts = prompts_of([5, 9, 2, 6])
+    params = [pg.SamplingParams(8, 1.0, top_k=20, top_p=0.9, seed=seed, ignore_end=True) for seed in (1, 2, 3, 1)]
+    together = small_llm(backend).generate(prompts, params)
+    alone = [small_llm(backend).generate([prompt], each)[0] for prompt, each in zip(prompts, params, strict=True)]
+    assert [a.tokens.tolist() for a in together] == [a.tokens.tolist() for a in alone]
+    other = small_llm(backend).generate(prompts[:1], pg.SamplingParams(8, 1.0, seed=9, ignore_end=True))
+    assert other[0].tokens.tolist() != together[0].tokens.tolist()
+
+
+def test_a_report_shows_the_blocks_after_each_step():
+    llm, prompts = small_llm(num_blocks=16, num_cpu_blocks=8), prompts_of([6, 3])
+    reports = []
+    answers = llm.generate(prompts, pg.SamplingParams(3, ignore_end=True), callback=reports.append)
+    first, last = reports[0], reports[-1]
+    a, b = (answer.request_id for answer in answers)
+    assert first.work == ((a, 0, 6), (b, 0, 3)) and first.running == (a, b) and first.index == 0
+    assert first.new_tokens == {a: answers[0].tokens[0], b: answers[1].tokens[0]}
+    assert first.tokens_stored == {a: 6, b: 3}
+    np.testing.assert_array_equal(np.flatnonzero(first.block_map == a), np.sort(first.block_tables[a]))
+    assert [len(first.block_tables[seq_id]) for seq_id in (a, b)] == [2, 1]
+    assert [len(report.block_tables.get(b, ())) for report in reports] == [1, 1, 0]
+    assert last.finished == (a, b) and last.running == () and (last.block_map < 0).all()
+    assert (last.block_map == -2).sum() == 3  # full blocks stay to be found again
+    assert [report.index for report in reports] == [0, 1, 2] and all(report.seconds > 0 for report in reports)
+
+
+def test_a_request_can_be_cancelled_from_the_callback():
+    llm, prompts = small_llm(), prompts_of([6, 3])
+
+    def cancel(report):
+        if report.index == 4:
+            llm.cancel(report.running[0])
+
+    first, second = llm.generate(prompts, GREEDY, callback=cancel)
+    assert first.finish_reason == "cancelled" and first.tokens.tolist() == dense(tuple(prompts[0]), 12)[:5]
+    assert_dense([second], prompts[1:])
+    assert_all_free(llm)
+
+
+def test_an_error_in_the_middle_leaves_no_block(monkeypatch):
+    llm, prompts = small_llm(), prompts_of([6, 3])
+
+    def fail(report):
+        if report.index == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        llm.generate(prompts, GREEDY, callback=fail)
+    assert_all_free(llm)
+    monkeypatch.setattr(llm.model, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        llm.generate(prompts, GREEDY)
+    assert_all_free(llm)
+    monkeypatch.undo()
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+
+
+def test_requests_step_by_step():
+    llm, prompts = small_llm(), prompts_of([6, 3])
+    first = llm.submit(prompts[0], GREEDY)
+    llm.step()
+    second = llm.submit(prompts[1], GREEDY, priority=1)
+    with pytest.raises(KeyError, match="request_id must name a request that has ended"):
+        llm.completion(first)
+    while llm.unfinished:
+        llm.step()
+    assert_dense([llm.completion(first), llm.completion(second)], prompts)
+    with pytest.raises(KeyError):
+        llm.completion(first)
+    llm.cancel(first)  # has ended long since
+
+
+def log_softmax(logits):
+    logits = logits.astype(np.float64)
+    return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+
+
+def dense_beams(prompt, width, num_tokens):
+    """Return the texts of a beam search, the best first."""
+    beams = [(0.0, [])]
+    for _ in range(num_tokens):
+        longer = [
+            (score + gain, [*text, token])
+            for score, text in beams
+            for token, gain in enumerate(log_softmax(dense_logits(CHECKPOINT, [*prompt, *text])[-1]))
+        ]
+        beams = sorted(longer, reverse=True)[:width]
+    return [text for _, text in beams]
+
+
+@pytest.mark.parametrize("preempting", [False, True])
+def test_beam_search_by_forks_copies_on_write(backend, preempting):
+    (prompt,), width, num_tokens = prompts_of([6]), 3, 8
+    llm = small_llm(backend, num_cpu_blocks=64)
+    scores = {llm.submit(prompt, pg.SamplingParams(50, ignore_end=True)): 0.0}
+    for _ in range(num_tokens):
+        report = llm.step(report=True, logits=True)
+        assert set(report.logits) == set(report.new_tokens) == set(scores)
+        longer = [
+            (scores[seq_id] + gain, seq_id, token)
+            for seq_id, row in report.logits.items()
+            for token, gain in enumerate(log_softmax(row))
+        ]
+        best = sorted(longer, reverse=True)[:width]
+        forks = {llm.fork(seq_id, token): score for score, seq_id, token in best}
+        for seq_id in scores:
+            llm.cancel(seq_id)
+        scores = forks
+        if preempting:
+            for request in list(llm.scheduler.running):
+                llm.scheduler.preempt(request, swap=request.seq_id % 2 == 0)
+    found = []
+    for seq_id in sorted(scores, key=scores.get, reverse=True):
+        llm.cancel(seq_id)
+        found.append(llm.completion(seq_id).tokens.tolist())
+    assert found == dense_beams(prompt, width, num_tokens)
+    assert llm.stats()["copies"] > 0 or preempting
+    assert_all_free(llm)
+
+
+def test_forks_are_checked():
+    llm = small_llm(max_num_seqs=2, max_batch_tokens=4)
+    first = llm.submit(prompts_of([6])[0], GREEDY)
+    with pytest.raises(ValueError, match="parent must be running, between two tokens of its answer; 0 is not"):
+        llm.fork(first)
+    llm.step()  # a part of the prompt
+    with pytest.raises(ValueError, match="parent must be running"):
+        llm.fork(first)
+    llm.step()
+    with pytest.raises(ValueError, match="token must be a token id from 0 to 96; got 97"):
+        llm.fork(first, 97)
+    second = llm.fork(first)
+    with pytest.raises(ValueError, match="fewer than 2 that run"):
+        llm.fork(first)
+    while llm.unfinished:
+        llm.step()
+    answers = [llm.completion(seq_id) for seq_id in (first, second)]
+    assert_dense(answers, prompts_of([6]) * 2)
+    with pytest.raises(KeyError, match="request_id must name a request that has not ended"):
+        llm.fork(first)
+    assert_all_free(llm)
+
+
+def test_generation_ends_where_the_cache_ends():
+    llm, prompts = small_llm(num_blocks=3), prompts_of([9, 12])
+    first, second = llm.generate(prompts, GREEDY)
+    assert (len(first.tokens), first.finish_reason) == (3, "length")
+    assert (len(second.tokens), second.finish_reason) == (1, "length")
+    assert_all_free(llm)
+
+
+def test_generation_ends_with_the_models_context():
+    llm = small_llm(num_blocks=200)
+    (answer,) = llm.generate([[1] * 509], pg.SamplingParams(50, ignore_end=True))
+    assert len(answer.tokens) == SMALL.max_tokens - 509
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ("a story", TypeError, "prompts must be a list of texts or of lists of token ids; got str"),
+        ([[1], []], ValueError, r"prompts\[1\] must hold at least one token; got none"),
+        ([[1], [5, 97]], ValueError, r"prompts\[1\] must hold token ids from 0 to 96; token 1 is 97"),
+        ([[-1]], ValueError, "token 0 is -1"),
+        ([[1.5]], TypeError, r"prompts\[0\] must be integers, token ids; got float64"),
+        ([[[1]]], ValueError, r"prompts\[0\] must be a text or a vector of token ids; got shape \[1, 1\]"),
+        ([[1] * 257], ValueError, r"prompts\[0\] must have at most 256 tokens, what the cache holds; got 257"),
+        ([[1] * 513], ValueError, r"at most 512 tokens, what the model's context holds; got 513"),
+        (["text"], TypeError, r"prompts\[0\] must be token ids, as this model has no tokenizer; got str"),
+    ],
+)  # fmt: skip
+def test_prompts_that_cannot_be_answered(prompts, error, message):
+    llm = small_llm()
+    with pytest.raises(error, match=message):
+        llm.generate(prompts)
+    assert not llm.unfinished
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1"),
+        ({"temperature": -1}, ValueError, "temperature must be finite and at least 0; got -1"),
+        ({"temperature": "hot"}, TypeError, "temperature must be a real number; got str 'hot'"),
+        ({"top_p": 0}, ValueError, "top_p must be above 0 and at most 1; got 0"),
+        ({"top_k": -1}, ValueError, "top_k must be at least 0"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer; got float 1.5"),
+    ],
+)
+def test_sampling_is_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        pg.SamplingParams(**options)
+
+
+def test_arguments_are_checked():
+    llm = small_llm()
+    with pytest.raises(ValueError, match="params must have one entry for each of the 2 prompts; got 1"):
+        llm.generate([[1], [2]], [GREEDY])
+    with pytest.raises(TypeError, match="params must be SamplingParams; got int"):
+        llm.generate([[1]], [5])
+    with pytest.raises(TypeError, match="stream needs a model with a tokenizer"):
+        next(llm.stream([1]))
+    assert_all_free(llm)
+    with pytest.raises(FileNotFoundError, match=r"there is none at nowhere\.gguf"):
+        pg.LLM("nowhere.gguf")
+
+
+def test_the_real_model_speaks_through_the_cache():
+    checkpoint, tokenizer = smollm2()
+    llm = pg.LLM(checkpoint, backend="host", num_blocks=24, max_batch_tokens=16, max_num_seqs=4)
+    prompts = ["The capital of France is", "Water boils at"]
+    answers = llm.generate(prompts, pg.SamplingParams(5, ignore_end=True))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tokens.tolist() == dense_greedy(checkpoint, tokenizer.encode(prompt), 5)
+        assert answer.text == tokenizer.decode(answer.tokens)
+    text = "".join(llm.stream("Say hello.", pg.SamplingParams(6), chat=True))
+    (again,) = llm.generate(["Say hello."], pg.SamplingParams(6), chat=True)
+    assert text == again.text and len(text) > 5 and again.cached_tokens >= 16
+    assert_all_free(llm)
+
+
+VERBS = ("Explain", "Write a poem about", "List facts on", "Why study", "Describe")
+TOPICS = ("the sea", "numbers", "a cat", "the moon", "bread", "trains", "music", "winter", "light", "glass")
+PROMPTS = [f"{verb} {topic}" for verb in VERBS for topic in TOPICS]
+
+
+@pytest.mark.slow
+def test_fifty_prompts_of_the_real_model(backend, xp):
+    """64 tokens each, and on the way prefix hits, chunks, and preemption of both kinds at random moments."""
+    checkpoint, tokenizer = smollm2()
+    random = np.random.default_rng(0)
+    llm = pg.LLM(
+        checkpoint, backend=backend, dtype="float32", num_blocks=200, num_cpu_blocks=200, max_batch_tokens=128,
+        max_num_seqs=32, preemption="swap",
+    )  # fmt: skip
+
+    def disturb(report):
+        if llm.scheduler.running and random.random() < 0.2:
+            victim = llm.scheduler.running[random.integers(len(llm.scheduler.running))]
+            swap = bool(random.random() < 0.5 and llm.manager.can_swap_out(victim.seq_id))
+            llm.scheduler.preempt(victim, swap=swap)
+
+    answers = llm.generate(PROMPTS, pg.SamplingParams(64, ignore_end=True), chat=True, callback=disturb)
+    assert llm.stats()["blocks_swapped_in"] > 0 and llm.stats()["cached_tokens"] > 0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = tokenizer.encode(tokenizer.chat(prompt))
+        # one dense pass over the whole text checks every choice: each token must be the best after those before it
+        logits = dense_logits(checkpoint, [*tokens, *answer.tokens.tolist()], xp)[len(tokens) - 1 : -1]
+        assert answer.tokens.tolist() == logits.argmax(axis=1).tolist(), prompt
+    assert_all_free(llm)
