@@ -83,6 +83,7 @@ CHECKS = (
     Check("warp_efficiency", "warp efficiency", 90, True, lambda of: 100 * of[THREADS] / 32),
 )
 MERGED_PARTS = 8
+VOCABULARY = 32768
 EXPECTATION = (
     "What to expect. A decode kernel that reads at the memory's speed meets the first line and may miss the second: "
     "copies that run on their own need few warps. Rows in shared memory are padded against bank conflicts. Warps part "
@@ -174,6 +175,9 @@ def launch(name: str, work: DecodeWorkload) -> None:
         )
     elif name == "plan_decode":
         pg.plan_decode(work.cache, work.seq_lens, work.query.shape[1])
+    elif name == "sample":
+        logits = work.cache.xp.zeros((len(work.query), VOCABULARY), work.cache.xp.float32)
+        pg.sample(logits, temperature=1.0, top_k=50, top_p=0.9, seed=0)
     elif name == "write_texture":
         pg.bind_textures(work.cache, "array").refresh()
     elif name in ("paged_prefill", "plan_prefill"):

@@ -38,8 +38,7 @@ EXPERIMENTS = {
     "batching": "both", "call_overhead": "both", "shared_prefix": "both", "variants": "both", "peers": "both",
     "prefill": "both", "cache_ops": "both", "swap_or_recompute": "both", "kernel_profile": "gpu",
     "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu", "eviction": "cpu",
-    "bookkeeping": "cpu", "serving": "both",
-    "model_step": "both",
+    "bookkeeping": "cpu", "serving": "both", "model_step": "both",
 }  # fmt: skip
 COULD_NOT_RUN = 2  # the status of an experiment that something on the machine kept from running
 ROWS_SHOWN = 500
