@@ -8,6 +8,7 @@ change is the shape: batch and table are rounded up to a class, and rows that ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -63,12 +64,14 @@ class DecodeStep:
     Attributes
     ----------
     graph : cupy.cuda.Graph or None
-        The captured step; None on the host, and before the first run.
+        The captured step; None on the host, before the first run, and where a library cannot be captured: CuPy up to
+        14.2 refuses to record its calls of cuBLAS. The step is launched anew each time then, after a warning.
     """
 
     def __init__(self, model: Llama, caches: Sequence[KVCache], shape: ShapeClass) -> None:
         self.model, self.caches, self.shape = model, caches, shape
         self.graph: Any = None
+        self._captures = model.backend == "cuda"
         self._memory: Any = None
         sizes = [
             shape.num_seqs * (shape.max_blocks if name == "block_tables" else 1) * np.dtype(dtype).itemsize // 4
@@ -109,11 +112,15 @@ class DecodeStep:
         """
         self._fill(rows)
         self._upload()
-        if self.model.backend == "host":
+        if self._captures and self.graph is None:
+            try:
+                self._capture()
+            except NotImplementedError as error:
+                self._captures = False
+                warnings.warn(f"decode steps are launched, not replayed from a graph: {error}", stacklevel=2)
+        if self.graph is None:
             self.compute()
         else:
-            if self.graph is None:
-                self._capture()
             self.graph.launch(self.model.xp.cuda.get_current_stream())
         return as_numpy(self._out)[: len(rows.get("tokens", ()))].copy()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.engine.decode_step import shape_class
+from cupaged.engine.decode_step import DecodeStep, shape_class
 from cupaged.engine.weights import random_checkpoint
 from tests.kit.llama import SMALL, dense_greedy, dense_logits, half_budget
 from tests.kit.real_model import smollm2
@@ -174,6 +174,24 @@ def test_classes_can_be_captured_ahead():
     after = [contents for cache in llm.caches for contents in cache.storage]
     for old, new in zip(before, after, strict=True):  # nothing is written
         np.testing.assert_array_equal(old, new)
+
+
+def test_a_step_that_cannot_be_captured_is_launched(monkeypatch):
+    init = DecodeStep.__init__
+
+    def on_a_gpu(step, *arguments):
+        init(step, *arguments)
+        step._captures = True
+
+    def refuse(step):
+        raise NotImplementedError("cuBLAS is not recorded")
+
+    monkeypatch.setattr(DecodeStep, "__init__", on_a_gpu)
+    monkeypatch.setattr(DecodeStep, "_capture", refuse)
+    llm, prompts = small_llm(), prompts_of([5, 9])
+    llm._fixed_steps = True
+    with pytest.warns(UserWarning, match="launched, not replayed from a graph: cuBLAS is not recorded"):
+        assert_dense(llm.generate(prompts, GREEDY), prompts)
 
 
 @pytest.mark.gpu
