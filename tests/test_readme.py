@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "experiments" / "results" / "h100-80gb-hbm3"
+CPU_RESULTS = ROOT / "experiments" / "results" / "cpu"
+PLAIN = ("BSHD", "BHSD", "HBSD", "BS2HD")
 
 
 def test_every_link_leads_somewhere():
@@ -18,22 +20,22 @@ def test_every_link_leads_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_the_gaps_between_plain_layouts_are_those_of_the_table():
-    rows = json.loads((RESULTS / "layouts.json").read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 450 and all(row["status"] == "ok" for row in rows)
-    cells = defaultdict(dict)
+def test_what_layouts_use_of_the_bytes_they_fetch_is_what_the_table_says():
+    document = json.loads((CPU_RESULTS / "layouts.json").read_text(encoding="utf-8"))
+    rows, text = document["rows"], README.replace("\n", " ")
+    assert len(rows) == 360 and all(row["status"] == "ok" for row in rows) and "all 360 cells" in text
+    used = defaultdict(list)  # in half precision, by a thread block
     for row in rows:
-        if row["layout"] != "BHDSX":
-            cells[row["head_dim"], row["dtype"], row["block_size"], row["placement"]][row["layout"]] = row["gb_s"]
-    gaps = defaultdict(float)
-    for (dim, *_), speed in cells.items():
-        gaps[dim] = max(gaps[dim], 1 - min(speed.values()) / max(speed.values()))
-    assert gaps[128] <= 0.05 and "within 5 % of each other at D = 128" in README.replace("\n", " ")
-    assert gaps[64] <= 0.07 and "within 7 % at D = 64" in README
-    lead = [v["BHSD"] / v["BSHD"] - 1 for (dim, _, block, _), v in cells.items() if dim == 72 and block > 1]
-    assert min(lead) >= 0.02 and max(lead) < 0.08 and "BHSD leads BSHD by 2 to 7 %" in README
-    loss = [1 - v["HBSD"] / max(v.values()) for (dim, _, b, p), v in cells.items() if (dim, b, p) == (72, 1, "random")]
-    assert min(loss) >= 0.08 and round(max(loss), 2) == 0.10 and "loses 8 to 10 %" in README.replace("\n", " ")
+        if row["dtype"] != "float32":
+            used[row["head_dim"], row["layout"], row["block_size"] > 1].append(row["used_fraction_per_block"])
+    plain = [used[dim, name, many] for dim in (64, 128) for name in PLAIN for many in (False, True)]
+    assert min(map(min, plain)) == 1 and "at D = 64 and 128 the four plain layouts use every byte" in text
+    assert {round(value, 2) for many in (False, True) for value in used[72, "BSHD", many]} == {0.9}
+    assert min(used[72, "BHSD", True] + used[72, "HBSD", True]) >= 0.98
+    assert "uses 90 % in BSHD, and 98 % or more in BHSD and HBSD" in text
+    half = [row for row in rows if row["dtype"] != "float32"]
+    packed = [row["used_fraction"] for row in half if (row["layout"], row["block_size"]) == ("BHDSX", 7)]
+    assert f"uses {100 * min(packed):.0f} to {100 * max(packed):.0f} % of what single requests fetch" in text
 
 
 def test_the_recorder_agrees_with_nsight_compute():

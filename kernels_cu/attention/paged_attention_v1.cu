@@ -6,10 +6,9 @@
 // of `stretch_tokens` that share one running softmax: there is no longest context.
 //
 // Measured (experiments/results/h100-80gb-hbm3/decode.csv): 94 % of the ceiling of an H100 on bfloat16 MHA, 4 to 54 %
-// where heads share. Before it took variants (layouts.csv, commit a3043d6), D = 128 in half precision, block size 16: 95 %
-// from blocks at random, 97 % from blocks in order. Lost on the way there: 16 lanes a row, one vector each, spent as long
-// on look-ups, addresses and shuffles as on memory; 64-bit strides added to that; a loop over slots whose trip count
-// differs between lanes made the warp split and load twice.
+// where heads share. Lost on the way there: 16 lanes a row, one vector each, spent as long on look-ups, addresses and
+// shuffles as on memory; 64-bit strides added to that; a loop over slots whose trip count differs between lanes made the
+// warp split and load twice.
 //
 // The query heads that share a KV head (GQA) each read it for themselves, mostly from L2: the rungs above share it. So
 // do several query tokens of a sequence: each has a row of thread blocks and a context of its own.
