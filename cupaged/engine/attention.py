@@ -12,11 +12,11 @@ from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import NO_PAIRS, BlockManager
-from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import as_backend_array, like_caller
 from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
-from cupaged.ops.cache import append_kv
-from cupaged.ops.checks import check_cache, check_contiguous, check_dtype, check_shape
+from cupaged.ops.cache import append_kv, checked_rows
+from cupaged.ops.checks import check_cache
 from cupaged.ops.prefill import paged_prefill, why_no_prefill
 from cupaged.ops.swap import SwapEngine
 
@@ -253,19 +253,12 @@ class PagedAttention:
     def _check_rows(self, query: Any, key: Any, value: Any) -> None:
         """Raise by name what would be refused once the tokens have their places."""
         config = self.cache.config
-        given = {"query": query, "key": key, "value": value}
-        arrays = {name: as_backend_array(array, name, self.cache.backend) for name, array in given.items()}
-        rows = arrays["query"].shape[:1]
-        for name, heads in (("query", "H"), ("key", config.num_kv_heads), ("value", config.num_kv_heads)):
-            check_dtype(arrays[name], name, config.numpy_dtype)
-            check_shape(arrays[name], name, (*(rows or ("num_rows",)), heads, config.head_dim))
-            check_contiguous(arrays[name], name)
-            if arrays[name].size:
-                check_alignment(arrays[name], name)
-        if arrays["query"].shape[1] % config.num_kv_heads:
+        num_rows, num_heads, _ = checked_rows(self.cache, query, "query", "num_rows", "H").shape
+        for array, name in ((key, "key"), (value, "value")):
+            checked_rows(self.cache, array, name, num_rows, config.num_kv_heads)
+        if num_heads % config.num_kv_heads:
             raise ValueError(
-                f"query must have a multiple of the cache's {config.num_kv_heads} KV heads; "
-                f"got {arrays['query'].shape[1]}"
+                f"query must have a multiple of the cache's {config.num_kv_heads} KV heads; got {num_heads}"
             )
 
     def _attend_one_by_one(self, query: Any, step: PagedStep) -> Any:

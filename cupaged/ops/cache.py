@@ -96,7 +96,7 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
             checked.launch(*given, cache.key, cache.value)
             refresh_slots(cache, slot_mapping)
             return
-    key, value, slot_mapping = _checked_rows(cache, key, value, slot_mapping)
+    key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
     if key.size == 0:
         return
     if must_validate(validate, cache.backend):
@@ -186,16 +186,13 @@ def rope_append_kv(
     """
     check_cache(cache)
     config, caller = cache.config, query
-    key, value, slot_mapping = _checked_rows(cache, key, value, slot_mapping)
+    key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
     check_shape(positions, "positions", (key.shape[0],))
     check_contiguous(positions, "positions")
     if query is not None:
-        query = as_backend_array(query, "query", cache.backend)
-        check_dtype(query, "query", config.numpy_dtype)
-        check_shape(query, "query", (key.shape[0], "H", config.head_dim))
-        check_contiguous(query, "query")
+        query = checked_rows(cache, query, "query", key.shape[0], "H")
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
     if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):
@@ -213,8 +210,6 @@ def rope_append_kv(
         check_positions(positions, MAX_POSITION)
     rotated = None if query is None else cache.xp.empty_like(query)
     if key.shape[0]:
-        if query is not None and query.size:
-            check_alignment(query, "query")
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
             **_append_defines(cache, slot_mapping),
@@ -252,25 +247,28 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     return cache.turns[name]
 
 
-def _checked_rows(cache: KVCache, key: Any, value: Any, slot_mapping: Any) -> tuple[Any, Any, Any]:
+def _checked_tokens(cache: KVCache, key: Any, value: Any, slot_mapping: Any) -> tuple[Any, Any, Any]:
     """Return keys, values and slots as the backend's own arrays, or raise by name."""
-    config = cache.config
-    key, value, slot_mapping = (
-        as_backend_array(array, name, cache.backend)
-        for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping"))
-    )
-    for array, name in ((key, "key"), (value, "value")):
-        check_dtype(array, name, config.numpy_dtype)
-        check_shape(array, name, ("num_tokens", config.num_kv_heads, config.head_dim))
+    heads = cache.config.num_kv_heads
+    key = checked_rows(cache, key, "key", "num_tokens", heads)
+    value = checked_rows(cache, value, "value", "num_tokens", heads)
     check_shape(value, "value", key.shape)
+    slot_mapping = as_backend_array(slot_mapping, "slot_mapping", cache.backend)
     check_dtype(slot_mapping, "slot_mapping", np.dtype(np.int32), np.dtype(np.int64))
     check_shape(slot_mapping, "slot_mapping", (key.shape[0],))
-    for array, name in ((key, "key"), (value, "value"), (slot_mapping, "slot_mapping")):
-        check_contiguous(array, name)
-    if key.size:
-        check_alignment(key, "key")
-        check_alignment(value, "value")
+    check_contiguous(slot_mapping, "slot_mapping")
     return key, value, slot_mapping
+
+
+def checked_rows(cache: KVCache, array: Any, name: str, num_rows: int | str, heads: int | str) -> Any:
+    """Return [num_rows, heads, D] in the cache's dtype as the backend's own array, or raise by name."""
+    array = as_backend_array(array, name, cache.backend)
+    check_dtype(array, name, cache.config.numpy_dtype)
+    check_shape(array, name, (num_rows, heads, cache.config.head_dim))
+    check_contiguous(array, name)
+    if array.size:
+        check_alignment(array, name)
+    return array
 
 
 def _append_defines(cache: KVCache, slot_mapping: Any) -> dict[str, object]:

@@ -21,6 +21,7 @@ from cupaged.ops.checks import (
     check_shape,
     checked_shared_prefix,
 )
+from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -34,9 +35,6 @@ ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads 
 NO_WINDOW = 2**31 - 1
 TALL_TILES_DIM = 64  # of longer rows, registers hold no more than 16 well: at 128 taller tiles take 15 to 25 % longer
 PREFIX_ALONE, PREFIX_BEFORE = 1, 2  # values of SHARED_PREFIX, as in kernels_cu/include/shared_prefix.cuh
-STATIC_SHARED_BYTES = 4096  # of a block, at most
-SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
-REGISTERS_PER_SM = 65536
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class DecodePlan:
             self.defines = {"SHARED_PREFIX": PREFIX_BEFORE}
             self._plan_prefix(cache)
         rows_of_kv_head = shared_by * query_tokens * num_heads // config.num_kv_heads
-        sms = _attribute(cache.backend, "MultiProcessorCount", HOST_BLOCKS)
+        sms = device_attribute(cache.backend, "MultiProcessorCount", HOST_BLOCKS)
         shape = tile_shape(config, rows_of_kv_head, num_seqs * config.num_kv_heads > sms, shared_by > 1)
         self.shape = _fitting(shape, config, cache.backend)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
@@ -350,17 +348,9 @@ def _compute_capability(device: int) -> int:
     return int(cupy.cuda.Device(device).compute_capability)
 
 
-def _attribute(backend: str, name: str, on_host: int) -> int:
-    if backend == "host":
-        return on_host
-    import cupy
-
-    return int(cupy.cuda.Device().attributes[name])
-
-
 def _fitting(shape: TileShape, config: CacheConfig, backend: str) -> TileShape:
     """Return the shape with as few warps less as it takes for a block to fit the device's shared memory."""
-    most = _attribute(backend, "MaxSharedMemoryPerBlockOptin", 2**30) - STATIC_SHARED_BYTES
+    most = dynamic_shared_bytes(backend)
     while shape.shared_bytes(config) > most and shape.warps > 2:
         shape = replace(shape, warps=shape.warps // 2)
     return shape
@@ -370,8 +360,5 @@ def _resident_blocks(plan: DecodePlan) -> int:
     """Return how many thread blocks an SM runs at once."""
     if plan.backend == "host":
         return 1
-    raw = plan.kernel.raw_kernel()
-    shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + SYSTEM_SHARED_BYTES
-    by_shared = _attribute(plan.backend, "MaxSharedMemoryPerMultiprocessor", 0) // shared
-    by_registers = REGISTERS_PER_SM // (32 * plan.shape.warps * raw.num_regs)
-    return max(1, min(by_shared, by_registers, plan.shape.blocks_per_sm))
+    shape = plan.shape
+    return min(shape.blocks_per_sm, resident_blocks(plan.kernel, 32 * shape.warps, shape.shared_bytes(plan.config)))

@@ -26,6 +26,7 @@ from cupaged.ops.checks import (
     checked_scale,
     must_validate,
 )
+from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
 from cupaged.ops.plan import why_no_tensor_cores
 from cupaged.ops.rungs import multiprocessors
 from cupaged.ops.variants import Variants, checked_variants
@@ -41,9 +42,6 @@ TILE_TOKENS = 64  # of context, as in kernels_cu/attention/paged_prefill.cu
 STAGES = 2
 PIECE_INTS = 12  # of a PrefillPiece
 PIECE_SEQ, PIECE_LENS = 0, (1, 4, 5)  # where its sequence stands, and first_token, context, seq_len
-STATIC_SHARED_BYTES = 4096  # of a block, at most
-SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
-REGISTERS_PER_SM = 65536
 HOST_BLOCKS = 3  # enough to cut contexts, few enough for blocks to take several pieces
 HOST_L2_BYTES = 64 * 1024  # small, so that heads fall into sections
 L2_FRACTION = 0.5  # that keys and values of a section may take
@@ -145,9 +143,13 @@ class PrefillPlan:
         self.causal, self.window = causal, window
         self.group = num_heads // config.num_kv_heads
         rows = total_tokens * self.group
-        on_gpu = cache.backend == "cuda"
-        self.shape = _fitting(prefill_shape(config, rows / max(1, num_seqs)), config, _shared_bytes(cache))
-        self.num_blocks = multiprocessors(cache) * _resident_blocks(self) if on_gpu else HOST_BLOCKS
+        best = prefill_shape(config, rows / max(1, num_seqs))
+        self.shape = _fitting(best, config, dynamic_shared_bytes(cache.backend))
+        self.num_blocks = HOST_BLOCKS
+        if cache.backend == "cuda":
+            kernel = prefill_kernel(config, self.shape, cache.backend, {"CAUSAL": int(causal)})
+            a_multiprocessor = resident_blocks(kernel, self.shape.threads, self.shape.shared_bytes(config))
+            self.num_blocks = multiprocessors(cache) * a_multiprocessor
         max_slots = int(self.shape.parts_a_share * self.num_blocks)
         max_pieces = -(-rows // self.shape.rows) + num_seqs + max_slots // config.num_kv_heads + 1
         xp = cache.xp
@@ -156,7 +158,7 @@ class PrefillPlan:
         self.partial_out = xp.empty((max_slots, self.shape.rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, self.shape.rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
-        l2_bytes = _attribute("L2CacheSize") if on_gpu else HOST_L2_BYTES
+        l2_bytes = device_attribute(cache.backend, "L2CacheSize", HOST_L2_BYTES)
         bytes_of_token = config.bytes_per_token // config.num_kv_heads
         # where a sequence has one tile of rows, nobody reads its tokens again: all heads of a token are read together
         self.cached_tokens = NO_WINDOW if self.shape.token_warps > 1 else int(L2_FRACTION * l2_bytes / bytes_of_token)
@@ -509,33 +511,13 @@ def _fitting(shape: PrefillShape, config: CacheConfig, most: int) -> PrefillShap
     return shape
 
 
-def _shared_bytes(cache: KVCache) -> int:
-    """Return the dynamic shared memory that a block may have."""
-    return 2**30 if cache.backend == "host" else _attribute("MaxSharedMemoryPerBlockOptin") - STATIC_SHARED_BYTES
-
-
 def why_no_prefill(cache: KVCache) -> str | None:
     """Return None if paged_prefill serves the cache where it lies, else what it does not."""
     reason = why_no_tensor_cores(cache, "paged_prefill")
-    needed = PrefillShape(1, 1, 16, 0, 1).shared_bytes(cache.config)
-    if reason is None and needed > _shared_bytes(cache):
+    needed, most = PrefillShape(1, 1, 16, 0, 1).shared_bytes(cache.config), dynamic_shared_bytes(cache.backend)
+    if reason is None and needed > most:
         reason = (
             f"paged_prefill needs {needed} bytes of shared memory for a head_dim of {cache.config.head_dim}; this "
-            f"device gives a block {_shared_bytes(cache)}"
+            f"device gives a block {most}"
         )
     return reason
-
-
-def _attribute(name: str) -> int:
-    import cupy
-
-    return int(cupy.cuda.Device().attributes[name])
-
-
-def _resident_blocks(plan: PrefillPlan) -> int:
-    """Return how many thread blocks an SM runs at once."""
-    raw = prefill_kernel(plan.config, plan.shape, plan.backend, {"CAUSAL": int(plan.causal)}).raw_kernel()
-    shared = plan.shape.shared_bytes(plan.config) + raw.shared_size_bytes + SYSTEM_SHARED_BYTES
-    by_shared = _attribute("MaxSharedMemoryPerMultiprocessor") // shared
-    by_registers = REGISTERS_PER_SM // (plan.shape.threads * raw.num_regs)
-    return max(1, min(by_shared, by_registers))

@@ -12,6 +12,7 @@ from cupaged.runtime import cuda, select
 
 H100 = {
     "MultiProcessorCount": 132,
+    "L2CacheSize": 52428800,
     "MaxSharedMemoryPerBlockOptin": 232448,
     "MaxSharedMemoryPerMultiprocessor": 233472,
 }

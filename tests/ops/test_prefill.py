@@ -8,6 +8,7 @@ from cupaged.bench.accuracy import prefill_budget
 from cupaged.ops import prefill
 from tests.kit.cases import DecodeShape
 from tests.kit.compare import assert_prefill_matches_reference, to_numpy
+from tests.kit.cuda_stub import H100, CudaStub
 from tests.kit.prefill import TENSOR_CORE_DIMS, PrefillShape, prefill_case, random_prefill_shape
 
 ON_HOST = {"cases": 200, "specialisations": 30}
@@ -236,3 +237,15 @@ def test_a_plan_for_something_else_is_refused(backend):
         pg.paged_prefill(*case.arguments, plan=plan)
     with pytest.raises(TypeError, match="plan must be a PrefillPlan, from plan_prefill; got int"):
         pg.paged_prefill(*case.arguments, plan=3)
+
+
+def test_a_head_dim_that_a_device_has_no_room_for_is_refused(monkeypatch):
+    """Consumer GPUs give a block 99 KiB; the module takes such prompts as decode queries then."""
+    stub = CudaStub(monkeypatch)
+    lens, starts = stub.array((2,), np.int32), stub.array((3,), np.int32)
+    wide, narrow = (pg.KVCache(pg.CacheConfig(8, 16, 2, dim), "cuda") for dim in (256, 128))
+    assert pg.PrefillPlan(wide, 2, 100, 4).num_blocks == 132
+    monkeypatch.setitem(H100, "MaxSharedMemoryPerBlockOptin", 101376)
+    assert pg.PrefillPlan(narrow, 2, 100, 4).num_blocks == 264
+    with pytest.raises(pg.UnsupportedError, match="139264 bytes of shared memory for a head_dim of 256; .* 97280"):
+        pg.plan_prefill(wide, lens, starts, 100, 4)

@@ -1,0 +1,36 @@
+"""What the current device gives a thread block, and how many blocks of a kernel one multiprocessor runs at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["device_attribute", "dynamic_shared_bytes", "resident_blocks"]
+
+STATIC_SHARED_BYTES = 4096  # of a block, at most
+SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
+REGISTERS_PER_SM = 65536
+UNLIMITED = 2**30  # what the host backend gives
+
+
+def device_attribute(backend: str, name: str, on_host: int) -> int:
+    """Return an attribute of the current device, by CUDA's name; `on_host` on the host backend."""
+    if backend == "host":
+        return on_host
+    import cupy
+
+    return int(cupy.cuda.Device().attributes[name])
+
+
+def dynamic_shared_bytes(backend: str) -> int:
+    """Return the dynamic shared memory that a block may have."""
+    most = device_attribute(backend, "MaxSharedMemoryPerBlockOptin", UNLIMITED)
+    return most if backend == "host" else most - STATIC_SHARED_BYTES
+
+
+def resident_blocks(kernel: Any, threads: int, shared_bytes: int) -> int:
+    """Return how many blocks of so many threads and dynamic shared bytes a multiprocessor of the GPU runs at once."""
+    raw = kernel.raw_kernel()
+    shared = shared_bytes + raw.shared_size_bytes + SYSTEM_SHARED_BYTES
+    by_shared = device_attribute("cuda", "MaxSharedMemoryPerMultiprocessor", 0) // shared
+    by_registers = REGISTERS_PER_SM // (threads * raw.num_regs)
+    return max(1, min(by_shared, by_registers))
