@@ -8,6 +8,7 @@ Each operation's result is checked first. Without a GPU results are checked and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -74,9 +75,9 @@ GPU_COLUMNS = {"operation": "operation", "layout": "layout", "mb": "MB|.0f", "ti
 
 
 def measure(layout: str, size_mb: float, backend: str, ceiling: float | None) -> list[Row]:
-    """Check and time every operation on blocks of `size_mb` megabytes of keys and values."""
+    """Check and time every operation on blocks of at least `size_mb` megabytes of keys and values."""
     config = pg.CacheConfig(1, 16, 8, 128, "bfloat16", layout)
-    count = max(2, int(size_mb * 1e6 / (config.block_size * config.bytes_per_token)))
+    count = max(2, ceil(size_mb * 1e6 / (config.block_size * config.bytes_per_token)))
     work = Work(layout, count, backend)
     rows = []
     for name, (call, check) in work.operations().items():
@@ -211,7 +212,7 @@ def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
 def conclusion(rows: Sequence[Row]) -> str:
     """Say what the rows show."""
     parts = [f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} results are right."]
-    timed = [row for row in rows if row["status"] == "ok" and "of_ceiling" in row and row["mb"] >= 60]
+    timed = [row for row in rows if row["status"] == "ok" and "of_ceiling" in row and row["mb"] >= COLD_MB]
     for name in dict.fromkeys(row["operation"] for row in timed):
         mine = sorted((row for row in timed if row["operation"] == name), key=lambda row: row["of_ceiling"])
         ceiling = "one pinned copy" if "swap" in name else "the copy"

@@ -96,6 +96,7 @@ def run_each(names: list[str], backend: str, out: Path, smoke: bool) -> list[Out
             for name in lane:
                 progress.set_description(name)
                 outcomes[name] = run(name, backend, out, smoke)
+                progress.write(f"{name}: {outcomes[name].status}, {outcomes[name].seconds:.0f} s")
                 progress.update()
 
         list(pool.map(run_lane, lanes))

@@ -29,7 +29,8 @@ def test_on_a_gpu_every_kernel_is_right_and_below_the_ceiling(tmp_path):
     answer = run("--smoke", "--out", str(tmp_path))
     assert answer.returncode == 0, answer.stderr
     rows = json.loads((tmp_path / "decode.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["kernel"] for row in rows] == list(ATTENTION_KERNELS)
+    elsewhere = {"paged_attention_texture"}  # texture_vs_global.py
+    assert [row["kernel"] for row in rows] == [name for name in ATTENTION_KERNELS if name not in elsewhere]
     assert all(row["status"] == "ok" for row in rows)
     assert all(0 < row["of_ceiling"] < 1.05 for row in rows)
     assert all(row["gflop_s"] == pytest.approx(row["gb_s"] * row["flop_per_byte"]) for row in rows)
