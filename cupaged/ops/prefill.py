@@ -87,7 +87,7 @@ class PrefillShape:
     @property
     def parts_a_share(self) -> float:
         """How finely others are cut."""
-        return 4.0 if self.token_warps > 1 else 2.0
+        return 3.0 if self.token_warps > 1 else 2.0
 
     def shared_bytes(self, config: CacheConfig) -> int:
         """Return a block's dynamic shared memory: query rows, and stages of keys and values."""

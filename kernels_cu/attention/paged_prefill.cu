@@ -231,13 +231,16 @@ __device__ __forceinline__ void merge_parts(const Call& call, const PrefillRows&
   }
 }
 
-// Turn products into logits, where they are more than scaled, and leave out tokens that a row does not see.
+// Turn products into logits, where they are more than scaled, and leave out tokens that a row does not see. Mostly all
+// tokens are mapped, and looking at each one's bit would take longer than all else.
+template <bool AllMapped>
 __device__ __forceinline__ void finish_logits(Tile::Products& product, const Mask& mask, const Exchange& exchange,
                                               int first_row, int first_token, bool masked, float factor) {
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
     const int row = first_row + Tile::row_of(half), context = exchange.context[row];
     const float slope = ALIBI ? exchange.slope[row] : 0.0f;
+    const Mask::Range range = mask.range_of(context);
 #pragma unroll
     for (int i = 0; i < Tile::EIGHTS; ++i)
 #pragma unroll
@@ -245,7 +248,8 @@ __device__ __forceinline__ void finish_logits(Tile::Products& product, const Mas
         const int token = first_token + Tile::token_of(i, j);
         float& logit = product[half / 2][i].value[half % 2 * 2 + j];
         logit = mask.variants.logit(logit * factor, mask.first + token, context, slope);
-        logit = !masked | mask.sees(context, token) ? logit : minus_infinity();
+        const bool seen = range.holds(token) & (AllMapped || mask.is_mapped(token));
+        logit = !masked | seen ? logit : minus_infinity();
       }
   }
 }
@@ -328,7 +332,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
       const bool masked = !mask.all_seen(shortest, longest);
       if (TRANSFORMED || masked || factor <= 0.0f) {
         const bool scaled = TRANSFORMED || factor <= 0.0f;   // only a positive factor can wait: it keeps the order
-        finish_logits(product, mask, exchange, warp_row, warp_token, masked, scaled ? factor : 1.0f);
+        const float now = scaled ? factor : 1.0f;
+        if (mask.all_mapped()) finish_logits<true>(product, mask, exchange, warp_row, warp_token, masked, now);
+        else finish_logits<false>(product, mask, exchange, warp_row, warp_token, masked, now);
         if (scaled) factor = 1.0f;
       }
       tile.add(product, factor, memory.stage[stage].value + warp_token * HEAD_DIM);

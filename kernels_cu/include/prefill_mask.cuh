@@ -20,16 +20,24 @@ struct PrefillMask {
     return (CAUSAL && first >= longest) || first + Tokens <= variants.first_token(shortest);
   }
   __device__ __forceinline__ bool all_seen(int shortest, int longest) const {
-    bool all = (!CAUSAL || first + Tokens <= shortest) && first >= variants.first_token(longest);
+    return (!CAUSAL || first + Tokens <= shortest) && first >= variants.first_token(longest) && all_mapped();
+  }
+
+  __device__ __forceinline__ bool is_mapped(int token) const { return (mapped[token / 32] >> token % 32 & 1) != 0; }
+  __device__ __forceinline__ bool all_mapped() const {
+    bool all = true;
 #pragma unroll
     for (int i = 0; i < Tokens / 32; ++i) all = all && mapped[i] == 0xffffffffu;
     return all;
   }
-  // Whether a row sees the tile's token `token`; all conditions are looked at, as branches would take longer.
-  __device__ __forceinline__ bool sees(int context, int token) const {
-    bool seen = (mapped[token / 32] >> token % 32 & 1) != 0;
-    if (CAUSAL) seen = seen & (first + token < context);
-    if (WINDOW) seen = seen & (first + token >= variants.first_token(context));
-    return seen;
+
+  // Of the tile's tokens, those that a row sees if they are mapped.
+  struct Range {
+    int begin, end;
+    // All conditions are looked at, as branches would take longer.
+    __device__ __forceinline__ bool holds(int token) const { return (!CAUSAL | token < end) & (!WINDOW | token >= begin); }
+  };
+  __device__ __forceinline__ Range range_of(int context) const {
+    return {variants.first_token(context) - first, context - first};
   }
 };
