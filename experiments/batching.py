@@ -159,7 +159,7 @@ def measure_on_gpu(step: DecodeStep) -> list[Row]:
         out = work.cache.xp.full_like(work.query, float("nan"))
         steps = [step_calls(copy, way, out) for copy in copies]
         run_all(steps[0])
-        error = decode_check(out[-2:], *work.some(slice(-2, None)), KERNEL)
+        error = work.error_of(out, KERNEL)
         timing = (time_graph if graph else time_launches)([lambda calls=calls: run_all(calls) for calls in steps])
         return {
             **verdict_on(error),

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
@@ -104,7 +104,7 @@ def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], 
     out = work.cache.xp.full_like(work.query, float("nan"))
     calls = [decode_call(copy, kernel, out) for copy in copies]
     calls[0]()
-    error = decode_check(out[-2:], *work.some(slice(-2, None)), kernel)
+    error = work.error_of(out, kernel)
     timing = time_graph(calls)
     bandwidth = work.kv_bytes / timing.median_us / 1e3
     return {

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
@@ -131,7 +131,7 @@ def attend(kernel: str, step: DecodeStep, way: str, backend: str, ceiling: float
             call()
         else:
             row = counted(call)
-        error = decode_check(out[-2:], *work.some(slice(-2, None)), kernel)
+        error = work.error_of(out, kernel)
         if backend == "cuda":
             seeds = range(1, copies_for_cold_l2(work.kv_bytes))
             copies = (step.build(backend, seed, placement=placement) for seed in seeds)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
@@ -355,7 +355,7 @@ def measure_ours(copies: Sequence[DecodeWorkload], ceiling: float | None) -> Row
     out = work.cache.xp.full_like(work.query, float("nan"))
     calls = [decode_call(copy, kernel, out) for copy in copies]
     calls[0]()
-    error = decode_check(out[-2:], *work.some(slice(-2, None)), kernel)
+    error = work.error_of(out, kernel)
     return {"kernel": kernel, **verdict_on(error), **timed(calls, work, ceiling)}
 
 
@@ -365,8 +365,7 @@ def measure_peer(peer: Peer, copies: Sequence[DecodeWorkload], ceiling: float | 
     backend = work.cache.backend
     calls = [on_current_stream(peer.prepare(copy), backend) for copy in copies]
     result = first_result(calls[0], backend).reshape(work.query.shape)
-    last = result[-2:].float().cpu().numpy()
-    error = decode_check(last, *work.some(slice(-2, None)), rounds_weights=True)
+    error = work.error_of(result.float().cpu().numpy(), rounds_weights=True)
     return {**verdict_on(error), **timed(calls, work, ceiling)}
 
 

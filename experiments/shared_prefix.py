@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import cupaged as pg
-from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
     argument_parser,
@@ -157,7 +157,7 @@ def measure(config: Config, backend: str, ceiling: float | None, prefix: int, se
     else:
         call()
         row["asked"] = asked_bytes(plan, prefix, config.suffix)
-    row = {**verdict_on(decode_check(out[-2:], *work.some(slice(-2, None)), KERNEL)), **row}
+    row = {**verdict_on(work.error_of(out, KERNEL)), **row}
     if ceiling is not None:
         seeds = range(1, copies_for_cold_l2(work.kv_bytes))
         copies = (build(config, prefix, sequences, way, backend, seed) for seed in seeds)

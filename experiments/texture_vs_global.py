@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import cupaged as pg
 from cupaged import layouts
-from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.ncu import parse_ncu, run_ncu
 from cupaged.bench.report import (
@@ -334,7 +334,7 @@ def attend(copies: Sequence[DecodeWorkload], ceiling: float | None) -> Row:
     out = work.cache.xp.full_like(work.query, float("nan"))
     calls = [decode_call(copy, KERNEL, out) for copy in copies]
     calls[0]()
-    row = verdict_on(decode_check(out[-2:], *work.some(slice(-2, None)), KERNEL))
+    row = verdict_on(work.error_of(out, KERNEL))
     return {**row, **(timed(calls, work.kv_bytes, ceiling) if ceiling else {})}
 
 

@@ -29,7 +29,15 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.attention import explain
 from cupaged.ops.registry import kernels
 
-__all__ = ["DecodeBudget", "decode_budget", "decode_check", "merge_budget", "prefill_budget", "verdict_on"]
+__all__ = [
+    "DecodeBudget",
+    "decode_budget",
+    "decode_check",
+    "kernel_rounds_weights",
+    "merge_budget",
+    "prefill_budget",
+    "verdict_on",
+]
 
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 SAFETY = 4  # times what float32 loses
@@ -53,6 +61,11 @@ class DecodeBudget:
     out: np.ndarray
     expected_lse: np.ndarray
     lse: float
+
+    def error_of(self, out: Any) -> float:
+        """Return the largest error of a result as a fraction of its budget: at most 1 is right, NaN is infinite."""
+        error = np.abs(reference.as_numpy(out).astype(np.float64) - self.expected) / self.out
+        return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
 
 
 def decode_budget(
@@ -81,20 +94,17 @@ def decode_budget(
     arguments = (query, cache, block_tables, seq_lens)
     rounds = rounds_weights
     if rounds is None:
-        rounds = kernels()[explain(*arguments, kernel=kernel, **variants).kernel].rounds_weights
-    expected, expected_lse = reference.paged_attention(*arguments, return_lse=True, **variants)
-    single, single_lse = reference.paged_attention(
-        *arguments,
-        return_lse=True,
-        dtype=np.float32,
-        weight_dtype=cache.config.numpy_dtype if rounds else None,
-        **variants,
+        rounds = kernel_rounds_weights(*arguments, kernel=kernel, **variants)
+    weight_dtype = cache.config.numpy_dtype if rounds else None
+    exact = reference.paged_attention(*arguments, return_lse=True, **variants)
+    single = reference.paged_attention(
+        *arguments, return_lse=True, dtype=np.float32, weight_dtype=weight_dtype, **variants
     )
-    logits = 1 + _largest(expected_lse)
+    logits = 1 + _largest(exact[1])
     if variants.get("alibi_slopes") is not None:
         _, unbiased_lse = reference.paged_attention(*arguments, return_lse=True, **{**variants, "alibi_slopes": None})
         logits += _largest(unbiased_lse)
-    return _budget((expected, expected_lse), (single, single_lse), cache.config.numpy_dtype, logits)
+    return _budget(exact, single, cache.config.numpy_dtype, logits)
 
 
 def prefill_budget(
@@ -168,8 +178,12 @@ def decode_check(
         Which kernel made the result of what call, see `decode_budget`.
     """
     budget = decode_budget(query, cache, block_tables, seq_lens, kernel, rounds_weights=rounds_weights, **variants)
-    error = np.abs(reference.as_numpy(out).astype(np.float64) - budget.expected) / budget.out
-    return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
+    return budget.error_of(out)
+
+
+def kernel_rounds_weights(query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, **options: Any) -> bool:
+    """Return whether the kernel that serves a call rounds the softmax's weights; `options` are those of the call."""
+    return kernels()[explain(query, cache, block_tables, seq_lens, **options).kernel].rounds_weights
 
 
 def verdict_on(error: float) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from cupaged.bench.accuracy import DecodeBudget, decode_budget, kernel_rounds_weights
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache, aligned_zeros
 from cupaged.ops.attention import explain, paged_attention
@@ -41,6 +42,7 @@ class DecodeWorkload:
     block_tables: Any
     seq_lens: Any
     kv_bytes: int
+    _budgets: dict[tuple[bool, int], DecodeBudget] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def arguments(self) -> tuple[Any, KVCache, Any, Any]:
@@ -50,6 +52,21 @@ class DecodeWorkload:
     def some(self, seqs: slice) -> tuple[Any, KVCache, Any, Any]:
         """Return the arguments of some sequences."""
         return self.query[seqs], self.cache, self.block_tables[seqs], self.seq_lens[seqs]
+
+    def error_of(
+        self, out: Any, kernel: str = "auto", *, rounds_weights: bool | None = None, sequences: int = 2
+    ) -> float:
+        """Return the largest error of a result of these arguments as a fraction of its budget: at most 1 is right.
+
+        The last so many `sequences` are looked at. What they should be is worked out once, for all kernels that round
+        alike; `kernel` and `rounds_weights` are those of `decode_budget`.
+        """
+        last = self.some(slice(-sequences, None))
+        rounds = kernel_rounds_weights(*last, kernel=kernel) if rounds_weights is None else rounds_weights
+        key = rounds, sequences
+        if key not in self._budgets:
+            self._budgets[key] = decode_budget(*last, rounds_weights=rounds)
+        return self._budgets[key].error_of(out[-sequences:])
 
     @property
     def flop(self) -> int:
