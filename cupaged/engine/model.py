@@ -94,6 +94,8 @@ class Llama:
     ----------
     attention_seconds : float
         Time spent in attention and appending; on the GPU only counted while `timing` is set.
+    captures : bool
+        Whether a step may be captured in a CUDA graph: on the GPU, until that was refused (`DecodeStep`).
     timing : bool
         Wait for the GPU before and after each attention, so that its time can be told from the rest's.
     """
@@ -104,6 +106,7 @@ class Llama:
         config, xp = checkpoint.config, array_module(backend)
         self.config, self.backend, self.dtype, self.xp = config, backend, dtype, xp
         self.use_reference, self.timing = use_reference, False
+        self.captures = backend == "cuda"
         self.attention_seconds = 0.0
         self.storage = CacheConfig(1, 1, config.num_kv_heads, config.head_dim, dtype).numpy_dtype
         self.compute = np.dtype(np.float32) if backend == "host" else self.storage
