@@ -146,9 +146,12 @@ def _launch(a: Any, b: Any, c: Any, beta: ctypes.c_float) -> None:
     cuBLAS takes matrices column by column, so that it sees the transposes of what lies here row by row. It is asked for
     the transpose of c, which is that of b times that of a.
     """
-    (m, k), n = a.shape, b.shape[1]
+    import cupy
+
+    (m, k), n, device = a.shape, b.shape[1], cupy.cuda.runtime.getDevice()
     for name, array in (("a", a), ("b", b), ("c", c)):
-        _check_device(array, name)
+        if array.data.device_id != device:
+            raise ValueError(f"{name} lies on device {array.data.device_id}; the current device is {device}")
     if not (m and n):
         return
     rows = b.flags.c_contiguous
@@ -161,14 +164,6 @@ def _launch(a: Any, b: Any, c: Any, beta: ctypes.c_float) -> None:
         ctypes.byref(beta), c.data.ptr, CUDA_TYPES[c.dtype], n,
         COMPUTE_32F, DEFAULT_ALGORITHM,
     )  # fmt: skip
-
-
-def _check_device(array: Any, name: str) -> None:
-    import cupy
-
-    device = cupy.cuda.runtime.getDevice()
-    if array.data.device_id != device:
-        raise ValueError(f"{name} lies on device {array.data.device_id}; the current device is {device}")
 
 
 _handles: dict[tuple[int, int, int], _Handle] = {}

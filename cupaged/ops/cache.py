@@ -23,6 +23,7 @@ from cupaged.ops.checks import (
 )
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -186,7 +187,15 @@ def rope_append_kv(
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
     """
     check_cache(cache)
-    config, caller = cache.config, query
+    config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
+    options = (config, rotary_dim, theta, interleaved, scaling)
+    given = (key, value, slot_mapping, positions, query, cache.key, cache.value)
+    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given)
+    if checked is not None:
+        rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
+        checked.launch(*given, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling))
+        refresh_slots(cache, slot_mapping)
+        return rotated
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
@@ -206,7 +215,7 @@ def rope_append_kv(
         raise ValueError(f"theta must be positive and finite; got {theta!r}")
     if scaling is not None and not isinstance(scaling, Llama3Scaling):
         raise TypeError(f"scaling must be a Llama3Scaling; got {type(scaling).__name__}")
-    if must_validate(validate, cache.backend):
+    if validates:
         check_slots(cache, slot_mapping)
         check_positions(positions, MAX_POSITION)
     rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
@@ -218,7 +227,7 @@ def rope_append_kv(
             "INTERLEAVED": int(bool(interleaved)),
         }
         kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
-        kernel(
+        launch = kernel.prepare(
             (key.shape[0],),
             (ROPE_THREADS,),
             key_cache=Strided(cache.key),
@@ -237,6 +246,9 @@ def rope_append_kv(
             value_stride=_token_stride(value),
             **layouts.stride_arguments(key_strides, value_strides),
         )
+        launch()
+        arrays = ("key", "value", "slot_mapping", "positions", "query", "key_cache", "value_cache", "rotated", "turns")
+        remembered("rope_append_kv", cache.backend).add(options, given, launch, arrays)
         refresh_slots(cache, slot_mapping)
     return None if rotated is None else like_caller(rotated, caller)
 

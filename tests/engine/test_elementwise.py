@@ -6,7 +6,9 @@ import pytest
 
 import cupaged as pg
 from cupaged.bench.accuracy import FLOAT32_EPS, SAFETY
+from cupaged.engine import elementwise
 from cupaged.engine.elementwise import rms_norm, swiglu
+from cupaged.runtime import launch
 from tests.kit.compare import to_numpy
 
 DTYPES = [np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32)]
@@ -89,3 +91,21 @@ def test_rows_in_pieces_are_named(backend, xp):
         rms_norm(xp.zeros((8, 8), np.float32)[::2], xp.ones(8, np.float32), 1e-5, np.float16)
     with pytest.raises(ValueError, match="gate_up must be C-contiguous"):
         swiglu(xp.zeros((8, 32), np.float16)[:, :16])
+
+
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch, backend, xp):
+    random = np.random.default_rng(0)
+    x, weight = (random.standard_normal((2, *shape)).astype(np.float32) for shape in ((3, 64), (64,)))
+    monkeypatch.setattr(launch, "_remembered", {})
+    for i in range(2):
+        given = xp.asarray(x[i]), xp.asarray(weight[i])
+        normed, gated = rms_norm(*given, 1e-5, np.float16), swiglu(given[0])
+        exact, single = (pg.reference.rms_norm(x[i], weight[i], 1e-5, kind) for kind in (np.float64, np.float32))
+        assert_within(normed, exact, single)
+        assert_within(gated, *(pg.reference.swiglu(x[i], kind) for kind in (np.float64, np.float32)))
+        monkeypatch.setattr(elementwise, "load_kernel", None)
+    for change in ({"eps": 1e-6}, {"dtype": np.float32}, {"x": given[0][:2]}):
+        with pytest.raises(TypeError, match="NoneType"):
+            rms_norm(**{"x": given[0], "weight": given[1], "eps": 1e-5, "dtype": np.float16, **change})
+    with pytest.raises(TypeError, match="NoneType"):
+        swiglu(normed)

@@ -8,6 +8,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops.cache import frequencies
+from cupaged.runtime import launch
 from tests.kit.compare import to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
@@ -125,3 +126,25 @@ def test_a_mistake_names_the_argument(options, error, message, backend, xp):
 def test_a_scaling_of_nonsense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         pg.Llama3Scaling(**options)
+
+
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch, backend, xp):
+    """Another layer's, with another cache: its rows go there."""
+    monkeypatch.setattr(launch, "_remembered", {})
+    rng, config = np.random.default_rng(0), pg.CacheConfig(3, 4, 2, 64)
+    positions, slots = np.array([0, 100, 8191], np.int32), np.array([9, 0, 3])
+    for _ in range(2):
+        cache = pg.KVCache(config, backend)
+        rows = xp.asarray(rng.standard_normal((3, 8, 64)).astype(np.float16))
+        given = rows[:, 4:6], rows[:, 6:], xp.asarray(slots), xp.asarray(positions)
+        rotated = pg.rope_append_kv(cache, *given, query=rows[:, :4], validate=False)
+        expected = pg.reference.rotate(rows[:, :6], positions, frequencies(64))
+        error = np.abs(to_numpy(rotated).astype(float) - expected[:, :4])
+        assert (error <= allowed(rows[:, :4], np.float16)).all()
+        key, value = (to_numpy(array).reshape(12, 2, 64)[slots] for array in cache.to_dense())
+        assert (np.abs(key.astype(float) - expected[:, 4:]) <= allowed(rows[:, 4:6], np.float16)).all()
+        np.testing.assert_array_equal(value, to_numpy(rows)[:, 6:])
+        monkeypatch.setattr("cupaged.ops.cache.load_kernel", None)
+    for change in ({"theta": 500.0}, {"query": rows[:, :2]}, {"interleaved": True}, {"validate": True}):
+        with pytest.raises(TypeError, match="NoneType"):
+            pg.rope_append_kv(cache, *given, **{"query": rows[:, :4], "validate": False, **change})
