@@ -322,6 +322,23 @@ def rotate(
     return turned
 
 
+def rms_norm(x: Any, weight: Any, eps: float, dtype: type = np.float64) -> np.ndarray:
+    """Return rows, [rows, width], divided by the root of their mean square (and eps), times a weight, [width]."""
+    x, weight = as_numpy(x).astype(dtype, copy=False), as_numpy(weight).astype(dtype, copy=False)
+    mean_square = np.square(x).mean(axis=-1, keepdims=True)
+    normed: np.ndarray = x / np.sqrt(mean_square + dtype(eps)) * weight
+    return normed
+
+
+def swiglu(gate_up: Any, dtype: type = np.float64) -> np.ndarray:
+    """Return ``gate * sigmoid(gate) * up`` of rows that hold gates first and ups behind them, [rows, 2 * width]."""
+    wide: np.ndarray = as_numpy(gate_up).astype(dtype, copy=False)
+    gate, up = wide[..., : wide.shape[-1] // 2], wide[..., wide.shape[-1] // 2 :]
+    with np.errstate(over="ignore"):  # where the sigmoid is 0
+        gated: np.ndarray = gate / (1 + np.exp(-gate)) * up
+    return gated
+
+
 def sampling_probabilities(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
     """Return the probability with which `cupaged.sample` draws each token of a row, float64 [vocab_size].
 

@@ -64,14 +64,13 @@ class DecodeStep:
     Attributes
     ----------
     graph : cupy.cuda.Graph or None
-        The captured step; None on the host, before the first run, and where a library cannot be captured: CuPy up to
-        14.2 refuses to record its calls of cuBLAS. The step is launched anew each time then, after a warning.
+        The captured step; None on the host, before the first run, and where something in it cannot be captured. Steps
+        of the model are launched anew each time then, after a warning.
     """
 
     def __init__(self, model: Llama, caches: Sequence[KVCache], shape: ShapeClass) -> None:
         self.model, self.caches, self.shape = model, caches, shape
         self.graph: Any = None
-        self._captures = model.backend == "cuda"
         self._memory: Any = None
         sizes = [
             shape.num_seqs * (shape.max_blocks if name == "block_tables" else 1) * np.dtype(dtype).itemsize // 4
@@ -112,11 +111,11 @@ class DecodeStep:
         """
         self._fill(rows)
         self._upload()
-        if self._captures and self.graph is None:
+        if self.graph is None and self.model.captures:
             try:
                 self._capture()
-            except NotImplementedError as error:
-                self._captures = False
+            except RuntimeError as error:  # CUDA's, cuBLAS's or CuPy's; what else may be wrong comes again below
+                self.model.captures, self._memory = False, None
                 warnings.warn(f"decode steps are launched, not replayed from a graph: {error}", stacklevel=2)
         if self.graph is None:
             self.compute()
@@ -135,7 +134,7 @@ class DecodeStep:
         """Capture the step; what its arrays are allocated from is its own, as a replay writes to them again."""
         cuda = self.model.xp.cuda
         stream = cuda.get_current_stream()
-        self.compute()  # compile, and make what is made once
+        self.compute()  # compile, and make what is made once: kernels, sines, a handle and workspace for products
         self._memory, held = cuda.MemoryPool(), -1
         with cuda.using_allocator(self._memory.malloc):
             while self._memory.total_bytes() != held:  # until the pool holds all that the captured step will ask for

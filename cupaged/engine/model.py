@@ -1,8 +1,12 @@
-"""A Llama whose attention goes through the toolkit; all else is a matrix product or a line of arithmetic.
+"""A Llama whose attention goes through the toolkit; all else is a matrix product, a norm or a gate.
 
 RMSNorm, rotary angles (RoPE) and SwiGLU are those of Touvron et al., "LLaMA: Open and Efficient Foundation Language
-Models", arXiv 2302.13971. Residuals, norms and angles are float32; matrix products run in the cache's type on the GPU,
-and in float32 on the host, where NumPy has no others.
+Models", arXiv 2302.13971. Residuals, norms and angles are float32; matrices are of the cache's type on the GPU, and
+float32 on the host, where NumPy has no other products.
+
+A layer is nine launches, as that is what a step of decoding, captured in a graph, is made of: norm, one product for
+query, key and value, RoPE with the append, attention, a product added to the residual; norm, one product for gate and
+up, SwiGLU, a product added to the residual.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import numpy as np
 
 from cupaged import reference
 from cupaged.config import CacheConfig
+from cupaged.engine.elementwise import rms_norm, swiglu
+from cupaged.engine.products import add_product, product
 from cupaged.engine.weights import Checkpoint
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
@@ -63,9 +69,7 @@ class _Layer:
     """A layer's weights as products want them: [in features, out features], neighbours side by side."""
 
     attention_norm: Any
-    query: Any
-    key: Any
-    value: Any
+    query_key_value: Any
     output: Any
     mlp_norm: Any
     gate_up: Any
@@ -84,12 +88,14 @@ class Llama:
     dtype : {"float32", "float16", "bfloat16"}
         What keys and values are stored in; on the GPU also what matrices are.
     use_reference : bool
-        Append and attend with `cupaged.reference` instead of the kernels, on the host only, where it is faster.
+        Compute with `cupaged.reference` instead of the kernels, on the host only, where it is faster.
 
     Attributes
     ----------
     attention_seconds : float
         Time spent in attention and appending; on the GPU only counted while `timing` is set.
+    captures : bool
+        Whether a step may be captured in a CUDA graph: on the GPU, until that was refused (`DecodeStep`).
     timing : bool
         Wait for the GPU before and after each attention, so that its time can be told from the rest's.
     """
@@ -100,6 +106,7 @@ class Llama:
         config, xp = checkpoint.config, array_module(backend)
         self.config, self.backend, self.dtype, self.xp = config, backend, dtype, xp
         self.use_reference, self.timing = use_reference, False
+        self.captures = backend == "cuda"
         self.attention_seconds = 0.0
         self.storage = CacheConfig(1, 1, config.num_kv_heads, config.head_dim, dtype).numpy_dtype
         self.compute = np.dtype(np.float32) if backend == "host" else self.storage
@@ -110,9 +117,7 @@ class Llama:
         self._layers = [
             _Layer(
                 xp.asarray(layer.attention_norm),
-                matrix(layer.query),
-                matrix(layer.key),
-                matrix(layer.value),
+                matrix(layer.query, layer.key, layer.value),
                 matrix(layer.output),
                 xp.asarray(layer.mlp_norm),
                 matrix(layer.gate, layer.up),
@@ -160,30 +165,30 @@ class Llama:
         -------
         float32 [num_wanted, vocab_size]
         """
-        config, xp = self.config, self.xp
-        total = len(step.tokens)
+        config, total = self.config, len(step.tokens)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
         attend = self._attention(step, caches[0], plan, validate)
         x = self._embedding[step.tokens].astype(np.float32)
         for layer, cache in zip(self._layers, caches, strict=True):
-            h = self._normed(x, layer.attention_norm)
-            query, key, value = (
-                (h @ weight).astype(self.storage, copy=False).reshape(total, -1, config.head_dim)
-                for weight in (layer.query, layer.key, layer.value)
-            )
+            rows = product(self._normed(x, layer.attention_norm), layer.query_key_value)
+            rows = rows.astype(self.storage, copy=False).reshape(total, heads + 2 * kv_heads, config.head_dim)
+            query, key, value = rows[:, :heads], rows[:, heads:-kv_heads], rows[:, -kv_heads:]
             out = self._timed(self._append_and_attend, step, attend, query, key, value, cache, validate)
-            x += out.reshape(total, -1).astype(self.compute, copy=False) @ layer.output
-            gate, up = xp.split(self._normed(x, layer.mlp_norm) @ layer.gate_up, 2, axis=1)
-            x += (silu(xp, gate) * up) @ layer.down
+            add_product(x, out.reshape(total, -1).astype(self.compute, copy=False), layer.output)
+            gate_up = product(self._normed(x, layer.mlp_norm), layer.gate_up)
+            add_product(x, self._gated(gate_up), layer.down)
         if step.wanted is not None:
             x = x[step.wanted]
-        return (self._normed(x, self._final_norm) @ self._unembedding).astype(np.float32, copy=False)
+        return product(self._normed(x, self._final_norm), self._unembedding, np.float32)
 
     def _normed(self, x: Any, weight: Any) -> Any:
-        """Return RMSNorm of float32 features, as matrices take it."""
-        mean_square = (x * x).mean(axis=-1, keepdims=True)
-        return (x / self.xp.sqrt(mean_square + np.float32(self.config.norm_eps)) * weight).astype(
-            self.compute, copy=False
-        )
+        """Return RMSNorm of float32 features, as products take it."""
+        if self.use_reference:
+            return reference.rms_norm(x, weight, self.config.norm_eps, np.float32)
+        return rms_norm(x, weight, self.config.norm_eps, self.compute)
+
+    def _gated(self, gate_up: Any) -> Any:
+        return reference.swiglu(gate_up, np.float32) if self.use_reference else swiglu(gate_up)
 
     def _append_and_attend(
         self,
@@ -201,7 +206,7 @@ class Llama:
             if cache.config.layout in DENSE_LAYOUTS:
                 reference.append_kv(cache.key, cache.value, key, value, step.slots)
             else:
-                append_kv(cache, key, value, step.slots)
+                append_kv(cache, key, np.ascontiguousarray(value), step.slots)
         else:
             query = rope_append_kv(
                 cache, key, value, step.slots, step.positions,
@@ -256,9 +261,3 @@ def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     """
     first, second = np.split(x.astype(np.float32, copy=False), 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def silu(xp: Any, x: Any) -> Any:
-    """Return ``x * sigmoid(x)`` in x's own type, computed in float32."""
-    wide = x.astype(np.float32, copy=False)
-    return (wide / (np.float32(1) + xp.exp(-wide))).astype(x.dtype, copy=False)

@@ -11,7 +11,7 @@ import numpy as np
 from cupaged import layouts
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, like_caller
 from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
@@ -23,6 +23,7 @@ from cupaged.ops.checks import (
 )
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -150,13 +151,14 @@ def rope_append_kv(
     cache : KVCache
         Written in place.
     key, value : array, [num_tokens, Hkv, D]
-        In the cache's dtype.
+        In the cache's dtype. A token's heads lie side by side; between tokens there may be other things, so that query,
+        key and value can be views of what one product made.
     slot_mapping : array, int32 or int64 [num_tokens]
         As `append_kv` takes it; the query of a token that is skipped is rotated all the same.
     positions : array, int32 [num_tokens]
         From 0 to below 2**24.
     query : array, [num_tokens, H, D], optional
-        To be rotated too.
+        To be rotated too; it lies as keys do.
     rotary_dim : int, optional
         Dimensions that turn, the first ones; all D if not given. A multiple of 16 (of 8 in float32).
     theta : float
@@ -171,7 +173,7 @@ def rope_append_kv(
     Returns
     -------
     array, of the query's shape, or None
-        The rotated query; `query` stays as it is.
+        The rotated query, C-contiguous; `query` stays as it is.
 
     Raises
     ------
@@ -185,14 +187,22 @@ def rope_append_kv(
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
     """
     check_cache(cache)
-    config, caller = cache.config, query
-    key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
+    config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
+    options = (config, rotary_dim, theta, interleaved, scaling)
+    given = (key, value, slot_mapping, positions, query, cache.key, cache.value)
+    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given)
+    if checked is not None:
+        rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
+        checked.launch(*given, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling))
+        refresh_slots(cache, slot_mapping)
+        return rotated
+    key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
     check_shape(positions, "positions", (key.shape[0],))
     check_contiguous(positions, "positions")
     if query is not None:
-        query = checked_rows(cache, query, "query", key.shape[0], "H")
+        query = checked_rows(cache, query, "query", key.shape[0], "H", between=True)
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
     if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):
@@ -205,10 +215,10 @@ def rope_append_kv(
         raise ValueError(f"theta must be positive and finite; got {theta!r}")
     if scaling is not None and not isinstance(scaling, Llama3Scaling):
         raise TypeError(f"scaling must be a Llama3Scaling; got {type(scaling).__name__}")
-    if must_validate(validate, cache.backend):
+    if validates:
         check_slots(cache, slot_mapping)
         check_positions(positions, MAX_POSITION)
-    rotated = None if query is None else cache.xp.empty_like(query)
+    rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
     if key.shape[0]:
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
@@ -217,22 +227,28 @@ def rope_append_kv(
             "INTERLEAVED": int(bool(interleaved)),
         }
         kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
-        kernel(
+        launch = kernel.prepare(
             (key.shape[0],),
             (ROPE_THREADS,),
             key_cache=Strided(cache.key),
             value_cache=Strided(cache.value),
             rotated=rotated,
-            query=query,
-            key=key,
-            value=value,
+            query=Strided(query),
+            key=Strided(key),
+            value=Strided(value),
             slot_mapping=slot_mapping,
             positions=positions,
             turns=_turns(cache, int(rotary_dim), float(theta), scaling),
             num_heads=0 if query is None else query.shape[1],
             num_kv_heads=config.num_kv_heads,
+            query_stride=0 if query is None else _token_stride(query),
+            key_stride=_token_stride(key),
+            value_stride=_token_stride(value),
             **layouts.stride_arguments(key_strides, value_strides),
         )
+        launch()
+        arrays = ("key", "value", "slot_mapping", "positions", "query", "key_cache", "value_cache", "rotated", "turns")
+        remembered("rope_append_kv", cache.backend).add(options, given, launch, arrays)
         refresh_slots(cache, slot_mapping)
     return None if rotated is None else like_caller(rotated, caller)
 
@@ -247,11 +263,18 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     return cache.turns[name]
 
 
-def _checked_tokens(cache: KVCache, key: Any, value: Any, slot_mapping: Any) -> tuple[Any, Any, Any]:
+def _token_stride(rows: Any) -> int:
+    """Return how many elements lie from one token to the next."""
+    return int(rows.strides[0] // rows.dtype.itemsize)
+
+
+def _checked_tokens(
+    cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, between: bool = False
+) -> tuple[Any, Any, Any]:
     """Return keys, values and slots as the backend's own arrays, or raise by name."""
     heads = cache.config.num_kv_heads
-    key = checked_rows(cache, key, "key", "num_tokens", heads)
-    value = checked_rows(cache, value, "value", "num_tokens", heads)
+    key = checked_rows(cache, key, "key", "num_tokens", heads, between=between)
+    value = checked_rows(cache, value, "value", "num_tokens", heads, between=between)
     check_shape(value, "value", key.shape)
     slot_mapping = as_backend_array(slot_mapping, "slot_mapping", cache.backend)
     check_dtype(slot_mapping, "slot_mapping", np.dtype(np.int32), np.dtype(np.int64))
@@ -260,12 +283,25 @@ def _checked_tokens(cache: KVCache, key: Any, value: Any, slot_mapping: Any) -> 
     return key, value, slot_mapping
 
 
-def checked_rows(cache: KVCache, array: Any, name: str, num_rows: int | str, heads: int | str) -> Any:
-    """Return [num_rows, heads, D] in the cache's dtype as the backend's own array, or raise by name."""
+def checked_rows(
+    cache: KVCache, array: Any, name: str, num_rows: int | str, heads: int | str, *, between: bool = False
+) -> Any:
+    """Return [num_rows, heads, D] in the cache's dtype as the backend's own array, or raise by name.
+
+    `between` says whether there may be other things, whole vectors of them, between a row of heads and the next.
+    """
     array = as_backend_array(array, name, cache.backend)
     check_dtype(array, name, cache.config.numpy_dtype)
     check_shape(array, name, (num_rows, heads, cache.config.head_dim))
-    check_contiguous(array, name)
+    if between and array.shape[0] > 1:
+        check_contiguous(array[0], f"{name}[0]")
+        if array.strides[0] % VECTOR_BYTES:
+            raise ValueError(
+                f"{name} must have a multiple of {VECTOR_BYTES} bytes from one token to the next; "
+                f"got {array.strides[0]}"
+            )
+    else:
+        check_contiguous(array, name)
     if array.size:
         check_alignment(array, name)
     return array

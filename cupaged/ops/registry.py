@@ -159,6 +159,18 @@ _KERNELS = (
         "any cache",
     ),
     KernelInfo(
+        "rms_norm",
+        "engine/rms_norm.cu",
+        "normalises float32 rows by their mean square, and writes them in the type that products take",
+        "float32 rows whose width is a multiple of 4; float16, bfloat16, float32 out",
+    ),
+    KernelInfo(
+        "swiglu",
+        "engine/swiglu.cu",
+        "silu(gate) * up, of gates and ups side by side",
+        "float16, bfloat16, float32; a width that is a multiple of 16 bytes",
+    ),
+    KernelInfo(
         "sample",
         "sampling/sample.cu",
         "draws tokens by temperature, top-k and top-p: a threshold is searched for bit by bit, nothing is sorted",

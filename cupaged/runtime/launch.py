@@ -13,7 +13,7 @@ import numpy as np
 from cupaged.runtime.arguments import NULL
 from cupaged.runtime.source import KernelSource, asked_for, kernels_folder
 
-__all__ = ["CheckedCall", "CheckedCalls", "PreparedLaunch"]
+__all__ = ["CheckedCall", "CheckedCalls", "PreparedLaunch", "remembered"]
 
 KEPT_CALLS = 8
 LOOK_SECONDS = 0.01  # an edited file is noticed this late at most: asking for eight files takes as long as a launch
@@ -169,6 +169,16 @@ class CheckedCalls:
         """Return what the checks go by, types first: only options of the same types can be compared safely."""
         kinds = list(map(self._kind, arrays))
         return None if False in kinds else (*map(type, options), options, kinds)
+
+
+def remembered(name: str, backend: str) -> CheckedCalls:
+    """Return the calls of a function that is told all its arrays: what one layer checked, the next layers launch."""
+    if (name, backend) not in _remembered:
+        _remembered[name, backend] = CheckedCalls(backend)
+    return _remembered[name, backend]
+
+
+_remembered: dict[tuple[str, str], CheckedCalls] = {}
 
 
 def _kind_of_numpy(array: Any) -> Any:

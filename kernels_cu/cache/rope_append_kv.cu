@@ -70,11 +70,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(
     STORAGE* __restrict__ rotated,           // [num_tokens, num_heads, HEAD_DIM], or null without a query
     const STORAGE* __restrict__ query,       // [num_tokens, num_heads, HEAD_DIM], or null
     const STORAGE* __restrict__ key,         // [num_tokens, num_kv_heads, HEAD_DIM]
-    const STORAGE* __restrict__ value,       // [num_tokens, num_kv_heads, HEAD_DIM]
+    const STORAGE* __restrict__ value,       // [num_tokens, num_kv_heads, HEAD_DIM]; all three may skip between tokens
     const SLOT* __restrict__ slot_mapping,   // [num_tokens], slot = block * BLOCK_SIZE + offset, -1 = skip
     const int* __restrict__ positions,       // [num_tokens]
     const float* __restrict__ turns,         // [2, PAIRS], turns a position, and what a float has no digits for
     const int num_heads, const int num_kv_heads,   // num_heads: 0 without a query
+    const long long query_stride, const long long key_stride, const long long value_stride,   // from token to token
     const int key_block_stride, const long long key_head_stride, const int key_slot_stride, const int key_pack_stride,
     const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
     const int value_pack_stride) {
@@ -92,9 +93,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(
 
   const auto load = [](const STORAGE* row, int vector) { return load_global(reinterpret_cast<const Row*>(row) + vector); };
   for (int index = threadIdx.x; index < num_heads * ITEMS; index += THREADS) {
-    const long long row = (token * num_heads + index / ITEMS) * HEAD_DIM;
+    const int head = index / ITEMS;
+    const STORAGE* from = query + token * query_stride + head * HEAD_DIM;
+    const long long row = (token * num_heads + head) * HEAD_DIM;
     const Item item(index % ITEMS);
-    Row low = load(query + row, item.low), high = load(query + row, item.high);
+    Row low = load(from, item.low), high = load(from, item.high);
     item.turn_both(low, high, angles);
     reinterpret_cast<Row*>(rotated + row)[item.low] = low;
     if (item.high != item.low) reinterpret_cast<Row*>(rotated + row)[item.high] = high;
@@ -107,10 +110,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) rope_append_kv(
   const KvStrides<VALUE_PACK> value_strides{value_block_stride, value_head_stride, value_slot_stride, value_pack_stride};
   for (int index = threadIdx.x; index < num_kv_heads * ITEMS; index += THREADS) {
     const int kv_head = index / ITEMS;
-    const long long row = (token * num_kv_heads + kv_head) * HEAD_DIM;
+    const STORAGE* from = key + token * key_stride + kv_head * HEAD_DIM;
+    const STORAGE* from_value = value + token * value_stride + kv_head * HEAD_DIM;
     const Item item(index % ITEMS);
-    Row low = load(key + row, item.low), high = load(key + row, item.high);
-    const Row low_value = load(value + row, item.low), high_value = load(value + row, item.high);
+    Row low = load(from, item.low), high = load(from, item.high);
+    const Row low_value = load(from_value, item.low), high_value = load(from_value, item.high);
     item.turn_both(low, high, angles);
     store_vector(key_cache, key_strides, block_id, kv_head, slot_in_block, item.low * VEC, low);
     store_vector(value_cache, value_strides, block_id, kv_head, slot_in_block, item.low * VEC, low_value);

@@ -176,22 +176,21 @@ def test_classes_can_be_captured_ahead():
         np.testing.assert_array_equal(old, new)
 
 
-def test_a_step_that_cannot_be_captured_is_launched(monkeypatch):
-    init = DecodeStep.__init__
-
-    def on_a_gpu(step, *arguments):
-        init(step, *arguments)
-        step._captures = True
+@pytest.mark.parametrize("error", [NotImplementedError, RuntimeError])
+def test_steps_that_cannot_be_captured_are_launched(error, monkeypatch):
+    refused = []
 
     def refuse(step):
-        raise NotImplementedError("cuBLAS is not recorded")
+        refused.append(step)
+        raise error("this is not recorded")
 
-    monkeypatch.setattr(DecodeStep, "__init__", on_a_gpu)
     monkeypatch.setattr(DecodeStep, "_capture", refuse)
     llm, prompts = small_llm(), prompts_of([5, 9])
-    llm._fixed_steps = True
-    with pytest.warns(UserWarning, match="launched, not replayed from a graph: cuBLAS is not recorded"):
+    llm._fixed_steps = llm.model.captures = True
+    with pytest.warns(UserWarning, match="launched, not replayed from a graph: this is not recorded"):
         assert_dense(llm.generate(prompts, GREEDY), prompts)
+        assert_dense(llm.generate(prompts[:1], GREEDY), prompts[:1])
+    assert len(refused) == 1 < len(llm._decode_steps)  # another class is not tried
 
 
 @pytest.mark.gpu

@@ -1,9 +1,14 @@
 """The decode-step experiment runs from end to end, and another result is seen."""
 
+from dataclasses import replace
+
+import ml_dtypes
 import numpy as np
 import pytest
 
+from cupaged.engine.weights import random_checkpoint
 from tests.kit.experiments import document, functions, run
+from tests.kit.llama import SMALL, half_budget, logits_budget
 
 
 def test_without_a_gpu_the_ways_agree(tmp_path):
@@ -20,6 +25,23 @@ def test_logits_that_are_too_far_apart_are_seen():
     assert agreement(expected + 0.1, expected, half) == "ok"
     assert agreement(expected + 0.2, expected, half).startswith("wrong: logits are 0.2 apart")
     assert agreement(expected + 0.1, expected, np.dtype(np.float32)).startswith("wrong")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_has_the_same_model(dtype):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    checkpoint = random_checkpoint(replace(SMALL, rope_base=5e5))
+    text = np.random.default_rng(0).integers(SMALL.vocab_size, size=300)
+    model = functions("model_step")["as_transformers"](checkpoint, dtype, "cpu")
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # else far tokens turn by the wrong angle
+    with torch.inference_mode():
+        past = model(torch.from_numpy(text[None, :-1]), use_cache=True, logits_to_keep=1).past_key_values
+        last = model(torch.from_numpy(text[None, -1:]), past_key_values=past, use_cache=True).logits[0, -1]
+    exact, budget = logits_budget(checkpoint, text)
+    if dtype == "bfloat16":
+        budget = half_budget(checkpoint, text, ml_dtypes.bfloat16)
+    assert np.abs(last.float().numpy() - exact[-1]).max() <= budget
 
 
 def test_the_conclusion_compares_the_ways():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from cupaged.ops import plan
-from cupaged.runtime import cuda, select
+from cupaged.runtime import cuda, launch, select
 
 H100 = {
     "MultiProcessorCount": 132,
@@ -47,6 +47,7 @@ class CudaStub:
         )
         monkeypatch.setattr(select, "why_no_gpu", lambda: None)
         monkeypatch.setattr(select, "_loaded", {})  # no kernel of a stub's stays for those who have a GPU
+        monkeypatch.setattr(launch, "_remembered", {})
         monkeypatch.setattr(plan, "_compute_capability", lambda device: 90)
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self.kernel)
 

@@ -117,6 +117,11 @@ def all_variants():
         ("sampling/sample.cu", "sample", {"STORAGE": logit, "WARPS": warps})
         for logit, warps in (("__half", 1), ("__nv_bfloat16", 8), ("float", 32))
     ]
+    engine = [
+        (f"engine/{entry}.cu", entry, {"STORAGE": storage})
+        for entry in ("rms_norm", "swiglu")
+        for storage in ("__half", "__nv_bfloat16", "float")
+    ]
     rest = [
         ("bench/read_stream.cu", "read_stream", {}),
         ("attention/plan_decode.cu", "plan_decode", {}),
@@ -135,6 +140,7 @@ def all_variants():
         append,
         rope,
         gather,
+        engine,
         sampling,
         rest,
     )

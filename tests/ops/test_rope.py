@@ -8,6 +8,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops.cache import frequencies
+from cupaged.runtime import launch
 from tests.kit.compare import to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
@@ -25,17 +26,22 @@ def allowed(rows, dtype):
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "rotary_dim"), [("float16", 128, None), ("bfloat16", 72, 32), ("float32", 40, 40)]
 )
-def test_keys_and_queries_turn_and_values_stay(layout, interleaved, dtype, head_dim, rotary_dim, backend, xp):
+@pytest.mark.parametrize("together", [False, True])
+def test_keys_and_queries_turn_and_values_stay(layout, interleaved, dtype, head_dim, rotary_dim, together, backend, xp):
+    """In arrays of their own, or together in a token's row, as one product leaves them."""
     cache = pg.KVCache(pg.CacheConfig(5, 7, 2, head_dim, dtype, layout), backend)
     rng = np.random.default_rng(0)
     storage = cache.config.numpy_dtype
-    key, value = (xp.asarray(rng.standard_normal((6, 2, head_dim)).astype(storage)) for _ in "kv")
-    query = xp.asarray(rng.standard_normal((6, 6, head_dim)).astype(storage))
+    rows = xp.asarray(rng.standard_normal((6, 10, head_dim)).astype(storage))
+    query, key, value = rows[:, :6], rows[:, 6:8], rows[:, 8:]
+    if not together:
+        query, key, value = (xp.ascontiguousarray(array) for array in (query, key, value))
     positions = np.array([0, 1, 100, 8191, 131071, 2**24 - 1], np.int32)
     slots = np.array([3, 34, -1, 0, 20, 7])
     scaling = pg.Llama3Scaling() if dtype == "float16" else None
     options = {"rotary_dim": rotary_dim, "theta": 500000.0, "interleaved": interleaved, "scaling": scaling}
     rotated = pg.rope_append_kv(cache, key, value, xp.asarray(slots), xp.asarray(positions), query=query, **options)
+    assert rotated.flags.c_contiguous
     angles = frequencies(rotary_dim or head_dim, 500000.0, scaling)
     expected = pg.reference.rotate(query, positions, angles, interleaved)
     assert (np.abs(to_numpy(rotated).astype(float) - expected) <= allowed(query, storage)).all()
@@ -47,6 +53,20 @@ def test_keys_and_queries_turn_and_values_stay(layout, interleaved, dtype, head_
     np.testing.assert_array_equal(stored_value[slots[there]], to_numpy(value)[there])
     others = np.setdiff1d(np.arange(35), slots)
     assert not stored_key[others].any() and not stored_value[others].any()
+
+
+def test_what_cannot_be_taken_as_it_lies_is_named(backend, xp):
+    cache = pg.KVCache(pg.CacheConfig(2, 4, 1, 32), backend)
+    slots, positions = xp.asarray([0, 1]), xp.asarray([0, 1], dtype=xp.int32)
+    good = xp.ones((2, 1, 32), xp.float16)
+    uneven = xp.ones(80, xp.float16)
+    uneven = xp.lib.stride_tricks.as_strided(uneven, (2, 1, 32), (72, 64, 2))
+    with pytest.raises(ValueError, match="key must have a multiple of 16 bytes from one token to the next; got 72"):
+        pg.rope_append_kv(cache, uneven, good, slots, positions)
+    with pytest.raises(ValueError, match=r"value\[0\] must be C-contiguous"):
+        pg.rope_append_kv(cache, good, xp.ones((2, 1, 64), xp.float16)[:, :, ::2], slots, positions)
+    with pytest.raises(ValueError, match=r"query\[0\] must be C-contiguous"):
+        pg.rope_append_kv(cache, good, good, slots, positions, query=xp.ones((2, 4, 32), xp.float16)[:, ::2])
 
 
 def test_without_a_query_nothing_is_returned(backend, xp):
@@ -106,3 +126,25 @@ def test_a_mistake_names_the_argument(options, error, message, backend, xp):
 def test_a_scaling_of_nonsense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         pg.Llama3Scaling(**options)
+
+
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch, backend, xp):
+    """Another layer's, with another cache: its rows go there."""
+    monkeypatch.setattr(launch, "_remembered", {})
+    rng, config = np.random.default_rng(0), pg.CacheConfig(3, 4, 2, 64)
+    positions, slots = np.array([0, 100, 8191], np.int32), np.array([9, 0, 3])
+    for _ in range(2):
+        cache = pg.KVCache(config, backend)
+        rows = xp.asarray(rng.standard_normal((3, 8, 64)).astype(np.float16))
+        given = rows[:, 4:6], rows[:, 6:], xp.asarray(slots), xp.asarray(positions)
+        rotated = pg.rope_append_kv(cache, *given, query=rows[:, :4], validate=False)
+        expected = pg.reference.rotate(rows[:, :6], positions, frequencies(64))
+        error = np.abs(to_numpy(rotated).astype(float) - expected[:, :4])
+        assert (error <= allowed(rows[:, :4], np.float16)).all()
+        key, value = (to_numpy(array).reshape(12, 2, 64)[slots] for array in cache.to_dense())
+        assert (np.abs(key.astype(float) - expected[:, 4:]) <= allowed(rows[:, 4:6], np.float16)).all()
+        np.testing.assert_array_equal(value, to_numpy(rows)[:, 6:])
+        monkeypatch.setattr("cupaged.ops.cache.load_kernel", None)
+    for change in ({"theta": 500.0}, {"query": rows[:, :2]}, {"interleaved": True}, {"validate": True}):
+        with pytest.raises(TypeError, match="NoneType"):
+            pg.rope_append_kv(cache, *given, **{"query": rows[:, :4], "validate": False, **change})

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cupaged as pg
+from cupaged.engine.elementwise import rms_norm, swiglu
 from cupaged.ops.arrays import array_module
 from cupaged.ops.rungs import RUNGS
 from cupaged.ops.textures import LOAD_PATHS
@@ -83,6 +84,7 @@ def run_all(backend):
                 result = pg.paged_prefill(*case.arguments, return_lse=True, **case.options)
                 assert_prefill_matches_reference(case, *result)
     run_every_path(backend)
+    norm_and_gate(backend)
     draw_tokens(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
@@ -98,6 +100,17 @@ def run_all(backend):
         kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
         kernel((3,), (64,), combined=combined, data=xp.asarray(rows), block_table=table, tokens=37)
         assert int(combined[0]) == expected
+
+
+def norm_and_gate(backend):
+    """Normalise rows, and gate them, under two schedules."""
+    rows = np.random.default_rng(0).standard_normal((3, 1040)).astype(np.float32)
+    xp = array_module(backend)
+    for seed in range(2):
+        with host.schedule(seed) if backend == "host" else nullcontext():
+            normed = rms_norm(xp.asarray(rows), xp.ones(1040, np.float32), 1e-5, np.float16)
+            assert np.allclose(pg.reference.as_numpy(normed), pg.reference.rms_norm(rows, np.ones(1040), 1e-5), 0, 1e-2)
+            assert np.allclose(pg.reference.as_numpy(swiglu(normed)), pg.reference.swiglu(normed), 0, 1e-2)
 
 
 def draw_tokens(backend):
