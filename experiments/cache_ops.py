@@ -39,9 +39,9 @@ COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share o
 REPEATS = 7
 EXPECTATION = (
     "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
-    "within a tenth of the copy, whatever the layout, but for values in BHDSX, whose neighbours lie a block apart. "
-    "Small operations are launches. A swap is a gather and a copy that overlap: the link's speed, if blocks on the "
-    "host are neighbours; blocks that are not cost a copy each."
+    "within a tenth of the copy, whatever the layout: values in BHDSX, whose neighbours lie a block apart, are turned "
+    "round in shared memory. Small operations are launches. A swap is a gather and a copy that overlap: the link's "
+    "speed, if blocks on the host are neighbours; blocks that are not cost a copy each."
 )
 
 

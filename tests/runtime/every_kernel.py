@@ -71,7 +71,11 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+        prompt = xp.ones((min(37, config.num_slots), *rows.shape[1:]), config.numpy_dtype)  # slots that are neighbours
+        pg.append_kv(case.cache, prompt, prompt, xp.arange(len(prompt)))
         if config.head_dim % 16 == 0:
+            positions = xp.arange(len(prompt), dtype=np.int32)
+            pg.rope_append_kv(case.cache, prompt, prompt, xp.arange(len(prompt)), positions, query=prompt)
             positions = xp.asarray(np.arange(5, dtype=np.int32))
             pg.rope_append_kv(case.cache, rows, rows, xp.asarray(slots), positions, query=rows, interleaved=True)
         pg.copy_blocks(case.cache, [[0, config.num_blocks - 1]])
