@@ -93,6 +93,11 @@ def run_all(backend):
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
     kernel((2,), (64,), combined=combined, data=data, vectors=1000)
     assert int(combined[0]) == np.bitwise_xor.reduce(np.arange(4 * 1000, dtype=np.uint32))
+    for streaming in (0, 1):
+        copied, defines = xp.zeros_like(data), {"IN_FLIGHT": 4, "STREAMING": streaming}
+        kernel = load_kernel("bench/copy_stream.cu", "copy_stream", defines, backend)
+        kernel((2,), (64,), **{"to": copied, "from": data}, vectors=1000)
+        assert (copied == data).all()
     table = xp.arange(13, dtype=np.int32)[::-1].copy()
     rows = np.random.default_rng(0).integers(2**16, size=(13, 3, 256), dtype=np.uint16)
     expected = np.bitwise_xor.reduce(rows[1:], axis=None) ^ np.bitwise_xor.reduce(rows[0, 0])
