@@ -218,12 +218,9 @@ class _Mover:
     def _chunks(self, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> list[_Chunk]:
         """Return what fills a buffer, one after the other; the ids are on their way to the device."""
         ids = cache.xp.asarray(on_device)
-        chunks = []
-        for first in range(0, len(on_host), self.at_once):
-            part = ids[first : first + self.at_once]
-            runs = _runs(on_host[first : first + self.at_once], self.block_bytes)
-            chunks.append(_Chunk(part, self._launch(cache, part, out), runs))
-        return chunks
+        parts = [ids[first : first + self.at_once] for first in range(0, len(ids), self.at_once)]
+        runs = _runs(on_host, self.at_once, self.block_bytes)
+        return [_Chunk(part, self._launch(cache, part, out), r) for part, r in zip(parts, runs, strict=True)]
 
     def _launch(self, cache: KVCache, ids: Any, out: bool) -> CheckedCall:
         """Return the launch that gathers or scatters as many blocks, kept from an earlier call if there was one."""
@@ -349,8 +346,13 @@ def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -
     return on_device, on_host
 
 
-def _runs(ids: np.ndarray, size: int) -> list[tuple[int, int, int]]:
-    """Return where each run of neighbours among ascending ids begins, its first id and its length, in bytes."""
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
-    lengths = np.diff(starts, append=len(ids))
-    return list(zip(*((array * size).tolist() for array in (starts, ids[starts], lengths)), strict=True))
+def _runs(ids: np.ndarray, at_once: int, size: int) -> list[list[tuple[int, int, int]]]:
+    """Return, for each `at_once` of ascending ids, runs of neighbours: where among them, first id, length, in bytes."""
+    begins = np.ones(len(ids), dtype=bool)
+    np.not_equal(ids[1:], ids[:-1] + 1, out=begins[1:])
+    begins[::at_once] = True
+    starts = np.flatnonzero(begins)
+    lengths = np.append(starts[1:], len(ids)) - starts
+    runs = list(zip(*((array * size).tolist() for array in (starts % at_once, ids[starts], lengths)), strict=True))
+    first = np.searchsorted(starts, np.arange(0, len(ids), at_once)).tolist()
+    return [runs[begin:end] for begin, end in zip(first, [*first[1:], len(runs)], strict=True)]
