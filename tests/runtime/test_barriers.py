@@ -135,6 +135,7 @@ def test_there_are_barriers_to_remove():
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
     monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
+    monkeypatch.setattr("cupaged.ops.cache.ROPE_BLOCKS", 1)  # and several heads
     kernel = KERNEL_OF_FILE[file]
     shapes = SHAPES_OF_KERNEL.get(kernel, SHAPES)
     shapes = [shape for shape in shapes if kernel != "paged_attention_mma" or tensor_cores_serve(shape)]
