@@ -73,7 +73,7 @@ class SwapEngine:
     """Moves blocks of the layers' caches to the host and back, on streams of its own.
 
     A swap waits for the work that is on the current stream when it is asked for; the work that follows waits for the
-    swap only after `wait`. Two buffers take turns: while one is gathered or scattered on the device, the other is on
+    swap only after `wait`. Two buffers of up to 16 MiB take turns: while one is gathered or scattered, the other is on
     the link. Swaps take place in the order in which they were asked for.
 
     Parameters
