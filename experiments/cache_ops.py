@@ -39,9 +39,9 @@ COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share o
 REPEATS = 7
 EXPECTATION = (
     "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
-    "within a tenth of the copy, whatever the layout, but for values in BHDSX, whose neighbours lie a block apart. "
-    "Small operations are launches. A swap is a gather and a copy that overlap: the link's speed, if blocks on the "
-    "host are neighbours; blocks that are not cost a copy each."
+    "within a tenth of the copy, whatever the layout: values in BHDSX, whose neighbours lie a block apart, are turned "
+    "round in shared memory. Small operations are launches. A swap is a gather and a copy that overlap: the link's "
+    "speed, if blocks on the host are neighbours; blocks that are not cost a copy each."
 )
 
 
@@ -53,19 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
     stamp = machine_stamp(backend)
     result_folder(stamp, options.out)
     console.print(EXPECTATION, "\n")
-    ceiling = copy_ceiling() if backend == "cuda" else None
     sizes = (0.05,) if backend == "host" else SIZES_MB[2:3] if options.smoke else SIZES_MB
+    ceilings = {size: copy_ceiling(round(size * 1e6)) for size in sizes if backend == "cuda" and size >= COLD_MB}
     rows: list[Row] = []
     for layout in tqdm(LAYOUTS, desc="cache_ops", unit="layout"):
         for size in sizes:
-            rows += measure(layout, size, backend, ceiling)
-    title = f"Bytes read and written, beside a copy ceiling of {ceiling:.0f} GB/s" if ceiling else "Results"
-    print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, title)
+            rows += measure(layout, size, backend, ceilings.get(size))
+    said = " and ".join(f"{ceiling:.0f} GB/s ({size} MB)" for size, ceiling in ceilings.items())
+    print_table(
+        rows,
+        GPU_COLUMNS if ceilings else HOST_COLUMNS,
+        f"Bytes read and written, beside copies of as much: {said}" if ceilings else "Results",
+    )
     verdict = conclusion(rows)
     console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "cache_ops", options.out, copy_ceiling_gb_s=ceiling, conclusion=verdict)
+    folder = write_results(rows, stamp, "cache_ops", options.out, copy_ceiling_gb_s=ceilings, conclusion=verdict)
     draw(rows, stamp, folder / "cache_ops.png")
-    console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
+    console.print(f"table, JSON and {'picture' if ceilings else 'no picture'}: {folder}")
     return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
@@ -82,10 +86,10 @@ def measure(layout: str, size_mb: float, backend: str, ceiling: float | None) ->
     rows = []
     for name, (call, check) in work.operations().items():
         what = {"operation": name, "layout": layout, "mb": work.nbytes / 1e6}
-        rows.append(measured_row(what, lambda c=call, k=check: on_device(c, k, work.nbytes, ceiling)))
+        rows.append(measured_row(what, lambda c=call, k=check: on_device(c, k, work, ceiling)))
     for name, out in (("swap out", True), ("swap in", False)):
         what = {"operation": name, "layout": layout, "mb": work.nbytes / 1e6}
-        rows.append(measured_row(what, lambda o=out: over_the_link(work, o, ceiling is not None)))
+        rows.append(measured_row(what, lambda o=out: over_the_link(work, o)))
     return rows
 
 
@@ -147,19 +151,19 @@ class Work:
         return all(np.array_equal(*pair) for pair in zip(self.cache.blocks(ids[some]), expected, strict=True))
 
 
-def on_device(call: Callable[[], Any], check: Callable[[], bool], nbytes: int, ceiling: float | None) -> Row:
-    """Check and time an operation that reads and writes `nbytes`."""
+def on_device(call: Callable[[], Any], check: Callable[[], bool], work: Work, ceiling: float | None) -> Row:
+    """Check and time an operation that reads and writes the work's bytes; hold it to a ceiling if there is one."""
     call()
     row: Row = {"status": "ok" if check() else "wrong: the cache holds something else"}
-    if ceiling is None:
+    if work.cache.backend == "host":
         return row
     timing = time_graph([call])
-    bandwidth = 2 * nbytes / timing.median_us / 1e3
+    bandwidth = 2 * work.nbytes / timing.median_us / 1e3
     row |= {"time_us": timing.median_us, "gb_s": bandwidth}
-    return row | ({"of_ceiling": bandwidth / ceiling} if nbytes >= COLD_MB * 1e6 else {})
+    return row | ({"of_ceiling": bandwidth / ceiling} if ceiling else {})
 
 
-def over_the_link(work: Work, out: bool, timed: bool) -> Row:
+def over_the_link(work: Work, out: bool) -> Row:
     """Check and time a swap, beside one pinned copy of the same bytes."""
     engine = pg.SwapEngine([work.cache], work.count)
     pairs = np.stack([work.order[: work.count], np.arange(work.count, dtype=np.int32)], axis=1)
@@ -175,7 +179,7 @@ def over_the_link(work: Work, out: bool, timed: bool) -> Row:
         moved = pg.gather_blocks(work.cache, work.targets)
         right = right and bool((moved == gathered).all())
     row: Row = {"status": "ok" if right else "wrong: other bytes arrived"}
-    if not timed:
+    if work.cache.backend == "host":
         return row
     asked = (lambda: engine.swap_out(pairs)) if out else (lambda: engine.swap_in(back))
     link = link_time(gathered, engine.host[0].blocks, out)

@@ -9,8 +9,9 @@ and with blocks that are not. Without a GPU it is checked that blocks come back 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -33,7 +34,7 @@ from cupaged.bench.report import (
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
-REPEATS = 5
+REPEATS, SLOW_S, REPEATS_OF_SLOW = 5, 0.01, 3
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048)
 PAPER_LENGTH = 256  # what the conclusion compares block sizes at
@@ -72,10 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
     for length in tqdm(lengths, desc="swap_or_recompute", unit="length"):
         recompute = recompute_seconds(model, length) if backend == "cuda" else None
         for size in sizes:
+            swap = Swap(model, length, size, backend)
             for scattered in (False, True):
                 what = {"tokens": length, "block_size": size, "host_blocks": "scattered" if scattered else "neighbours"}
-                case = (length, size, scattered, backend, recompute)
-                rows.append(measured_row(what, lambda case=case: measure(model, *case)))
+                rows.append(measured_row(what, lambda s=swap, far=scattered, r=recompute: measure(s, far, r)))
+            del swap  # before the next one asks for memory
     print_table(rows, COLUMNS if backend == "cuda" else HOST_COLUMNS, "A sequence out and in again, or computed again")
     verdict = conclusion(rows)
     console.print(verdict, "\n")
@@ -91,36 +93,64 @@ COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on th
            "status": "status"}  # fmt: skip
 
 
-def measure(model: Model, length: int, block_size: int, scattered: bool, backend: str, recompute: float | None) -> Row:
+class Swap:
+    """A sequence's blocks in all layers, as many to come back to, and the engine that moves them."""
+
+    def __init__(self, model: Model, length: int, block_size: int, backend: str) -> None:
+        self.model, self.backend, self.blocks = model, backend, -(-length // block_size)
+        self.config = pg.CacheConfig(2 * self.blocks, block_size, model.heads, model.head_dim, "float16")
+        self.nbytes = model.layers * self.blocks * block_size * self.config.bytes_per_token
+        self.rng = np.random.default_rng(0)
+        self.filled = 0  # words so far
+
+    @cached_property
+    def caches(self) -> list[pg.KVCache]:
+        """One a layer."""
+        return [pg.KVCache(self.config, self.backend) for _ in range(self.model.layers)]
+
+    @cached_property
+    def engine(self) -> pg.SwapEngine:
+        """With as many blocks on the host."""
+        return pg.SwapEngine(self.caches, 2 * self.blocks)
+
+    def pairs(self, scattered: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return (from, to) blocks of the way out and of the way back, which ends elsewhere."""
+        here, there = np.split(self.rng.permutation(2 * self.blocks).astype(np.int32), 2)
+        places = self.rng.permutation(np.arange(0, 2 * self.blocks, 2)) if scattered else np.arange(self.blocks)
+        return np.stack([here, places], axis=1), np.stack([places, there], axis=1)
+
+    def brings_back(self, out: np.ndarray, back: np.ndarray) -> bool:
+        """Whether every bit of every layer's blocks arrives; four bytes hold a number that was nowhere before."""
+        xp = self.caches[0].xp
+        for words in self._words():
+            numbers = xp.arange(self.filled, self.filled + words.size, dtype=np.uint32)
+            words[...] = numbers.reshape(words.shape)
+            self.filled += words.size
+        self.engine.swap_out(out)
+        self.engine.swap_in(back)
+        self.engine.synchronise()
+        here, there = (xp.asarray(ids) for ids in (out[:, 0], back[:, 1]))
+        same = [(words[there] == words[here]).all() for words in self._words()]
+        return all(map(bool, same))
+
+    def _words(self) -> Iterator[Any]:
+        """Return keys and values of each layer as bits, [num_blocks, words]: of floats, NaN would equal nothing."""
+        for cache in self.caches:
+            for array in cache.storage:
+                yield array.reshape(cache.config.num_blocks, -1).view(np.uint32)
+
+
+def measure(swap: Swap, scattered: bool, recompute: float | None) -> Row:
     """Swap a sequence out and in, check that it came back, and time both ways."""
-    blocks = -(-length // block_size)
-    config = pg.CacheConfig(2 * blocks, block_size, model.heads, model.head_dim, "float16")
-    caches = [pg.KVCache(config, backend) for _ in range(model.layers)]
-    rng = np.random.default_rng(0)
-    for layer, cache in enumerate(caches):
-        for array in cache.storage:
-            words = array.reshape(-1).view(np.uint16)
-            words[...] = cache.xp.arange(words.size, dtype=np.uint32).astype(np.uint16) + np.uint16(layer)
-    here, there = np.split(rng.permutation(2 * blocks).astype(np.int32), 2)
-    places = np.arange(0, 2 * blocks, 2) if scattered else np.arange(blocks)
-    engine = pg.SwapEngine(caches, 2 * blocks)
-    out = np.stack([here, rng.permutation(places) if scattered else places], axis=1)
-    back = np.stack([out[:, 1], there], axis=1)
-    engine.swap_out(out)
-    engine.swap_in(back)
-    engine.synchronise()
-    right = all(
-        all(np.array_equal(*pair) for pair in zip(cache.blocks(there), cache.blocks(here), strict=True))
-        for cache in (caches[0], caches[-1])
-    )
-    row: Row = {"status": "ok" if right else "wrong: other bytes came back", "blocks": blocks}
+    out, back = swap.pairs(scattered)
+    right = swap.brings_back(out, back)
+    row: Row = {"status": "ok" if right else "wrong: other bytes came back", "blocks": swap.blocks}
     if recompute is None:
         return row
-    nbytes = model.layers * blocks * block_size * config.bytes_per_token
-    out_s = median_time(lambda: engine.swap_out(out), engine.synchronise)
-    in_s = median_time(lambda: engine.swap_in(back), engine.synchronise)
-    return {**row, "mb": nbytes / 1e6, "out_ms": 1e3 * out_s, "in_ms": 1e3 * in_s, "recompute_ms": 1e3 * recompute,
-            "gb_s": 2 * nbytes / (out_s + in_s) / 1e9}  # fmt: skip
+    out_s = median_time(lambda: swap.engine.swap_out(out), swap.engine.synchronise)
+    in_s = median_time(lambda: swap.engine.swap_in(back), swap.engine.synchronise)
+    return {**row, "mb": swap.nbytes / 1e6, "out_ms": 1e3 * out_s, "in_ms": 1e3 * in_s,
+            "recompute_ms": 1e3 * recompute, "gb_s": 2 * swap.nbytes / (out_s + in_s) / 1e9}  # fmt: skip
 
 
 def recompute_seconds(model: Model, length: int) -> float:
@@ -150,9 +180,9 @@ def recompute_seconds(model: Model, length: int) -> float:
 
 
 def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Return the median of seconds from the call until its work is done."""
-    times = []
-    for _ in range(REPEATS + 1):
+    """Return the median of seconds from the call until its work is done; what is slow is called less often."""
+    times: list[float] = []
+    while len(times) <= (REPEATS_OF_SLOW if times and min(times) > SLOW_S else REPEATS):
         wait()
         start = perf_counter()
         call()

@@ -10,9 +10,10 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.ops.checks import as_numpy, check_cache, check_contiguous, check_dtype, check_shape, must_validate
 from cupaged.ops.textures import refresh_blocks
+from cupaged.runtime.launch import CheckedCall, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 
-__all__ = ["block_elements", "copy_blocks", "gather_blocks", "scatter_blocks"]
+__all__ = ["as_words", "block_elements", "copy_blocks", "gather_blocks", "halves", "prepare_move", "scatter_blocks"]
 
 THREADS, VECTORS = 256, 4  # as in kernels_cu/cache/copy_blocks.cu
 INT32 = np.dtype(np.int32)
@@ -92,7 +93,7 @@ def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: 
     _check_blocks(cache, out, "out", shape)
     _launch(
         cache,
-        _halves(cache, out),
+        halves(cache, out),
         cache.storage,
         None,
         ids,
@@ -115,7 +116,7 @@ def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: boo
     _launch(
         cache,
         cache.storage,
-        _halves(cache, blocks),
+        halves(cache, blocks),
         ids,
         None,
         _strides_in_cache(cache),
@@ -144,11 +145,45 @@ def _strides_in_array(cache: KVCache) -> tuple[int, int]:
     return len(cache.storage) * runs * vectors, vectors
 
 
-def _halves(cache: KVCache, blocks: Any) -> tuple[Any, ...]:
+def halves(cache: KVCache, blocks: Any) -> tuple[Any, ...]:
     """Return where the parts from each of the cache's arrays begin in an array of gathered blocks."""
     flat = blocks.reshape(-1)
     step = block_elements(cache) // len(cache.storage)
     return tuple(flat[i * step :] for i in range(len(cache.storage)))
+
+
+def as_words(arrays: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return one or two arrays as the kernel takes them; None is the second if there is one."""
+    words = [array.reshape(-1).view(INT32) for array in arrays]
+    return words[0], words[1] if len(words) > 1 else None
+
+
+def prepare_move(cache: KVCache, ids: Any, blocks: Any, gather: bool) -> CheckedCall:
+    """Return a launch that gathers as many blocks as there are ids, or scatters them, and checks nothing.
+
+    Parameters
+    ----------
+    cache : KVCache
+    ids : int32 [num_blocks]
+        On the cache's backend.
+    blocks : array, [num_blocks or more, elements]
+        As `gather_blocks` fills it.
+    gather : bool
+        Whether to gather, or to scatter.
+
+    Returns
+    -------
+    CheckedCall
+        It takes `as_words` of what is written, then of what is read (a cache's storage, and `halves`), then ids: of
+        this cache and these arrays, or of others that are like them in all but place and content.
+    """
+    array = as_words(halves(cache, blocks)), _strides_in_array(cache)
+    held = as_words(cache.storage), _strides_in_cache(cache)
+    (to, to_strides), (source, from_strides) = (array, held) if gather else (held, array)
+    to_ids, from_ids = (None, ids) if gather else (ids, None)
+    launch = _prepared(cache, to, source, to_ids, from_ids, to_strides, from_strides, len(ids))
+    names = ("first_to", "second_to", "first_from", "second_from", "from_ids" if gather else "to_ids")
+    return CheckedCall((), launch, names)
 
 
 def _launch(
@@ -162,22 +197,35 @@ def _launch(
     count: int,
     id_stride: int = 1,
 ) -> None:
-    if not count:
-        return
+    if count:
+        words = as_words(to), as_words(source)
+        _prepared(cache, *words, to_ids, from_ids, to_strides, from_strides, count, id_stride)()
+
+
+def _prepared(
+    cache: KVCache,
+    to: tuple[Any, Any],
+    source: tuple[Any, Any],
+    to_ids: Any,
+    from_ids: Any,
+    to_strides: tuple[int, int],
+    from_strides: tuple[int, int],
+    count: int,
+    id_stride: int = 1,
+) -> PreparedLaunch:
     runs, vectors = _runs(cache)
     chunks = -(-vectors // (THREADS * VECTORS))
-    words = [tuple(array.reshape(-1).view(INT32) for array in arrays) for arrays in (to, source)]
     kernel = load_kernel("cache/copy_blocks.cu", "copy_blocks", {}, cache.backend)
     at_once = max(1, MOST_BLOCKS_OF_A_GRID // (runs * chunks))
     if count > at_once:
         raise ValueError(f"a call must copy at most {at_once} blocks of this size; got {count}")
-    kernel(
-        (count * runs * chunks, len(to)),
+    return kernel.prepare(
+        (count * runs * chunks, len(cache.storage)),
         (THREADS,),
-        first_to=words[0][0],
-        second_to=words[0][-1] if len(to) > 1 else None,
-        first_from=words[1][0],
-        second_from=words[1][-1] if len(to) > 1 else None,
+        first_to=to[0],
+        second_to=to[1],
+        first_from=source[0],
+        second_from=source[1],
         to_ids=to_ids,
         from_ids=from_ids,
         id_stride=id_stride,

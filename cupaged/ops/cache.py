@@ -31,6 +31,8 @@ __all__ = ["Llama3Scaling", "append_kv", "frequencies", "rope_append_kv"]
 
 THREADS = 256
 ROPE_THREADS = 128
+ROPE_BLOCKS = 1024  # several for each of a GPU's multiprocessors
+TILE_TOKENS, TILE_VECTORS = 16, 2  # as in kernels_cu/include/column_tile.cuh
 MAX_POSITION = 2**24  # up to which float32 holds every integer
 
 
@@ -110,11 +112,12 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
         _append_defines(cache, slot_mapping),
         cache.backend,
     )
-    per_vector = 16 // config.numpy_dtype.itemsize
-    tokens_of_thread = per_vector if value_strides.pack_size == 1 else 1
-    vectors = -(-key.shape[0] // tokens_of_thread) * config.num_kv_heads * config.head_dim // per_vector
+    tokens, vectors = key.shape[0], config.num_kv_heads * config.head_dim * config.numpy_dtype.itemsize // 16
+    threads = tokens * vectors
+    if value_strides.pack_size == 1:  # warps take tiles
+        threads = -(-tokens // TILE_TOKENS) * -(-vectors // TILE_VECTORS) * 32
     launch = kernel.prepare(
-        (-(-vectors // THREADS),),
+        (-(-threads // THREADS),),
         (THREADS,),
         key_cache=Strided(cache.key),
         value_cache=Strided(cache.value),
@@ -227,8 +230,9 @@ def rope_append_kv(
             "INTERLEAVED": int(bool(interleaved)),
         }
         kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
+        heads = max(config.num_kv_heads, 0 if query is None else query.shape[1])
         launch = kernel.prepare(
-            (key.shape[0],),
+            _rope_grid(key.shape[0], heads, in_tiles=value_strides.pack_size == 1),
             (ROPE_THREADS,),
             key_cache=Strided(cache.key),
             value_cache=Strided(cache.value),
@@ -245,12 +249,21 @@ def rope_append_kv(
             key_stride=_token_stride(key),
             value_stride=_token_stride(value),
             **layouts.stride_arguments(key_strides, value_strides),
+            num_tokens=key.shape[0],
         )
         launch()
         arrays = ("key", "value", "slot_mapping", "positions", "query", "key_cache", "value_cache", "rotated", "turns")
         remembered("rope_append_kv", cache.backend).add(options, given, launch, arrays)
         refresh_slots(cache, slot_mapping)
     return None if rotated is None else like_caller(rotated, caller)
+
+
+def _rope_grid(tokens: int, heads: int, in_tiles: bool) -> tuple[int, ...]:
+    """Return a block a token; in tiles of tokens, which are few, blocks share the heads of one, if need be all."""
+    if not in_tiles:
+        return (tokens,)
+    tiles = -(-tokens // TILE_TOKENS)
+    return tiles, min(heads, -(-ROPE_BLOCKS // tiles))
 
 
 def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling | None) -> Any:

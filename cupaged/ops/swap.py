@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,18 @@ from cupaged.config import CacheConfig
 from cupaged.errors import BackendUnavailableError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
-from cupaged.ops.blocks import block_elements, gather_blocks, scatter_blocks
+from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
 from cupaged.ops.checks import check_at_least_one, check_cache
+from cupaged.ops.textures import refresh_blocks
+from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
 
 __all__ = ["HostBlocks", "SwapEngine", "swap_blocks"]
 
-STAGING_BYTES = 8 * 2**20  # of each of two buffers: long enough to hide the start of a copy, short enough to overlap
+# Of each of two buffers. The first gather, or the last scatter, is all that does not overlap with the link, and takes a
+# twenty-fifth of the link's time for as much; a copy of 16 MiB takes ten times as long as the CPU takes to start it.
+STAGING_BYTES = 16 * 2**20
+KEPT_LAUNCHES = 8
 
 
 class HostBlocks:
@@ -68,7 +73,7 @@ class SwapEngine:
     """Moves blocks of the layers' caches to the host and back, on streams of its own.
 
     A swap waits for the work that is on the current stream when it is asked for; the work that follows waits for the
-    swap only after `wait`. Two buffers take turns: while one is gathered or scattered on the device, the other is on
+    swap only after `wait`. Two buffers of up to 16 MiB take turns: while one is gathered or scattered, the other is on
     the link. Swaps take place in the order in which they were asked for.
 
     Parameters
@@ -102,17 +107,15 @@ class SwapEngine:
         if pinned is None:
             pinned = self.caches[0].backend == "cuda"
         self.host = tuple(HostBlocks(cache.config, num_host_blocks, pinned) for cache in self.caches)
-        self._mover = _Mover(self.caches[0])
+        self._mover = _Mover(self.caches)
 
     def swap_out(self, pairs: Any) -> None:
         """Move blocks to the host: (GPU block, CPU block) pairs, as `BlockManager.swap_out` returns them."""
-        for cache, host in zip(self.caches, self.host, strict=True):
-            self._mover.move(cache, host, pairs, out=True)
+        self._mover.move(self.caches, self.host, pairs, out=True)
 
     def swap_in(self, pairs: Any) -> None:
         """Move blocks back: (CPU block, GPU block) pairs, as `BlockManager.swap_in` returns them."""
-        for cache, host in zip(self.caches, self.host, strict=True):
-            self._mover.move(cache, host, pairs, out=False)
+        self._mover.move(self.caches, self.host, pairs, out=False)
 
     def carry_out(self, transfers: Iterable[tuple[str, Any]]) -> None:
         """Make the transfers, (direction, pairs), that `BlockManager.take_transfers` returns, in their order."""
@@ -155,38 +158,47 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
     if cache.config != host.config:
         raise ValueError(f"src and dst must be of the same config; got {cache.config} and {host.config}")
     if cache.mover is None:
-        cache.mover = _Mover(cache)  # kept: its buffers must outlive the copies
-    cache.mover.move(cache, host, pairs, out)
+        cache.mover = _Mover((cache,))  # kept: its buffers must outlive the copies
+    cache.mover.move((cache,), (host,), pairs, out)
     cache.mover.wait()
 
 
 class _Mover:
-    """Two buffers on the device that take turns, and the streams that fill and empty them."""
+    """Two buffers on the device that take turns, and the streams that fill and empty them.
 
-    def __init__(self, cache: KVCache) -> None:
+    What all layers have in common is worked out once a call; a layer's share of it is a launch, and a copy for each run
+    of neighbours, a buffer at a time.
+    """
+
+    def __init__(self, caches: Sequence[KVCache]) -> None:
+        cache = caches[0]
         config, elements = cache.config, block_elements(cache)
-        self.at_once = max(1, STAGING_BYTES // (elements * config.numpy_dtype.itemsize))
+        self.block_bytes = elements * config.numpy_dtype.itemsize
+        self.at_once = max(1, min(config.num_blocks, STAGING_BYTES // self.block_bytes))
         self.buffers = [cache.xp.empty((self.at_once, elements), config.numpy_dtype) for _ in range(2)]
+        self.words_of_buffers = [as_words(halves(cache, buffer)) for buffer in self.buffers]
+        self.words_of_caches = [as_words(each.storage) for each in caches]
         self.turn = 0
-        self.on_gpu = cache.backend == "cuda"
-        if self.on_gpu:
-            cupy = array_module("cuda")
-            self.device_stream, self.link_stream = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
-            self.free = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]  # when a buffer may be filled again
-            self.full = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
+        self.launches: dict[tuple[int, bool], CheckedCall] = {}
+        self.streams = _Streams() if cache.backend == "cuda" else None
 
-    def move(self, cache: KVCache, host: HostBlocks, pairs: Any, out: bool) -> None:
-        """Start to move (source, destination) blocks, out to the host or in from it."""
-        on_device, on_host = self._checked(cache, host, pairs, out)
-        if self.on_gpu:
-            now = array_module("cuda").cuda.get_current_stream().record()
-            self.device_stream.wait_event(now)
-            self.link_stream.wait_event(now)
-        for first in range(0, len(on_host), self.at_once):
-            chunk = slice(first, first + self.at_once)
-            self._move_chunk(cache, host, on_device[chunk], on_host[chunk], out)
-        if self.on_gpu:
-            host.moved = self.link_stream.record()
+    def move(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], pairs: Any, out: bool) -> None:
+        """Start to move (source, destination) blocks of all layers, out to the host or in from it."""
+        on_device, on_host = _checked(caches[0].config, hosts[0].num_blocks, pairs, out)
+        if not len(on_host):
+            return
+        if self.streams is None:
+            self._move_layers(caches, hosts, self._chunks(caches[0], on_device, on_host, out), out)
+            return
+        self.streams.wait_for_current()
+        with self.streams.device:
+            chunks = self._chunks(caches[0], on_device, on_host, out)
+            try:
+                self._move_layers(caches, hosts, chunks, out)
+            finally:
+                moved = self.streams.link.record()
+                for host in hosts:
+                    host.moved = moved
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone before us
@@ -194,81 +206,153 @@ class _Mover:
 
     def wait(self) -> None:
         """Let the current stream wait for what was started."""
-        if self.on_gpu:
-            stream = array_module("cuda").cuda.get_current_stream()
-            stream.wait_event(self.device_stream.record())
-            stream.wait_event(self.link_stream.record())
+        if self.streams is not None:
+            self.streams.let_current_wait()
 
     def synchronise(self) -> None:
         """Wait for what was started."""
-        if self.on_gpu:
-            self.device_stream.synchronize()
-            self.link_stream.synchronize()
+        if self.streams is not None:
+            self.streams.device.synchronize()
+            self.streams.link.synchronize()
 
-    def _checked(self, cache: KVCache, host: HostBlocks, pairs: Any, out: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return blocks of the cache and of the host, in the order of the latter: neighbours share a copy."""
-        array = np.asarray(pairs)
-        if array.size == 0:
-            array = np.empty((0, 2), np.int32)
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"pairs must be integers; got dtype {array.dtype}")
-        if array.ndim != 2 or array.shape[1] != 2:
-            raise ValueError(f"pairs must have shape [num_pairs, 2]; got {list(array.shape)}")
-        on_device, on_host = array.T if out else array.T[::-1]
-        for ids, what, limit in ((on_device, "cache", cache.config.num_blocks), (on_host, "host", host.num_blocks)):
-            wrong = (ids < 0) | (ids >= limit)
-            if wrong.any():
-                raise ValueError(
-                    f"pairs must name blocks of the {what} from 0 to below {limit}; got {ids[np.argmax(wrong)]}"
-                )
-        written, counts = np.unique(array[:, 1], return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(f"pairs must write a block once; block {written[np.argmax(counts > 1)]} is written twice")
-        order = np.argsort(on_host, kind="stable")
-        return on_device[order].astype(np.int32), on_host[order]
+    def _chunks(self, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> list[_Chunk]:
+        """Return what fills a buffer, one after the other; the ids are on their way to the device."""
+        ids = cache.xp.asarray(on_device)
+        parts = [ids[first : first + self.at_once] for first in range(0, len(ids), self.at_once)]
+        runs = _runs(on_host, self.at_once, self.block_bytes)
+        return [_Chunk(part, self._launch(cache, part, out), r) for part, r in zip(parts, runs, strict=True)]
 
-    def _move_chunk(
-        self, cache: KVCache, host: HostBlocks, on_device: np.ndarray, on_host: np.ndarray, out: bool
+    def _launch(self, cache: KVCache, ids: Any, out: bool) -> CheckedCall:
+        """Return the launch that gathers or scatters as many blocks, kept from an earlier call if there was one."""
+        key = len(ids), out
+        launch = self.launches.get(key)
+        if launch is None or not launch.is_current():
+            if len(self.launches) >= KEPT_LAUNCHES:
+                self.launches.clear()
+            self.launches[key] = launch = prepare_move(cache, ids, self.buffers[0], gather=out)
+        return launch
+
+    def _move_layers(
+        self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], chunks: Sequence[_Chunk], out: bool
     ) -> None:
-        buffer = self.buffers[self.turn][: len(on_host)]
-        if not self.on_gpu:
-            if out:
-                host.blocks[on_host] = gather_blocks(cache, on_device, buffer)
-            else:
-                buffer[...] = host.blocks[on_host]
-                scatter_blocks(cache, on_device, buffer)
+        for cache, words, host in zip(caches, self.words_of_caches, hosts, strict=True):
+            for chunk in chunks:
+                turn, self.turn = self.turn, self.turn ^ 1
+                if out:
+                    self._use_device(cache, words, chunk, turn, out)
+                    self._use_link(host, chunk, turn, out)
+                else:
+                    self._use_link(host, chunk, turn, out)
+                    self._use_device(cache, words, chunk, turn, out)
+
+    def _use_device(self, cache: KVCache, words: tuple[Any, Any], chunk: _Chunk, turn: int, out: bool) -> None:
+        """Gather a chunk into a buffer, or scatter it from there."""
+        if self.streams is not None:
+            self.streams.wait_for_buffer(self.streams.device, turn, free=out)
+        buffer = self.words_of_buffers[turn]
+        to, source = (buffer, words) if out else (words, buffer)
+        chunk.launch.launch(*to, *source, chunk.ids)
+        if self.streams is not None:
+            self.streams.done_with_buffer(self.streams.device, turn, free=not out)
+        if not out:
+            refresh_blocks(cache, chunk.ids)
+
+    def _use_link(self, host: HostBlocks, chunk: _Chunk, turn: int, out: bool) -> None:
+        """Copy a buffer to the host's blocks, or from them, a run of neighbours at a time."""
+        if self.streams is None:
+            near, far = self.buffers[turn].view(np.uint8).reshape(-1), host.blocks.view(np.uint8).reshape(-1)
+            for near_at, far_at, nbytes in chunk.runs:
+                to, source = near[near_at : near_at + nbytes], far[far_at : far_at + nbytes]
+                np.copyto(*((source, to) if out else (to, source)))
             return
-        free, full = self.free[self.turn], self.full[self.turn]
-        self.turn ^= 1
-        first, second = (self.device_stream, self.link_stream) if out else (self.link_stream, self.device_stream)
-        with first:
-            first.wait_event(free)
-            if out:
-                gather_blocks(cache, on_device, buffer)
-            else:
-                self._copy(buffer, host, on_host, out, first)
-            full.record(first)
-        with second:
-            second.wait_event(full)
-            if out:
-                self._copy(buffer, host, on_host, out, second)
-            else:
-                scatter_blocks(cache, on_device, buffer)
-            free.record(second)
-
-    def _copy(self, buffer: Any, host: HostBlocks, on_host: np.ndarray, out: bool, stream: Any) -> None:
-        """Copy a buffer to the host's blocks or from them, a run of neighbours at a time."""
-        runtime = array_module("cuda").cuda.runtime
-        size = host.blocks.strides[0]
-        kind = runtime.memcpyDeviceToHost if out else runtime.memcpyHostToDevice
-        for first, count in _runs(on_host):
-            near = buffer.data.ptr + first * size
-            far = host.blocks.ctypes.data + int(on_host[first]) * size
-            runtime.memcpyAsync(*((far, near) if out else (near, far)), count * size, kind, stream.ptr)
+        self.streams.wait_for_buffer(self.streams.link, turn, free=not out)
+        self.streams.copy(self.buffers[turn].data.ptr, host.blocks.ctypes.data, chunk.runs, out)
+        self.streams.done_with_buffer(self.streams.link, turn, free=out)
 
 
-def _runs(ids: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Return where each run of neighbouring ids begins, and how long it is."""
-    starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
-    for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        yield int(first), int(end - first)
+class _Chunk(NamedTuple):
+    """Blocks that are in a buffer at the same time."""
+
+    ids: Any  # int32, on the cache's backend
+    launch: CheckedCall
+    runs: list[tuple[int, int, int]]
+
+
+class _Streams:
+    """One stream for what the device does, one for the link, and events: when a buffer is full, and when free again."""
+
+    def __init__(self) -> None:
+        cuda = array_module("cuda").cuda
+        self.device, self.link = (cuda.Stream(non_blocking=True) for _ in range(2))
+        self._full, self._free = ([cuda.Event(disable_timing=True) for _ in range(2)] for _ in range(2))
+        self._asked, *self._done = (cuda.Event(disable_timing=True) for _ in range(3))
+        self._cuda = cuda
+
+    def wait_for_current(self) -> None:
+        """Let both wait for the work that is on the current stream now."""
+        self._asked.record(self._cuda.get_current_stream())
+        self.device.wait_event(self._asked)
+        self.link.wait_event(self._asked)
+
+    def let_current_wait(self) -> None:
+        """Let the current stream wait for what is on both now."""
+        current = self._cuda.get_current_stream()
+        for stream, done in zip((self.device, self.link), self._done, strict=True):
+            done.record(stream)
+            current.wait_event(done)
+
+    def wait_for_buffer(self, stream: Any, turn: int, *, free: bool) -> None:
+        """Let a stream wait until a buffer is free, or full."""
+        stream.wait_event((self._free if free else self._full)[turn])
+
+    def done_with_buffer(self, stream: Any, turn: int, *, free: bool) -> None:
+        """Say that a buffer is free, or full, once the stream comes to here."""
+        (self._free if free else self._full)[turn].record(stream)
+
+    def copy(self, near: int, far: int, runs: Iterable[tuple[int, int, int]], out: bool) -> None:
+        """Copy runs of bytes between the device's address `near` and the host's, `far`."""
+        runtime, stream = self._cuda.runtime, self.link.ptr
+        copy = runtime.memcpyAsync
+        if out:
+            for near_at, far_at, nbytes in runs:
+                copy(far + far_at, near + near_at, nbytes, runtime.memcpyDeviceToHost, stream)
+        else:
+            for near_at, far_at, nbytes in runs:
+                copy(near + near_at, far + far_at, nbytes, runtime.memcpyHostToDevice, stream)
+
+
+def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return blocks of the cache, int32, and of the host, in the order of the latter: neighbours share a copy."""
+    array = np.asarray(pairs)
+    if array.size == 0:
+        array = np.empty((0, 2), np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"pairs must be integers; got dtype {array.dtype}")
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"pairs must have shape [num_pairs, 2]; got {list(array.shape)}")
+    on_device, on_host = array.T if out else array.T[::-1]
+    for ids, what, limit in ((on_device, "cache", config.num_blocks), (on_host, "host", num_host_blocks)):
+        wrong = (ids < 0) | (ids >= limit)
+        if wrong.any():
+            raise ValueError(
+                f"pairs must name blocks of the {what} from 0 to below {limit}; got {ids[np.argmax(wrong)]}"
+            )
+    order = np.argsort(on_host, kind="stable")
+    on_device, on_host = on_device[order].astype(np.int32), on_host[order].astype(np.int64)
+    written = on_host if out else np.sort(on_device)
+    twice = written[1:] == written[:-1]
+    if twice.any():
+        raise ValueError(f"pairs must write a block once; block {written[np.argmax(twice)]} is written twice")
+    return on_device, on_host
+
+
+def _runs(ids: np.ndarray, at_once: int, size: int) -> list[list[tuple[int, int, int]]]:
+    """Return, for each `at_once` of ascending ids, runs of neighbours: where among them, first id, length, in bytes."""
+    begins = np.ones(len(ids), dtype=bool)
+    np.not_equal(ids[1:], ids[:-1] + 1, out=begins[1:])
+    begins[::at_once] = True
+    starts = np.flatnonzero(begins)
+    lengths = np.append(starts[1:], len(ids)) - starts
+    runs = list(zip(*((array * size).tolist() for array in (starts % at_once, ids[starts], lengths)), strict=True))
+    first = np.searchsorted(starts, np.arange(0, len(ids), at_once)).tolist()
+    return [runs[begin:end] for begin, end in zip(first, [*first[1:], len(runs)], strict=True)]

@@ -124,6 +124,8 @@ def all_variants():
     ]
     rest = [
         ("bench/read_stream.cu", "read_stream", {}),
+        ("bench/copy_stream.cu", "copy_stream", {"IN_FLIGHT": 2, "STREAMING": 1}),
+        ("bench/copy_stream.cu", "copy_stream", {"IN_FLIGHT": 8, "STREAMING": 0}),
         ("attention/plan_decode.cu", "plan_decode", {}),
         ("attention/plan_prefill.cu", "plan_prefill", {}),
         ("cache/copy_blocks.cu", "copy_blocks", {}),

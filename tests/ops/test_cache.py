@@ -1,10 +1,14 @@
 """Appending writes exactly the slots that it is given, in every layout."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.runtime import host
 from tests.kit.compare import to_numpy
+from tests.kit.slots import broken_runs
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
 
@@ -47,6 +51,22 @@ def test_a_prompt_whose_slots_are_neighbours(layout, dtype, first, backend, xp):
     slots = np.concatenate([np.arange(first, 16), [32, 33, 34, -1], np.arange(48, 64), [7 - first % 2 * 7 + 64]])
     key, value = new_tokens(cache, len(slots))
     pg.append_kv(cache, key, value, xp.asarray(slots))
+    pg.reference.append_kv(*dense, key, value, slots)
+    for stored, expected in zip(cache.to_dense(), dense, strict=True):
+        np.testing.assert_array_equal(to_numpy(stored), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    ("block_size", "head_dim", "heads"), [(16, 64, 3), (8, 72, 1), (24, 40, 3), (7, 72, 2), (32, 128, 1), (4, 72, 3)]
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_runs_of_any_kind_where_slots_lie_together(dtype, block_size, head_dim, heads, seed, backend, xp):
+    cache, dense = marked_cache("BHDSX", dtype, backend, block_size=block_size, head_dim=head_dim, heads=heads)
+    slots = broken_runs(np.random.default_rng(seed), cache.config.num_slots, block_size)
+    key, value = new_tokens(cache, len(slots), seed)
+    with host.schedule(seed) if backend == "host" else nullcontext():
+        pg.append_kv(cache, key, value, xp.asarray(slots))
     pg.reference.append_kv(*dense, key, value, slots)
     for stored, expected in zip(cache.to_dense(), dense, strict=True):
         np.testing.assert_array_equal(to_numpy(stored), expected)

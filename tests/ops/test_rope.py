@@ -1,6 +1,7 @@
 """RoPE fused with the append, held to float64."""
 
 import math
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops.cache import frequencies
-from cupaged.runtime import launch
+from cupaged.runtime import host, launch
 from tests.kit.compare import to_numpy
+from tests.kit.slots import broken_runs
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
@@ -67,6 +69,41 @@ def test_what_cannot_be_taken_as_it_lies_is_named(backend, xp):
         pg.rope_append_kv(cache, good, xp.ones((2, 1, 64), xp.float16)[:, :, ::2], slots, positions)
     with pytest.raises(ValueError, match=r"query\[0\] must be C-contiguous"):
         pg.rope_append_kv(cache, good, good, slots, positions, query=xp.ones((2, 4, 32), xp.float16)[:, ::2])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "rotary_dim", "block_size", "heads"),
+    [("float16", 64, 64, 16, 2), ("bfloat16", 72, 32, 8, 3), ("float16", 72, 48, 24, 1), ("float32", 40, 24, 16, 3),
+     ("float32", 72, 72, 7, 1)],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_of_any_kind_where_slots_lie_together(
+    interleaved, dtype, head_dim, rotary_dim, block_size, heads, seed, backend, xp, monkeypatch
+):
+    """Values arrive as they are, and keys turned, however a prompt's slots begin, end and are broken."""
+    if seed == 2:
+        monkeypatch.setattr("cupaged.ops.cache.ROPE_BLOCKS", 1)  # as of long prompts: a block takes all heads
+    cache = pg.KVCache(pg.CacheConfig(5, block_size, heads, head_dim, dtype, "BHDSX"), backend)
+    rng = np.random.default_rng(seed)
+    storage, num_slots = cache.config.numpy_dtype, cache.config.num_slots
+    slots = broken_runs(rng, num_slots, block_size)
+    key, value = (xp.asarray(rng.standard_normal((len(slots), heads, head_dim)).astype(storage)) for _ in "kv")
+    query = xp.asarray(rng.standard_normal((len(slots), 2 * heads, head_dim)).astype(storage))
+    positions = rng.integers(0, 10000, len(slots)).astype(np.int32)
+    options = {"rotary_dim": rotary_dim, "interleaved": interleaved}
+    with host.schedule(seed) if backend == "host" else nullcontext():
+        rotated = pg.rope_append_kv(cache, key, value, xp.asarray(slots), xp.asarray(positions), query=query, **options)
+    angles = frequencies(rotary_dim)
+    expected = pg.reference.rotate(query, positions, angles, interleaved)
+    assert (np.abs(to_numpy(rotated).astype(float) - expected) <= allowed(query, storage)).all()
+    stored_key, stored_value = (to_numpy(array).reshape(num_slots, heads, head_dim) for array in cache.to_dense())
+    there = slots >= 0
+    error = np.abs(stored_key[slots[there]] - pg.reference.rotate(key, positions, angles, interleaved)[there])
+    assert (error <= allowed(key, storage)[there]).all()
+    np.testing.assert_array_equal(stored_value[slots[there]], to_numpy(value)[there])
+    others = np.setdiff1d(np.arange(num_slots), slots)
+    assert len(others) and not stored_key[others].any() and not stored_value[others].any()
 
 
 def test_without_a_query_nothing_is_returned(backend, xp):

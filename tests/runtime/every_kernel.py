@@ -72,7 +72,11 @@ def run_all(backend):
         slots = np.array([0, config.num_slots - 1, -1, 2, 1])
         pg.append_kv(case.cache, rows, rows, xp.asarray(slots.astype(np.int32 if config.head_dim == 72 else np.int64)))
         assert (case.cache.blocks([config.num_blocks - 1])[0][0, -1] == 1).all()
+        prompt = xp.ones((min(37, config.num_slots), *rows.shape[1:]), config.numpy_dtype)  # slots that are neighbours
+        pg.append_kv(case.cache, prompt, prompt, xp.arange(len(prompt)))
         if config.head_dim % 16 == 0:
+            positions = xp.arange(len(prompt), dtype=np.int32)
+            pg.rope_append_kv(case.cache, prompt, prompt, xp.arange(len(prompt)), positions, query=prompt)
             positions = xp.asarray(np.arange(5, dtype=np.int32))
             pg.rope_append_kv(case.cache, rows, rows, xp.asarray(slots), positions, query=rows, interleaved=True)
         pg.copy_blocks(case.cache, [[0, config.num_blocks - 1]])
@@ -91,6 +95,11 @@ def run_all(backend):
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
     kernel((2,), (64,), combined=combined, data=data, vectors=1000)
     assert int(combined[0]) == np.bitwise_xor.reduce(np.arange(4 * 1000, dtype=np.uint32))
+    for streaming in (0, 1):
+        copied, defines = xp.zeros_like(data), {"IN_FLIGHT": 4, "STREAMING": streaming}
+        kernel = load_kernel("bench/copy_stream.cu", "copy_stream", defines, backend)
+        kernel((2,), (64,), **{"to": copied, "from": data}, vectors=1000)
+        assert (copied == data).all()
     table = xp.arange(13, dtype=np.int32)[::-1].copy()
     rows = np.random.default_rng(0).integers(2**16, size=(13, 3, 256), dtype=np.uint16)
     expected = np.bitwise_xor.reduce(rows[1:], axis=None) ^ np.bitwise_xor.reduce(rows[0, 0])

@@ -26,13 +26,18 @@ KERNEL_OF_FILE = {
     "attention/paged_prefill.cu": "paged_prefill",
     "sampling/sample.cu": "sample",
     "include/reduce.cuh": "paged_attention_v1",
+    "cache/rope_append_kv.cu": "rope_append_kv",
+    "include/column_tile.cuh": "rope_append_kv",
 }
 # Not the one that blocks rely on which run at the same time: here they run one behind the other for the most part.
 BARRIER = r"__syncthreads\(\);(?!   // this part is there)"
+BARRIERS_OF_WARPS = {"include/column_tile.cuh": r"__syncwarp\(\);"}
 BARRIERS = [
     (file, match.start())
     for file in KERNEL_OF_FILE
-    for match in re.finditer(BARRIER, (kernels_folder() / file).read_text(encoding="utf-8"))
+    for match in re.finditer(
+        BARRIERS_OF_WARPS.get(file, BARRIER), (kernels_folder() / file).read_text(encoding="utf-8")
+    )
 ]
 SHAPES = [
     DecodeShape((300,), num_heads=2, num_kv_heads=1),
@@ -50,7 +55,9 @@ SHAPES_OF_PREFILL = [  # many pieces with rows of a warp's own, parts of a conte
     PrefillShape(DecodeShape((900, 300, 600), num_heads=2, num_kv_heads=1, head_dim=32), (3, 2, 2)),
 ]
 SHAPES_OF_SAMPLING = [(5, 4000)]  # rows, and a vocabulary for several warps
+SHAPES_OF_APPENDS = [("float16", 16), ("float32", 16)]  # dtypes and block sizes
 SHAPES_OF_KERNEL = {
+    "rope_append_kv": SHAPES_OF_APPENDS,
     "paged_attention_persistent": SHAPES_OF_PERSISTENT,
     "paged_prefill": SHAPES_OF_PREFILL,
     "sample": SHAPES_OF_SAMPLING,
@@ -61,7 +68,7 @@ def copy_without(tmp_path, file, position):
     copy = tmp_path / "kernels_cu"
     shutil.copytree(kernels_folder(), copy)
     text = (copy / file).read_text(encoding="utf-8")
-    changed = text[:position] + re.sub(r"__syncthreads\(\);", "", text[position:], count=1)
+    changed = text[:position] + re.sub(r"__sync(threads|warp)\(\);", "", text[position:], count=1)
     assert changed != text
     (copy / file).write_text(changed, encoding="utf-8")
     return copy
@@ -71,6 +78,8 @@ def outcomes(kernel, shape):
     """Return the results over three schedules."""
     if kernel == "sample":
         return drawn_tokens(shape)
+    if kernel == "rope_append_kv":
+        return appended_tokens(*shape)
     prefill = kernel == "paged_prefill"
     case = prefill_case(shape, "host") if prefill else decode_case(shape, "host")
     results = []
@@ -94,6 +103,22 @@ def drawn_tokens(shape):
     return results
 
 
+def appended_tokens(dtype, block_size):
+    """Return what a cache holds after appends over three schedules."""
+    config = pg.CacheConfig(4, block_size, 3, 64, dtype, "BHDSX")
+    rng = np.random.default_rng(0)
+    shape = (config.num_slots, config.num_kv_heads, config.head_dim)
+    key, value = (rng.standard_normal(shape).astype(config.numpy_dtype) for _ in "kv")
+    results = []
+    for seed in range(3):
+        cache = pg.KVCache(config, "host")
+        slots, positions = np.arange(config.num_slots), np.arange(config.num_slots, dtype=np.int32)
+        with host.schedule(seed):
+            pg.rope_append_kv(cache, key, value, slots, positions)
+        results += [cache.key, cache.value]
+    return results
+
+
 def differs(kernel, shape, expected):
     """Whether a result is another, or the host backend saw threads part ways."""
     try:
@@ -104,12 +129,13 @@ def differs(kernel, shape, expected):
 
 
 def test_there_are_barriers_to_remove():
-    assert len(BARRIERS) == 23
+    assert len(BARRIERS) == 25
 
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
     monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
+    monkeypatch.setattr("cupaged.ops.cache.ROPE_BLOCKS", 1)  # and several heads
     kernel = KERNEL_OF_FILE[file]
     shapes = SHAPES_OF_KERNEL.get(kernel, SHAPES)
     shapes = [shape for shape in shapes if kernel != "paged_attention_mma" or tensor_cores_serve(shape)]

@@ -234,6 +234,20 @@ def test_every_16_bit_value_and_every_rounding(program, xp, c_type, name):
     np.testing.assert_array_equal(to_numpy(widened)[:65536], exact)
 
 
+@pytest.mark.parametrize(("in_flight", "blocks", "streaming"), [(2, 3, 0), (4, 1, 1), (8, 100, 0)])
+def test_copying_a_whole_array_and_no_more(in_flight, blocks, streaming, xp, backend):
+    """The kernel that measures the copy ceiling copies every word, in any shape, and none behind the last."""
+    from cupaged.runtime import load_kernel
+
+    source = xp.asarray(np.random.default_rng(0).integers(1, 2**32, size=4 * 5010, dtype=np.uint32))
+    target = xp.zeros_like(source)
+    load_kernel("bench/copy_stream.cu", "copy_stream", {"IN_FLIGHT": in_flight, "STREAMING": streaming}, backend)(
+        (blocks,), (64,), **{"to": target, "from": source}, vectors=5003
+    )
+    np.testing.assert_array_equal(to_numpy(target[: 4 * 5003]), to_numpy(source[: 4 * 5003]))
+    assert not to_numpy(target[4 * 5003 :]).any()
+
+
 def test_reading_a_whole_array(xp, backend):
     """The kernel that measures the read ceiling reads every word."""
     from cupaged.runtime import load_kernel

@@ -139,6 +139,11 @@ template <typename T>
 void __stcg(T* address, T value) {
   *address = value;
 }
+// The host's caches are told nothing.
+template <typename T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
 
 namespace cupaged {
 // Read-modify-write until no other OS thread came between; returns the value before.

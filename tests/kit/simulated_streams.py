@@ -1,0 +1,144 @@
+"""A device whose streams do their work in any order that streams and events permit: what is missing shows, by chance.
+
+Arrays are CuPy's, over the host's memory; kernels are run by the host backend when their turn comes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import numpy as np
+
+from cupaged.runtime import cuda
+from cupaged.runtime.select import load_kernel
+from tests.kit.cuda_stub import CudaStub
+
+
+class Event:
+    """What is recorded last counts, and a stream that waits looks at that when it is told to."""
+
+    def __init__(self, disable_timing=False):
+        self.recorded = self._streams = None
+
+    def record(self, stream):
+        mark = self.recorded = SimpleNamespace(done=False)
+        self._streams = stream.streams
+        stream.add(lambda: setattr(mark, "done", True))
+
+    def synchronize(self):
+        while not self.recorded.done:
+            self._streams.step()
+
+
+class Stream:
+    """A queue of work; a piece waits for the one before it, and for an event if it has one."""
+
+    def __init__(self, streams):
+        self.streams, self.queue, self.ptr = streams, [], len(streams.all)
+        streams.all.append(self)
+
+    def add(self, work, mark=None):
+        self.queue.append((work, mark))
+
+    def wait_event(self, event):
+        if event.recorded is not None:
+            self.add(lambda: None, event.recorded)
+
+    def record(self):
+        event = Event()
+        event.record(self)
+        return event
+
+    def synchronize(self):
+        while self.queue:
+            self.streams.step()
+
+    def __enter__(self):
+        self.streams.current.append(self)
+
+    def __exit__(self, *_):
+        self.streams.current.pop()
+
+
+class Streams:
+    """All streams of a simulated device, and what is on them.
+
+    Attributes
+    ----------
+    uploads, launches, copies : int
+        Asked for so far.
+    """
+
+    def __init__(self, monkeypatch, seed):
+        import cupy
+
+        self.all, self._rng = [], np.random.default_rng(seed)
+        self.current = [Stream(self)]
+        self.uploads = self.launches = self.copies = 0
+        self._cupy, self._memory, self._stub = cupy, {}, CudaStub(monkeypatch)
+        for name in ("zeros", "empty"):
+            monkeypatch.setattr(cupy, name, self.array)
+        monkeypatch.setattr(cupy, "asarray", self._upload)
+        monkeypatch.setattr(cupy.cuda, "Stream", lambda non_blocking: Stream(self))
+        monkeypatch.setattr(cupy.cuda, "Event", Event)
+        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", self._copy)
+        monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self._raw_kernel(kernel))
+
+    def array(self, shape, dtype=np.float32):
+        """Return a CuPy array of zeros, over the host's memory."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        room = np.zeros(nbytes + 512, np.uint8)
+        address = room.ctypes.data + -room.ctypes.data % 512
+        self._memory[address] = room  # kept
+        return self._stub.array(shape, dtype, address)
+
+    @staticmethod
+    def seen(array):
+        """Return a contiguous CuPy array as NumPy's, over the same memory."""
+        words = (ctypes.c_uint8 * array.nbytes).from_address(array.data.ptr)
+        return np.frombuffer(words, np.uint8).view(array.dtype).reshape(array.shape)
+
+    def step(self):
+        """Do the next piece of one of the streams that have one that can be done."""
+        ready = [s for s in self.all if s.queue and (s.queue[0][1] is None or s.queue[0][1].done)]
+        assert ready, "every stream waits for another"
+        work, _ = ready[self._rng.integers(len(ready))].queue.pop(0)
+        work()
+
+    def run(self):
+        """Do all that is left."""
+        while any(stream.queue for stream in self.all):
+            self.step()
+
+    def _upload(self, array):
+        made, content = self.array(array.shape, array.dtype), array.copy()
+        self.current[-1].add(lambda: np.copyto(self.seen(made), content))
+        self.uploads += 1
+        return made
+
+    def _copy(self, to, source, nbytes, kind, stream):
+        self.all[stream].add(lambda: ctypes.memmove(to, source, nbytes))
+        self.copies += 1
+
+    def _raw_kernel(self, kernel):
+        twin = load_kernel(kernel.source.file, kernel.source.entry, dict(kernel.source.defines), "host")
+        names = [parameter.name for parameter in kernel.source.parameters]
+
+        def launch(grid, block, values, shared_mem=0):
+            given = dict(zip(names, values, strict=True))
+            arrays = {name: value for name, value in given.items() if isinstance(value, self._cupy.ndarray)}
+            pointers = {p.name for p in kernel.source.parameters if p.is_pointer}
+            nulls = dict.fromkeys(pointers - arrays.keys())
+            self.launches += 1
+            self.current[-1].add(
+                lambda: twin(
+                    grid,
+                    block,
+                    shared_mem,
+                    **{**given, **nulls, **{name: self.seen(array) for name, array in arrays.items()}},
+                )
+            )
+
+        return launch

@@ -1,0 +1,130 @@
+"""Swaps on streams of their own: whatever order streams and events permit, every block arrives."""
+
+import numpy as np
+import pytest
+
+import cupaged as pg
+from cupaged.ops import swap
+from tests.kit.simulated_streams import Streams
+
+pytest.importorskip("cupy", reason="swaps on streams need CuPy, though no GPU")
+
+CONFIG = pg.CacheConfig(12, 2, 1, 32, "float16", "BSHD")
+BLOCK_BYTES = CONFIG.block_size * CONFIG.bytes_per_token
+OUT = np.array([[2, 5], [7, 0], [4, 1], [8, 2], [0, 4], [11, 6], [9, 7]])
+BACK = np.array([[5, 6], [1, 3], [0, 10], [2, 1], [4, 2], [6, 7], [7, 5]])
+
+
+class Work:
+    """Layers that the current stream writes, swaps out, writes over, swaps in and reads."""
+
+    def __init__(self, monkeypatch, seed, layers=2, at_once=2):
+        monkeypatch.setattr(swap, "STAGING_BYTES", at_once * BLOCK_BYTES)
+        self.streams = Streams(monkeypatch, seed)
+        self.caches = [pg.KVCache(CONFIG, "cuda") for _ in range(layers)]
+        self.engine = pg.SwapEngine(self.caches, 8, pinned=False)
+        self.content = [np.random.default_rng(i).random((12, 128)).astype(np.float16) for i in range(layers)]
+
+    def keys_and_values(self, cache):
+        return [self.streams.seen(array).reshape(12, 64) for array in cache.storage]
+
+    def write(self):
+        for cache, content in zip(self.caches, self.content, strict=True):
+            for array, half in zip(self.keys_and_values(cache), (content[:, :64], content[:, 64:]), strict=True):
+                array[...] = half
+
+    def spoil(self):
+        for cache in self.caches:
+            for array in self.keys_and_values(cache):
+                array[...] = -1
+
+    def read(self, into):
+        into += [np.concatenate(self.keys_and_values(cache), axis=1)[BACK[:, 1]] for cache in self.caches]
+
+    def comes_back(self):
+        """Swap out and in beside other work, and return whether all arrives."""
+        current, found = self.streams.current[-1], []
+        current.add(self.write)
+        self.engine.swap_out(OUT)
+        self.engine.wait()
+        current.add(self.spoil)
+        self.engine.swap_in(BACK)
+        self.engine.wait()
+        current.add(lambda: self.read(found))
+        self.streams.run()
+        was = dict(OUT[:, ::-1].tolist())
+        sources = [was[place] for place in BACK[:, 0].tolist()]
+        return all(np.array_equal(a, content[sources]) for a, content in zip(found, self.content, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_come_back_in_every_order(at_once, seed, monkeypatch):
+    assert Work(monkeypatch, seed, at_once=at_once).comes_back()
+
+
+@pytest.mark.parametrize(
+    "missing",
+    ["wait_for_current", "let_current_wait", "free buffer on the device", "full buffer on the device",
+     "free buffer on the link", "full buffer on the link"],
+)  # fmt: skip
+def test_without_one_of_its_waits_some_order_goes_wrong(missing, monkeypatch):
+    if "buffer" not in missing:
+        monkeypatch.setattr(swap._Streams, missing, lambda streams: None)
+    else:
+        plain = swap._Streams.wait_for_buffer
+
+        def wait(streams, stream, turn, *, free):
+            name = f"{'free' if free else 'full'} buffer on the {'link' if stream is streams.link else 'device'}"
+            if name != missing:
+                plain(streams, stream, turn, free=free)
+
+        monkeypatch.setattr(swap._Streams, "wait_for_buffer", wait)
+    assert not all(Work(monkeypatch, seed).comes_back() for seed in range(30))
+
+
+def test_what_layers_have_in_common_is_done_once(monkeypatch):
+    work = Work(monkeypatch, 0, layers=5, at_once=4)
+    checked = []
+    plain = swap._checked
+    monkeypatch.setattr(swap, "_checked", lambda *arguments: checked.append(arguments) or plain(*arguments))
+    prepared = []
+    prepare = swap.prepare_move
+    monkeypatch.setattr(swap, "prepare_move", lambda *a, **options: prepared.append(a) or prepare(*a, **options))
+    for _ in range(2):
+        work.engine.swap_out(OUT)
+    runs = 2 + 1  # host blocks 0, 1, 2, 4 and 5, 6, 7: four at a time
+    streams = work.streams
+    assert (len(checked), streams.uploads) == (2, 2)
+    assert len(prepared) == 2  # four blocks, and three; known the second time
+    assert (streams.launches, streams.copies) == (2 * 5 * 2, 2 * 5 * runs)
+
+
+def test_a_mistake_starts_nothing(monkeypatch):
+    work = Work(monkeypatch, 0)
+    for pairs in ([[0, 8]], [[12, 0]], [[0, 1], [2, 1]]):
+        with pytest.raises(ValueError, match="pairs must"):
+            work.engine.swap_out(pairs)
+    work.engine.swap_out([])
+    assert not any(stream.queue for stream in work.streams.all)
+
+
+def test_memory_on_the_host_knows_when_its_copies_are_done(monkeypatch):
+    work = Work(monkeypatch, 0)
+    work.engine.swap_out(OUT)
+    for host in work.engine.host:
+        assert not host.moved.recorded.done
+    work.streams.run()
+    assert all(host.moved.recorded.done for host in work.engine.host)
+
+
+def test_an_edited_kernel_is_launched(monkeypatch):
+    """A launch that is kept from an earlier call is made anew when its source is another."""
+    work, prepared = Work(monkeypatch, 0), []
+    prepare = swap.prepare_move
+    monkeypatch.setattr(swap, "prepare_move", lambda *a, **options: prepared.append(a) or prepare(*a, **options))
+    work.engine.swap_out(OUT)
+    before = len(prepared)
+    monkeypatch.setattr("cupaged.runtime.launch.CheckedCall.is_current", lambda call: False)
+    work.engine.swap_out(OUT)
+    assert len(prepared) > before > 0
