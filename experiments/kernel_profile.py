@@ -36,6 +36,7 @@ from cupaged.bench.report import (
 )
 from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode_call
+from cupaged.engine.elementwise import rms_norm, swiglu
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
@@ -178,6 +179,14 @@ def launch(name: str, work: DecodeWorkload) -> None:
     elif name == "sample":
         logits = work.cache.xp.zeros((len(work.query), VOCABULARY), work.cache.xp.float32)
         pg.sample(logits, temperature=1.0, top_k=50, top_p=0.9, seed=0)
+    elif name in ("rms_norm", "swiglu"):
+        xp, (rows, heads, dim) = work.cache.xp, work.query.shape
+        if name == "rms_norm":
+            rms_norm(
+                xp.zeros((rows, heads * dim), xp.float32), xp.ones(heads * dim, xp.float32), 1e-5, work.query.dtype
+            )
+        else:
+            swiglu(xp.zeros((rows, 8 * heads * dim), work.query.dtype))
     elif name == "write_texture":
         pg.bind_textures(work.cache, "array").refresh()
     elif name in ("paged_prefill", "plan_prefill"):
