@@ -243,7 +243,7 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.set_ylabel("percent of the copy, or of one pinned copy")
-    axis.legend(loc="lower right", ncols=len(LAYOUTS))
+    figure.legend(loc="outside lower center", ncols=len(LAYOUTS))
     axis.set_title(f"Operations on {largest:.0f} MB of cache ({stamp['device']})", fontsize=11)
     save_figure(figure, path)
 

@@ -227,6 +227,10 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
         axis.plot([row[key] for row in mine], [row["recompute_ms"] for row in mine], marker="s", label="recompute")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
+        axis.set_xticks(sorted({row[key] for row in chosen}))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter("{x:g}")
         axis.set_xlabel(f"{label} ({fixed[0].replace('_', ' ')} {fixed[1]})")
         axis.set_ylabel("ms")
     axes[0].legend()

@@ -524,11 +524,10 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
         places = list(dict.fromkeys(row[along] for row in some))
         for i, name in enumerate(PATHS):
             bars = {places.index(row[along]): row[key] for row in some if row["path"] == name}
-            axis.bar([x + (i - 3) * 0.115 for x in bars], list(bars.values()), width=0.11, label=name)
+            axis.bar([x + (i - 3) * 0.115 for x in bars], list(bars.values()), width=0.11, label=name.lstrip("_"))  # matplotlib hides others
         axis.set_xticks(range(len(places)), [str(place) for place in places])
         axis.set_xlabel(along.replace("_", " "))
         axis.set_title(title, fontsize=10)
-    axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)
     figure.suptitle(f"Paths of loads ({stamp['device']})", fontsize=11)
     save_figure(figure, path)

@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,6 +39,67 @@ def test_what_layouts_use_of_the_bytes_they_fetch_is_what_the_table_says():
     half = [row for row in rows if row["dtype"] != "float32"]
     packed = [row["used_fraction"] for row in half if (row["layout"], row["block_size"]) == ("BHDSX", 7)]
     assert f"uses {100 * min(packed):.0f} to {100 * max(packed):.0f} % of what single requests fetch" in text
+
+
+def result(name):
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_how_much_the_layout_matters_on_a_gpu():
+    rows = result("layouts")["rows"]
+    assert len(rows) == 450 and all(row["status"] == "ok" for row in rows) and "all 450 cells" in README
+    figures = defaultdict(dict)
+    for row in rows:
+        cell = row["head_dim"], row["dtype"], row["block_size"], row["placement"]
+        figures[cell][row["layout"]] = row["of_ceiling"]
+    assert sum(cell[0] == 128 for cell in figures) == 30
+    for dim, most in ((128, 0.05), (64, 0.07), (72, 0.11)):
+        plain = [[some[name] for name in PLAIN] for cell, some in figures.items() if cell[0] == dim]
+        assert max(1 - min(some) / max(some) for some in plain) <= most
+    packed = {
+        block: statistics.median(
+            some["BHDSX"] / max(some[name] for name in PLAIN) for cell, some in figures.items() if cell[2] == block
+        )
+        for block in (1, 256)
+    }
+    assert packed[1] == pytest.approx(1, abs=0.005) and packed[256] == pytest.approx(0.82, abs=0.005)
+
+
+def test_what_textures_do_is_what_was_measured():
+    document = result("texture_vs_global")
+    assert all(row["verdict"].startswith("does not hold") for row in document["verdicts"])
+    cycles = {(row["path"], row["level"]): row["cycles"] for row in document["rows"]
+              if row["part"] == "latency" and row["order"] == "random"}  # fmt: skip
+    more = [value - cycles["plain", level] for (path, level), value in cycles.items() if path.startswith("tex")]
+    assert f"takes {min(more):.0f} to {max(more):.0f} cycles more" in README
+
+
+def test_the_ledgers_head_is_the_ledgers():
+    rows = result("claims")["rows"]
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in {row["verdict"] for row in rows}}
+    said = f"{counts['holds']} hold, {counts['holds partly']} hold partly, {counts['does not hold']} do not"
+    assert f"of {len(rows)} claims {said}" in README.replace("\n", " ")
+    head = README[README.index("| claim | measured | verdict |") :].split("\n\n")[0].splitlines()[2:]
+    verdicts = {row["statement"]: row for row in rows}
+    for line in head:
+        statement, measured, verdict = (part.strip() for part in line.strip("|").split("|"))
+        (row,) = (row for text, row in verdicts.items() if text.startswith(statement.split(" reaches")[0]))
+        assert row["verdict"] == verdict
+        for figure in re.findall(r"\d+\.\d+", measured):
+            assert figure in row["measured"]
+
+
+def test_operations_and_prompts_run_as_fast_as_it_says():
+    text = README.replace("\n", " ")
+    timed = [row for row in result("cache_ops")["rows"] if "of_ceiling" in row and row["mb"] >= 64]
+    moved = [row["of_ceiling"] for row in timed if row["operation"] in ("append", "copy", "gather", "scatter")]
+    swapped = [row["of_ceiling"] for row in timed if row["operation"].startswith("swap")]
+    assert f"run at {100 * min(moved):.0f} to {100 * max(moved):.0f} % of" in text
+    assert f"swapping at {100 * min(swapped):.0f} to {100 * max(swapped):.0f} % of one pinned" in text
+    ours = {row["workload"]: row for row in result("prefill")["rows"] if row["peer"] == "cupaged"}
+    long = [row["tflop_s"] for name, row in ours.items() if not name.startswith("spec") and not name.endswith("mha")]
+    assert f"{min(long):.0f} to {max(long):.0f} TFLOP/s on long ones" in text
+    assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
 
 
 def test_the_recorder_agrees_with_nsight_compute():
