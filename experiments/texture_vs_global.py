@@ -413,6 +413,16 @@ def counted(rows: list[Row]) -> str | None:
     return "; ".join(said) or None
 
 
+def because_alike(rows: list[Row]) -> str:
+    """Return what the counters show where textures and plain loads ask for the same, within a percent."""
+    of = {row["path"]: row for row in rows if row["part"] == "counters" and row["kernel"] == KERNEL}
+    for name in ("l2_read_sectors", "dram_bytes_read"):
+        asked = [of.get(path, {}).get(name) for path in ("plain", "tex linear", "tex array")]
+        if None in asked or max(asked) > 1.01 * min(asked):
+            return ""
+    return ": through a texture or not, L1 passes on the same sectors to L2, and L2 the same bytes to memory"
+
+
 def latency(rows: list[Row], path: str, level: str, order: str = "random") -> float:
     """Return the cycles of one cell; KeyError if they were not measured."""
     for row in rows:
@@ -443,7 +453,7 @@ def judge_factor(rows: list[Row]) -> tuple[str, str]:
     measured = "best texture over plain: " + ", ".join(f"{gain:.2f} ({what})" for what, gain in gains.items())
     if best >= 4.5:
         return measured, "holds"
-    return measured, "holds partly: faster, not 5 times" if best >= 1.1 else "does not hold"
+    return measured, "holds partly: faster, not 5 times" if best >= 1.1 else f"does not hold{because_alike(rows)}"
 
 
 def judge_cycles(rows: list[Row]) -> tuple[str, str]:
@@ -473,7 +483,9 @@ def judge_locality(rows: list[Row]) -> tuple[str, str]:
     measured = f"array over plain: {min(ratios):.2f} to {max(ratios):.2f}, 1.05 or more in {ahead} of {len(ratios)}"
     if ahead == len(ratios):
         return measured, "holds"
-    return measured, f"holds partly: in {ahead} of {len(ratios)} cells" if ahead else "does not hold"
+    if ahead:
+        return measured, f"holds partly: in {ahead} of {len(ratios)} cells"
+    return measured, f"does not hold{because_alike(rows)}"
 
 
 def judge_prefetch(rows: list[Row]) -> tuple[str, str]:
@@ -524,7 +536,8 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
         places = list(dict.fromkeys(row[along] for row in some))
         for i, name in enumerate(PATHS):
             bars = {places.index(row[along]): row[key] for row in some if row["path"] == name}
-            axis.bar([x + (i - 3) * 0.115 for x in bars], list(bars.values()), width=0.11, label=name.lstrip("_"))  # matplotlib hides others
+            where = [x + (i - 3) * 0.115 for x in bars]
+            axis.bar(where, list(bars.values()), width=0.11, label=name.lstrip("_"))  # else matplotlib hides it
         axis.set_xticks(range(len(places)), [str(place) for place in places])
         axis.set_xlabel(along.replace("_", " "))
         axis.set_title(title, fontsize=10)

@@ -94,6 +94,17 @@ def test_counters_are_given_as_the_reason(script):
     assert reason == "plain: L1 hits 1.5 %, 2,000,000 sectors asked of L2, 500,000,000 bytes from DRAM"
 
 
+@pytest.mark.parametrize(("asked", "alike"), [(2.01e6, True), (2.1e6, False)])
+def test_where_all_ask_for_the_same_the_verdict_says_so(script, asked, alike):
+    of = {"part": "counters", "kernel": "paged_attention_texture", "status": "ok", "l1_hit_percent": 1.5,
+          "l2_read_sectors": 2e6, "dram_bytes_read": 5e8}  # fmt: skip
+    counts = [{**of, "path": path} for path in ("plain", "tex linear")]
+    rows = [*rows_of(), *counts, {**of, "path": "tex array", "l2_read_sectors": asked}]
+    verdicts = {row["name"]: row["verdict"] for row in script["judge"](rows)}
+    for name in ("5x", "locality"):
+        assert ("the same sectors to L2" in verdicts[name]) == alike
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_it_measures(tmp_path):
     run("texture_vs_global", "--smoke", "--backend", "cuda", "--out", str(tmp_path))
