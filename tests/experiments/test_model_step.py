@@ -27,6 +27,13 @@ def test_logits_that_are_too_far_apart_are_seen():
     assert agreement(expected + 0.1, expected, np.dtype(np.float32)).startswith("wrong")
 
 
+def test_logits_are_held_to_what_a_peer_of_the_same_precision_loses():
+    as_close, exact = functions("model_step")["as_close"], np.array([4.0, -8.0])
+    assert as_close(exact + 0.19, exact - 0.1, exact) == "ok"
+    assert as_close(exact + 0.21, exact - 0.1, exact) == "wrong: logits are 0.21 off, the peer's 0.1"
+    assert as_close(exact * np.nan, exact - 0.1, exact).startswith("wrong")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_has_the_same_model(dtype):
     torch = pytest.importorskip("torch")
