@@ -70,6 +70,30 @@ def test_a_hundred_random_cases_on_the_gpu(hundred):
         check(seed, ON_GPU["specialisations"], "cuda")
 
 
+@pytest.mark.parametrize(("dtype", "height"), [("float16", 60), ("bfloat16", 3000)])
+@pytest.mark.parametrize("order", ["climbing", "falling", "now and then"])
+def test_logits_may_outgrow_all_before_them(order, dtype, height, backend, xp):
+    tokens = 200
+    along = {
+        "climbing": np.linspace(-1, 1, tokens),
+        "falling": np.linspace(1, -1, tokens),
+        "now and then": np.where(np.arange(tokens) % 37 == 36, 1, -1) * np.linspace(0.5, 1, tokens),
+    }[order]
+    cache = pg.KVCache(pg.CacheConfig(13, 16, 2, 64, dtype), backend)
+    rng, storage = np.random.default_rng(0), cache.config.numpy_dtype
+    key, query = np.zeros((tokens, 2, 64)), np.zeros((tokens, 4, 64))
+    key[..., 0], query[..., 0] = height * along[:, np.newaxis], 1
+    value = rng.standard_normal((tokens, 2, 64))
+    key, query, value = (xp.asarray(array.astype(storage)) for array in (key, query, value))
+    pg.append_kv(cache, key, value, xp.arange(tokens))
+    tables, lens = xp.arange(13, dtype=np.int32)[np.newaxis], xp.asarray([tokens], dtype=np.int32)
+    arguments = query, cache, tables, lens, xp.asarray([0, tokens], dtype=np.int32)
+    out, lse = pg.paged_prefill(*arguments, scale=1.0, return_lse=True)
+    budget = prefill_budget(*arguments, scale=1.0)
+    assert budget.error_of(out) <= 1
+    assert np.abs(to_numpy(lse) - budget.expected_lse).max() <= budget.lse
+
+
 @pytest.mark.parametrize("more", [-1, 0, 1])
 @pytest.mark.parametrize("prefix", [0, 48])
 def test_chunks_end_at_a_block_or_beside_it(prefix, more, backend):
