@@ -1,6 +1,7 @@
 """Run every kernel on small cases: what the sanitizers of the host and of the GPU watch.
 
-``python -m tests.runtime.every_kernel host`` or ``cuda``; ``broken FOLDER`` reads past an array, on the host.
+``python -m tests.runtime.every_kernel host`` or ``cuda``, with names of `PARTS` to run these only; ``broken FOLDER``
+reads past an array, on the host.
 """
 
 import sys
@@ -52,9 +53,9 @@ SHAPES_OF_PREFILL = [
 ]
 
 
-def run_all(backend):
-    """Attend and merge under two schedules, append, move blocks, and read a stream."""
-    for shape in SHAPES:
+def decode(backend, shapes):
+    """Attend and merge under two schedules, append, and move blocks."""
+    for shape in shapes:
         case = decode_case(shape, backend)
         for seed in range(2):
             with host.schedule(seed) if backend == "host" else nullcontext():
@@ -81,15 +82,21 @@ def run_all(backend):
             pg.rope_append_kv(case.cache, rows, rows, xp.asarray(slots), positions, query=rows, interleaved=True)
         pg.copy_blocks(case.cache, [[0, config.num_blocks - 1]])
         pg.scatter_blocks(case.cache, [1], pg.gather_blocks(case.cache, [0]))
+
+
+def prefill(backend):
+    """Attend with many tokens under two schedules."""
     for shape in SHAPES_OF_PREFILL:
         case = prefill_case(shape, backend)
         for seed in range(2):
             with host.schedule(seed) if backend == "host" else nullcontext():
                 result = pg.paged_prefill(*case.arguments, return_lse=True, **case.options)
                 assert_prefill_matches_reference(case, *result)
-    run_every_path(backend)
-    norm_and_gate(backend)
-    draw_tokens(backend)
+
+
+def streams(backend):
+    """Read and copy streams, and gather rows through a table."""
+    xp = array_module(backend)
     data = xp.arange(4 * 1000, dtype=np.uint32)
     combined = xp.zeros(1, np.uint32)
     kernel = load_kernel("bench/read_stream.cu", "read_stream", backend=backend)
@@ -133,7 +140,7 @@ def draw_tokens(backend):
             assert np.array_equal(pg.reference.as_numpy(tokens), pg.reference.sample(logits, 0.7, 20, 0.8, seed))
 
 
-def run_every_path(backend):
+def every_path(backend):
     """Attend, chase and gather by every path, after an append that also writes the array that textures read."""
     case = decode_case(SHAPES[0], backend)
     config, xp = case.cache.config, case.cache.xp
@@ -158,9 +165,22 @@ def run_broken(folder):
     kernel_from_text(Path(folder), text, "past", "host")((1,), (1,), out=np.zeros(1, np.int32), data=data, n=5000)
 
 
+PARTS = {
+    "layouts": lambda backend: decode(backend, SHAPES[:5]),
+    "variants": lambda backend: decode(backend, SHAPES[5:9]),
+    "groups": lambda backend: decode(backend, SHAPES[9:]),
+    "prefill": prefill,
+    "paths": every_path,
+    "norm_and_gate": norm_and_gate,
+    "draw_tokens": draw_tokens,
+    "streams": streams,
+}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "broken":
         run_broken(sys.argv[2])
     else:
-        run_all(sys.argv[1])
+        for part in sys.argv[2:] or PARTS:
+            PARTS[part](sys.argv[1])
     print("clean")

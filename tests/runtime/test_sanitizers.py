@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cupaged.runtime import host
+from tests.runtime.every_kernel import PARTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +29,9 @@ def run(environment, *arguments, under=()):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
 
 
-def test_every_kernel_is_clean_on_the_host(environment):
-    answer = run(environment, "host")
+@pytest.mark.parametrize("part", PARTS)
+def test_every_kernel_is_clean_on_the_host(part, environment):
+    answer = run(environment, "host", part)
     assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
