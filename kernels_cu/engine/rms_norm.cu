@@ -3,7 +3,7 @@
 //
 // A block has a row, in vectors of four, and reads it twice, the second time from a cache.
 //
-// Measured: not measured yet.
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/kernel_profile.csv): 6 us for 64 rows of 4096.
 //
 // Grid:  (rows).    Block: (THREADS).
 //

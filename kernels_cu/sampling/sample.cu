@@ -5,7 +5,9 @@
 // least k tokens, or a share p of the probability, have its logit or more without it. Tokens that tie with the last one
 // are drawn from too. Weights are whole numbers, of 44 bits below the largest, so that sums are the same in any order:
 // the seed alone says which token is drawn, whatever the schedule, the batch and the block.
-// Measured: not measured yet.
+//
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/kernel_profile.csv): 0.3 ms for 64 sequences of 32,768
+// logits that are all alike, with top-k and top-p: reading them would take a hundredth of it.
 //
 // Grid:  (num_seqs).    Block: 32 * WARPS.
 //
