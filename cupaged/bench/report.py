@@ -23,6 +23,7 @@ from rich.table import Table
 from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
 
 __all__ = [
+    "COULD_NOT_RUN",
     "argument_parser",
     "device_folder",
     "machine_stamp",
@@ -37,6 +38,7 @@ __all__ = [
 
 Row = Mapping[str, Any]
 FAILURES = (RuntimeError, ValueError, MemoryError)
+COULD_NOT_RUN = 69  # EX_UNAVAILABLE: the status of an experiment that something on the machine kept from running
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 console = Console(highlight=False)
 
@@ -57,9 +59,12 @@ def run_experiment(main: Callable[[], int]) -> NoReturn:
     """Run an experiment's `main` and exit; what a user can put right is one sentence, not a traceback."""
     try:
         status = main()
-    except (BackendUnavailableError, KernelBuildError, UnsupportedError, OSError) as error:
+    except (BackendUnavailableError, UnsupportedError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        status = 2
+        status = COULD_NOT_RUN
+    except (KernelBuildError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        status = 1
     raise SystemExit(status)
 
 

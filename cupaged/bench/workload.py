@@ -14,6 +14,7 @@ from cupaged.kv_cache import KVCache, aligned_zeros
 from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.plan import plan_decode
 from cupaged.ops.prefill import paged_prefill, plan_prefill
+from cupaged.reference import as_numpy
 
 __all__ = [
     "PLACEMENTS",
@@ -42,7 +43,7 @@ class DecodeWorkload:
     block_tables: Any
     seq_lens: Any
     kv_bytes: int
-    _budgets: dict[tuple[bool, int], DecodeBudget] = field(default_factory=dict, repr=False, compare=False)
+    _budgets: dict[tuple[bool, bool], DecodeBudget] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     @property
     def arguments(self) -> tuple[Any, KVCache, Any, Any]:
@@ -54,19 +55,26 @@ class DecodeWorkload:
         return self.query[seqs], self.cache, self.block_tables[seqs], self.seq_lens[seqs]
 
     def error_of(
-        self, out: Any, kernel: str = "auto", *, rounds_weights: bool | None = None, sequences: int = 2
+        self, out: Any, kernel: str = "auto", *, rounds_weights: bool | None = None, only_longest: bool = False
     ) -> float:
         """Return the largest error of a result of these arguments as a fraction of its budget: at most 1 is right.
 
-        The last so many `sequences` are looked at. What they should be is worked out once, for all kernels that round
-        alike; `kernel` and `rounds_weights` are those of `decode_budget`.
+        All of the result must be finite; the longest sequence and, unless `only_longest`, the last are held to the
+        reference. What they should be is worked out once, for all kernels that round alike; `kernel` and
+        `rounds_weights` are those of `decode_budget`.
         """
-        last = self.some(slice(-sequences, None))
-        rounds = kernel_rounds_weights(*last, kernel=kernel) if rounds_weights is None else rounds_weights
-        key = rounds, sequences
+        found = as_numpy(out)
+        if not np.isfinite(found.astype(np.float32)).all():
+            return float("inf")
+        rounds = kernel_rounds_weights(*self.arguments, kernel=kernel) if rounds_weights is None else rounds_weights
+        longest, last = int(self.seq_lens.argmax()), len(self.seq_lens) - 1
+        seqs = [longest] if only_longest else sorted({longest, last})
+        key = rounds, only_longest
         if key not in self._budgets:
-            self._budgets[key] = decode_budget(*last, rounds_weights=rounds)
-        return self._budgets[key].error_of(out[-sequences:])
+            chosen = self.cache.xp.asarray(seqs)
+            query, tables, lens = (array[chosen] for array in (self.query, self.block_tables, self.seq_lens))
+            self._budgets[key] = decode_budget(query, self.cache, tables, lens, rounds_weights=rounds)
+        return self._budgets[key].error_of(found[seqs])
 
     @property
     def flop(self) -> int:

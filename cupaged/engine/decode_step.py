@@ -114,7 +114,7 @@ class DecodeStep:
         if self.graph is None and self.model.captures:
             try:
                 self._capture()
-            except RuntimeError as error:  # CUDA's, cuBLAS's or CuPy's; what else may be wrong comes again below
+            except (RuntimeError, MemoryError) as error:  # a graph takes memory of its own; else it comes again below
                 self.model.captures, self._memory = False, None
                 warnings.warn(f"decode steps are launched, not replayed from a graph: {error}", stacklevel=2)
         if self.graph is None:

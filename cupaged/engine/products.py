@@ -26,6 +26,7 @@ __all__ = ["add_product", "product"]
 FLOAT32 = np.dtype(np.float32)
 CUDA_TYPES = {np.dtype(np.float16): 2, np.dtype(ml_dtypes.bfloat16): 14, FLOAT32: 0}  # cudaDataType
 COMPUTE_32F = 68  # cublasComputeType_t
+NO_NARROW_SUMS = 16  # cublasMath_t: parts of a sum are added up in float32 too, not in the result's type
 DEFAULT_ALGORITHM = -1  # cublasGemmAlgo_t
 AS_IT_LIES, TRANSPOSED = 0, 1  # cublasOperation_t
 WORKSPACE_BYTES = 32 * 2**20
@@ -34,6 +35,7 @@ ZERO, ONE = ctypes.c_float(0), ctypes.c_float(1)  # read at the call, also withi
 _int, _pointer = ctypes.c_int, ctypes.c_void_p
 SIGNATURES: dict[str, Sequence[Any]] = {
     "cublasSetStream_v2": (_pointer, _pointer),
+    "cublasSetMathMode": (_pointer, _int),
     "cublasSetWorkspace_v2": (_pointer, _pointer, ctypes.c_size_t),
     "cublasGemmEx": (
         _pointer, _int, _int, _int, _int, _int,  # handle, two operations, rows, columns and depth
@@ -181,6 +183,7 @@ def _handle() -> _Handle:
         created = cupy.cuda.cublas.create()
         workspace = cupy.cuda.MemoryPointer(cupy.cuda.Memory(WORKSPACE_BYTES), 0)  # of no pool
         _handles[key] = _Handle(_library(cupy.cuda.cublas.getVersion(created)), created, stream.ptr, workspace)
+        _handles[key].call("cublasSetMathMode", NO_NARROW_SUMS)
     return _handles[key]
 
 

@@ -11,9 +11,10 @@
 // As rows of halves arrive 8 values to a texel of integers, each costs one conversion, as after any load; texels of
 // floats (TEXEL_FLOATS) save these, and fetch twice as often for the same bytes.
 //
-// Measured on an H100, bfloat16, 537 MB, over LOAD_PLAIN, which reads at 95 % of the ceiling: linear textures 0.99, the
-// array 0.99 to 1.01, pitch-linear 0.88 (0.66 in HBSD, whose heads lie far apart), no_allocate 1.01, cp.async 0.97; texels
-// of floats 0.97 (linear) and 0.91 (array). Nsight Compute counts the same sectors and the same bytes from memory for all.
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/texture_vs_global.csv), float16, 537 MB, over LOAD_PLAIN,
+// which reads at 95 % of the ceiling: linear textures and the array 0.99 to 1.00, pitch-linear 0.88 (0.66 in HBSD, whose
+// heads lie far apart), no_allocate 1.00, cp.async 0.97; texels of floats 0.97 (linear), 0.91 (array), 0.87 (pitch-linear;
+// 0.39 in HBSD). Nsight Compute counts the same sectors and the same bytes from memory for all.
 //
 // Grid:  (num_seqs * num_heads), head fastest.    Block: (THREADS).
 //

@@ -5,7 +5,7 @@
 // The first `warm_steps` fetch what is to be found in a cache; the rest is timed.
 //
 // Measured on an H100, cycles from L1, L2 and memory: plain and __ldg 84, 328, 731; no_allocate 330 from L2 even where L1
-// could hold the rows; cp.async 35 to 50 more; textures 138 to 148, 369 to 381, 773 to 782. Going row by row saves nothing.
+// could hold the rows; cp.async 367, 363, 778; textures 138 to 148, 369 to 381, 773 to 782. Going row by row saves nothing.
 //
 // Grid:  (1).    Block: (1).
 //

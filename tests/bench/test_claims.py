@@ -57,6 +57,12 @@ def test_committed_results_are_read(claim):
             assert finding.verdict in VERDICTS[:3] and finding.measured and finding.reason
 
 
+def batches(*gains):
+    rows = [{"status": "ok", "context": 128, "batch": 64, "graph": False, "gain": gain} for gain in gains]
+    more = {"status": "ok", "context": 4096, "batch": 64, "graph": False, "gain": 1.0}  # of much work: not looked at
+    return {"rows": [*rows, more], "launch_costs": [{"launch": "a bare CuPy launch", "us": 5.0}]}
+
+
 def memory(**tokens):
     rows = [{"system": name.replace("_", " "), "tokens": part, "running": 100 * part} for name, part in tokens.items()]
     return {"rows": rows, "trace": "t"}
@@ -83,8 +89,9 @@ def memory(**tokens):
         ("70B", {}, FAILS),
         ("launch", {"launch_costs": [{"launch": "a bare CuPy launch", "us": 6.0}]}, FAILS),
         ("launch", {"launch_costs": [{"launch": "a bare CuPy launch", "us": 4000.0}]}, HOLDS),
-        ("batching", {"rows": [{"status": "ok", "batch": 64, "gain": 20.0}]}, HOLDS),
-        ("batching", {"rows": [{"status": "ok", "batch": 64, "gain": 9.0}]}, FAILS),
+        ("batching", batches(20.0, 12.0), HOLDS),
+        ("batching", batches(20.0, 9.0), PARTLY),
+        ("batching", batches(9.0), FAILS),
         ("texture 5x", {"verdicts": [{"name": "5x", "measured": "m", "verdict": "does not hold: why"}]}, FAILS),
         ("texture 5x", {"verdicts": [{"name": "5x", "measured": None, "verdict": f"{OPEN}: a GPU"}]}, OPEN),
     ],
@@ -113,9 +120,13 @@ def test_which_block_sizes_lose_nothing():
 
 def test_what_paging_costs():
     row = {"status": "ok", "way": "random", "block_size": 16, "look_up": "block", "time_us": 1.0, "kernel": "k"}
-    gather = {**row, "kernel": "gather_lookup", "look_up": "element", "overhead": 0.08}
+    others = [
+        {**row, "way": "in order", "overhead": 0.002},
+        *({**row, "kernel": "gather_lookup", "look_up": unit, "overhead": 0.08} for unit in ("element", "row")),
+    ]
     for overhead, expected in ((0.005, FAILS), (0.02, PARTLY), (0.22, HOLDS)):
-        assert verdict("paging", rows=[{**row, "overhead": overhead}, gather]).verdict == expected
+        finding = verdict("paging", rows=[{**row, "overhead": overhead}, *others])
+        assert finding.verdict == expected and "in order a table costs +0.2 to +0.2 %" in finding.reason
 
 
 def test_the_peak_of_an_unknown_device_leaves_its_claim_open():
@@ -125,12 +136,22 @@ def test_the_peak_of_an_unknown_device_leaves_its_claim_open():
     assert finding.verdict == OPEN and "another" in finding.reason
 
 
-def test_the_checklist_counts_kernels_that_keep_all_of_it():
-    good, bad = {"a_verdict": "met", "b_verdict": "met"}, {"a_verdict": "met", "b_verdict": "missed"}
-    assert verdict("checklist", rows=[good]).verdict == HOLDS
-    finding = verdict("checklist", rows=[good, bad, {"status": "failed: x"}])
-    assert finding.verdict == PARTLY and finding.measured == "a met by 2 of 2, b met by 1 of 2"
-    assert verdict("checklist", rows=[bad]).verdict == FAILS
+def test_the_checklist_holds_if_it_finds_the_fastest_attention_kernel():
+    def row(name, us, last):
+        return {
+            "status": "ok",
+            "kernel": f"paged_attention_{name}",
+            "time_us": us,
+            "a_verdict": "met",
+            "b_verdict": last,
+        }
+
+    helper = {**row("x", 0.1, "met"), "kernel": "merge_states"}
+    assert verdict("checklist", rows=[row("fast", 1.0, "met"), row("slow", 2.0, "missed"), helper]).verdict == HOLDS
+    assert verdict("checklist", rows=[row("fast", 1.0, "met"), row("slow", 2.0, "met"), helper]).verdict == PARTLY
+    finding = verdict("checklist", rows=[row("fast", 1.0, "missed"), row("slow", 2.0, "met"), helper])
+    assert finding.verdict == FAILS and "the fastest, paged_attention_fast, misses b" in finding.reason
+    assert finding.measured == "all four are met by paged_attention_slow, of 2 attention kernels"
 
 
 def swaps(**times):

@@ -68,6 +68,10 @@ class StubCublas:
         self.calls.append(("stream", handle, stream))
         return 0
 
+    def _cublasSetMathMode(self, handle, mode):
+        self.calls.append(("math mode", handle, mode))
+        return 0
+
     def _cublasSetWorkspace_v2(self, handle, workspace, size):
         self.calls.append(("workspace", handle, workspace, size))
         return 0

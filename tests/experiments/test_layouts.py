@@ -106,7 +106,7 @@ def test_what_a_user_can_put_right_is_a_sentence(tmp_path):
         [sys.executable, str(SCRIPT), "--smoke", "--out", str(tmp_path / "out")],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip
-    assert answer.returncode == 2
+    assert answer.returncode == 69
     assert "Traceback" not in answer.stderr
     assert "BackendUnavailableError: the host backend needs a C++20 compiler" in answer.stderr
 

@@ -80,9 +80,11 @@ def test_an_experiment_that_fails_or_cannot_run_is_said(tmp_path, monkeypatch):
     script = functions("run_all")
     monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)
     (tmp_path / "layouts.py").write_text("raise SystemExit('cells are wrong')")
-    (tmp_path / "peers.py").write_text("import sys; print('no compiler', file=sys.stderr); sys.exit(2)")
+    (tmp_path / "peers.py").write_text("import sys; print('no compiler', file=sys.stderr); sys.exit(69)")
+    (tmp_path / "batching.py").write_text("import sys; print('no such option', file=sys.stderr); sys.exit(2)")
     assert script["run"]("layouts", "host", tmp_path, True).status == "failed with status 1: cells are wrong"
     assert script["run"]("peers", "host", tmp_path, True).status == "not run: no compiler"
+    assert script["run"]("batching", "host", tmp_path, True).status == "failed with status 2: no such option"
     assert script["run"]("decode", "host", tmp_path, True).status == "not run: needs a GPU"
 
 
@@ -95,6 +97,8 @@ def test_all_are_run_once_and_reported_in_order(backend, cores, tmp_path, monkey
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     outcomes = script["run_each"](names, backend, tmp_path, True)
     assert [outcome.name for outcome in outcomes] == names and sorted(calls) == sorted(names)
+    if (backend, cores) == ("cuda", 64):  # with nothing beside it
+        assert set(calls[-len(script["TIMES_THE_CPU"]) :]) == script["TIMES_THE_CPU"]
 
 
 def test_files_of_an_earlier_run_are_left_out(tmp_path, monkeypatch):
