@@ -8,8 +8,8 @@ Each operation's result is checked first. Without a GPU results are checked and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,14 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
-from cupaged.bench.timing import time_graph
+from cupaged.bench.timing import time_graph, time_until_done
 from cupaged.layouts import LAYOUTS
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
 SIZES_MB = (1, 8, 64, 256)
 COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share of the memory's speed
-REPEATS = 7
+REPEATS = {"repeats": 7, "warm_ups": 2}  # of what goes over the link
 EXPECTATION = (
     "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
     "within a tenth of the copy, whatever the layout: values in BHDSX, whose neighbours lie a block apart, are turned "
@@ -183,7 +183,7 @@ def over_the_link(work: Work, out: bool) -> Row:
         return row
     asked = (lambda: engine.swap_out(pairs)) if out else (lambda: engine.swap_in(back))
     link = link_time(gathered, engine.host[0].blocks, out)
-    taken = median_time(asked, engine.synchronise)
+    taken = time_until_done(asked, engine.synchronise, **REPEATS)
     bandwidth = work.nbytes / taken / 1e9
     return {**row, "time_us": 1e6 * taken, "gb_s": bandwidth, "of_ceiling": link / taken,
             "link_gb_s": work.nbytes / link / 1e9}  # fmt: skip
@@ -198,19 +198,8 @@ def link_time(device: Any, host: np.ndarray, out: bool) -> float:
     far, near = host.ctypes.data, device.data.ptr
     kind = runtime.memcpyDeviceToHost if out else runtime.memcpyHostToDevice
     ends = (far, near) if out else (near, far)
-    return median_time(lambda: runtime.memcpyAsync(*ends, device.nbytes, kind, stream.ptr), stream.synchronize)
-
-
-def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Return the median of seconds from the call until its work is done."""
-    times = []
-    for _ in range(REPEATS + 2):
-        wait()
-        start = perf_counter()
-        call()
-        wait()
-        times.append(perf_counter() - start)
-    return float(np.median(times[2:]))
+    copy = partial(runtime.memcpyAsync, *ends, device.nbytes, kind, stream.ptr)
+    return time_until_done(copy, stream.synchronize, **REPEATS)
 
 
 def conclusion(rows: Sequence[Row]) -> str:

@@ -38,7 +38,7 @@ from cupaged.bench.report import (
 from cupaged.bench.timing import time_graph, time_launches
 from cupaged.engine.decode_step import DecodeStep, shape_class
 from cupaged.engine.model import Llama, ModelInput
-from cupaged.engine.weights import Checkpoint, LayerWeights, ModelConfig, random_checkpoint, read_gguf, smollm2_path
+from cupaged.engine.weights import Checkpoint, LayerWeights, ModelConfig, random_checkpoint, smollm2_or_random
 from cupaged.reference import as_numpy
 from cupaged.runtime import choose_backend
 
@@ -49,10 +49,6 @@ EXPECTATION = (
     "graph for the GPU. With short contexts attention is the smaller part. transformers launches more, one by one, "
     "and copies its cache to append to it."
 )
-SMOLLM2 = ModelConfig(
-    num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, num_heads=9, num_kv_heads=3, head_dim=64,
-    rope_base=100_000.0, max_tokens=8192,
-)  # fmt: skip
 SMALL = ModelConfig(
     num_layers=2, hidden_size=64, intermediate_size=96, vocab_size=97, num_heads=4, num_kv_heads=2, head_dim=32,
     max_tokens=64,
@@ -175,10 +171,7 @@ def model_of(backend: str, smoke: bool) -> tuple[Checkpoint, str]:
     """Return the model, and what to call it."""
     if backend == "host" or smoke:
         return random_checkpoint(SMALL), "a small random model"
-    try:
-        return read_gguf(smollm2_path()), "SmolLM2-135M-Instruct"
-    except ModuleNotFoundError:
-        return random_checkpoint(SMOLLM2), "random weights of SmolLM2-135M's shape"
+    return smollm2_or_random()
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

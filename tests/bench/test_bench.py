@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.bench import report
+from cupaged.bench import report, timing
 from cupaged.bench.accuracy import decode_budget, decode_check, verdict_on
 from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.traffic import cache_traffic
@@ -179,3 +179,35 @@ def test_a_call_that_fails_under_capture_leaves_the_gpu_usable():
         time_graph([fails_when_captured])
     assert time_launches([lambda: cupy.add(array, 1, out=array)]).median_us > 0
     assert time_graph([lambda: cupy.add(array, 1, out=array)]).median_us > 0
+
+
+@pytest.mark.parametrize("wrong", [0, 3])
+def test_a_workload_is_checked_by_its_longest_sequence_and_its_last(wrong):
+    work = decode_workload((90, 5, 7, 33), 4, 2, 64, 16, backend="host")
+    out = pg.paged_attention(*work.arguments)
+    assert 0 < work.error_of(out) <= 1 and 0 < work.error_of(out, only_longest=True) <= 1
+    worse = out.copy()
+    worse[wrong] += 1
+    assert work.error_of(worse) > 1
+    assert (work.error_of(worse, only_longest=True) > 1) == (wrong == 0)
+
+
+def test_a_number_that_is_none_is_seen_in_any_sequence():
+    work = decode_workload((90, 5, 33), 4, 2, 64, 16, backend="host")
+    out = pg.paged_attention(*work.arguments)
+    out[1, 0, 0] = np.nan
+    assert work.error_of(out) == np.inf
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.001, 2 + 5), (0.02, 2 + 3)])
+def test_what_is_slow_is_called_less_often(seconds, calls, monkeypatch):
+    clock, made = [0.0], []
+
+    def wait():
+        clock[0] += seconds * (len(made) > waited[0])
+        waited[0] = len(made)
+
+    waited = [0]
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+    taken = timing.time_until_done(lambda: made.append(1), wait, repeats=5, warm_ups=2, repeats_of_slow=3)
+    assert taken == pytest.approx(seconds) and len(made) == calls
