@@ -53,14 +53,14 @@ struct Stage {
   STORAGE key[TILE_TOKENS * HEAD_DIM], value[TILE_TOKENS * HEAD_DIM];
 };
 struct __align__(128) Memory {
-  STORAGE query[ROWS * HEAD_DIM];   // and, once they are used, a result
+  STORAGE query[ROWS * HEAD_DIM];
   Stage stage[STAGES];
 };
+static_assert(ROWS <= 2 * TILE_TOKENS, "a stage that is no longer read has room for a result");
 
 // What threads tell each other.
 struct Exchange {
-  unsigned int taken[2];                     // number of the next piece, in every other turn
-  PrefillWork work[2];                       // this turn's
+  PrefillWork work[3];                       // this turn's, the next one's, and what some still write the result of
   unsigned int mapped[STAGES][TILE_TOKENS / 32];
   int context[ROWS];
   float slope[ROWS];                         // of ALiBi
@@ -96,7 +96,7 @@ __device__ __forceinline__ void copy_query(STORAGE* to, const STORAGE* query, co
 // Start with a piece's rows: ask for this warp's query rows, and note what they see.
 __device__ __forceinline__ void start_rows(const STORAGE* query, const PrefillRows& rows, const PrefillPiece& piece,
                                            const Variants& variants, int first, STORAGE* to, Exchange& exchange) {
-  if (piece.tiles() > 0) copy_query(to, query, rows, first, piece.rows);
+  copy_query(to, query, rows, first, piece.rows);
   close_copy_group();
   const int lane = threadIdx.x % kWarpSize;
   if (lane < WARP_ROWS) {
@@ -117,9 +117,9 @@ __device__ __forceinline__ void write_row(const Call& call, const PrefillRows& r
   if (dim == 0 && call.lse != nullptr) call.lse[at] = all.softmax.log_sum_exp();
 }
 
-// Write this warp's rows, whose attention over the whole context is in its registers: laid in order in its query's memory.
+// Write this warp's rows, whose attention over the whole context is in its registers: laid in order in `room`.
 __device__ __forceinline__ void write_rows(const Call& call, const PrefillRows& rows, int first, int count, Tile& tile,
-                                           STORAGE* room) {
+                                           STORAGE* room) {   // [WARP_ROWS][HEAD_DIM], by place_of
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
@@ -146,7 +146,6 @@ __device__ __forceinline__ void write_rows(const Call& call, const PrefillRows& 
       *reinterpret_cast<Vector<STORAGE, 8>*>(call.out + to * HEAD_DIM + vector * Shared::VEC) =
           *reinterpret_cast<const Vector<STORAGE, 8>*>(room + Shared::place_of(row, vector));
   }
-  __syncwarp();   // the memory may be written again
 }
 
 // Leave this warp's rows of a part of the context.
@@ -232,25 +231,38 @@ __device__ __forceinline__ void merge_parts(const Call& call, const PrefillRows&
   }
 }
 
-// Turn products into logits, where they are more than scaled, and leave out tokens that a row does not see. Mostly all
-// tokens are mapped, and looking at each one's bit would take longer than all else.
-template <bool AllMapped>
-__device__ __forceinline__ void finish_logits(Tile::Products& product, const Mask& mask, const Exchange& exchange,
-                                              int first_row, int first_token, bool masked, float factor) {
+// Turn products into logits.
+__device__ __forceinline__ void transform(Tile::Products& product, const Mask& mask, const Exchange& exchange,
+                                          int first_row, int first_token, float factor) {
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
     const int row = first_row + Tile::row_of(half), context = exchange.context[row];
     const float slope = ALIBI ? exchange.slope[row] : 0.0f;
-    const Mask::Range range = mask.range_of(context);
+#pragma unroll
+    for (int i = 0; i < Tile::EIGHTS; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& logit = product[half / 2][i].value[half % 2 * 2 + j];
+        logit = mask.variants.logit(logit * factor, mask.first + first_token + Tile::token_of(i, j), context, slope);
+      }
+  }
+}
+
+// Leave out tokens that a row does not see. Mostly all are mapped, and looking at each one's bit would take longer than
+// all else.
+template <bool AllMapped>
+__device__ __forceinline__ void leave_out(Tile::Products& product, const Mask& mask, const Exchange& exchange,
+                                          int first_row, int first_token) {
+#pragma unroll
+  for (int half = 0; half < Tile::HALVES; ++half) {
+    const Mask::Range range = mask.range_of(exchange.context[first_row + Tile::row_of(half)]);
 #pragma unroll
     for (int i = 0; i < Tile::EIGHTS; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int token = first_token + Tile::token_of(i, j);
         float& logit = product[half / 2][i].value[half % 2 * 2 + j];
-        logit = mask.variants.logit(logit * factor, mask.first + token, context, slope);
-        const bool seen = range.holds(token) & (AllMapped || mask.is_mapped(token));
-        logit = !masked | seen ? logit : minus_infinity();
+        logit = range.holds(token) & (AllMapped || mask.is_mapped(token)) ? logit : minus_infinity();
       }
   }
 }
@@ -280,10 +292,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
   STORAGE* const warp_query = memory.query + warp_row * HEAD_DIM;
   const Call call{out, lse, partial_out, partial_state, num_kv_heads, group, {0, window, softcap, alibi_slopes, sinks}};
   const Variants& variants = call.variants;
-  const auto* queue = reinterpret_cast<const PrefillPiece*>(pieces);
-  const int count = load_global(summary), section = load_global(summary + 1), total = count * num_kv_heads;
-  int number = blockIdx.x;
-  if (number >= total) return;
+  const PrefillQueue queue{reinterpret_cast<const PrefillPiece*>(pieces), load_global(summary), load_global(summary + 1),
+                           num_kv_heads};
+  const int total = queue.count * num_kv_heads;
+  if (static_cast<int>(blockIdx.x) >= total) return;
 
   const auto loader_of = [&](const PrefillWork& work) {
     const PrefillPiece& piece = work.piece;
@@ -300,20 +312,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
     close_copy_group();
     if (tile + 1 < end) loader.look_up(tile + 1);
   };
-  PrefillWork work(queue, number, count, section, num_kv_heads);
-  Loader loader = loader_of(work);
-  if (work.piece.tiles() > 0) {
+  const auto rows_of = [&](const PrefillWork& work) { return PrefillRows(work, group, num_kv_heads * group); };
+  // Start with a piece: look its first tile up, and copy its rows and that tile.
+  const auto start = [&](const PrefillWork& work, int stage) {
+    Loader loader = loader_of(work);
     loader.look_up(work.piece.begin);
-    start_copy(loader, work.piece.begin, 0, work.piece.end);
-  }
+    start_rows(query, rows_of(work), work.piece, variants, warp_row, warp_query, exchange);
+    start_copy(loader, work.piece.begin, stage, work.piece.end);
+    return loader;
+  };
+  if (threadIdx.x == 0) queue.start_copy(exchange.work[0], blockIdx.x);
+  wait_for_copies<0>();
+  __syncthreads();   // the first piece is there
+  Loader loader = start(exchange.work[0], 0);
 
   Tile tile;
-  for (int turn = 0;; turn ^= 1) {
-    if (threadIdx.x == 0) {
-      exchange.taken[turn] = gridDim.x + atomicInc(arrivals, total - 1);
-      exchange.work[turn] = work;   // registers have no room for it meanwhile
-    }
-    start_rows(query, PrefillRows(work, group, num_kv_heads * group), work.piece, variants, warp_row, warp_query, exchange);
+  for (int turn = 0;; turn = (turn + 1) % 3) {
+    const PrefillWork& work = exchange.work[turn];
+    PrefillWork& next = exchange.work[(turn + 1) % 3];
+    if (threadIdx.x == 0) queue.start_copy(next, gridDim.x + atomicInc(arrivals, total - 1));
     const bool busy = warp_row < work.piece.rows;   // whether this warp has rows
     const int begin = work.piece.begin, end = work.piece.end;
     tile.start();
@@ -330,42 +347,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
       Tile::Products product;
       tile.multiply(product, warp_query, memory.stage[stage].key + warp_token * HEAD_DIM);
       float factor = scale * kLog2E;
-      const bool masked = !mask.all_seen(shortest, longest);
-      if (TRANSFORMED || masked || factor <= 0.0f) {
-        const bool scaled = TRANSFORMED || factor <= 0.0f;   // only a positive factor can wait: it keeps the order
-        const float now = scaled ? factor : 1.0f;
-        if (mask.all_mapped()) finish_logits<true>(product, mask, exchange, warp_row, warp_token, masked, now);
-        else finish_logits<false>(product, mask, exchange, warp_row, warp_token, masked, now);
-        if (scaled) factor = 1.0f;
+      if (TRANSFORMED || factor <= 0.0f) {   // only a positive factor can wait: it keeps the order
+        transform(product, mask, exchange, warp_row, warp_token, factor);
+        factor = 1.0f;
+      }
+      if (!mask.all_seen(shortest, longest)) {
+        if (mask.all_mapped()) leave_out<true>(product, mask, exchange, warp_row, warp_token);
+        else leave_out<false>(product, mask, exchange, warp_row, warp_token);
       }
       tile.add(product, factor, memory.stage[stage].value + warp_token * HEAD_DIM);
     }
-    wait_for_copies<0>();
-    __syncthreads();   // all tiles have been read, and the next piece's number is there
+    __syncthreads();   // all tiles have been read
 
-    // The next piece's first tile is on its way while this one's result is written.
-    number = static_cast<int>(exchange.taken[turn]);
-    const bool more = number < total;
-    if (more) {
-      work = PrefillWork(queue, number, count, section, num_kv_heads);
-      loader = loader_of(work);
-      if (work.piece.tiles() > 0) {
-        loader.look_up(work.piece.begin);
-        start_copy(loader, work.piece.begin, used % STAGES, work.piece.end);
-      }
-    }
-    const PrefillWork done = exchange.work[turn];
-    const PrefillPiece& piece = done.piece;
-    const PrefillRows rows(done, group, num_kv_heads * group);
-    const long long first_part = static_cast<long long>(piece.slot) * num_kv_heads + done.kv_head * piece.parts;
+    // The next piece's first tile and its rows are on their way while this one's result is written.
+    const bool more = next.kv_head >= 0;
+    if (more) loader = start(next, used % STAGES);
+    const PrefillPiece& piece = work.piece;
+    const PrefillRows rows = rows_of(work);
+    const long long first_part = static_cast<long long>(piece.slot) * num_kv_heads + work.kv_head * piece.parts;
+    Stage& room = memory.stage[(used + 1) % STAGES];   // not the one that is filled now
     tile.finish();
     if constexpr (TOKEN_WARPS > 1) {
-      float* room = reinterpret_cast<float*>(&memory.stage[(used + 1) % STAGES]);   // not the one that is filled now
-      merge_warps(call, rows, piece, first_part + piece.part, tile, exchange, room);
+      merge_warps(call, rows, piece, first_part + piece.part, tile, exchange, reinterpret_cast<float*>(&room));
     } else if (piece.parts > 1) {
       store_part(call, first_part + piece.part, warp_row, piece.rows, tile);
     } else if (busy) {
-      write_rows(call, rows, warp_row, piece.rows, tile, warp_query);
+      write_rows(call, rows, warp_row, piece.rows, tile, reinterpret_cast<STORAGE*>(&room) + warp_row * HEAD_DIM);
     }
     if (piece.parts > 1) {
       __syncthreads();   // this part is there

@@ -43,7 +43,7 @@ struct Cut {
     const int shortest = piece.context + piece.first_row / group;
     const int longest = piece.context + (piece.first_row + piece.rows - 1) / group;
     piece.begin = max(0, max(0, shortest) - window) / tile_tokens;
-    piece.end = max(piece.begin, divide_up(max(0, causal ? longest : piece.seq_len), tile_tokens));
+    piece.end = max(piece.begin + 1, divide_up(max(0, causal ? longest : piece.seq_len), tile_tokens));   // one at least
     piece.parts = 1;
     return piece;
   }

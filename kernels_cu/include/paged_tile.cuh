@@ -19,8 +19,10 @@ template <typename T, int HeadDim, int BlockSize, int Tokens, int Threads>
 struct TileLoader {
   using Rows = SwizzledRows<T, HeadDim>;
   static constexpr int ENTRIES = Tokens / kWarpSize;
+  // Lanes that copy a row, each every LANES-th vector of it: what one looks up and computes serves several copies.
+  static constexpr int LANES = Rows::VECTORS % 8 == 0 ? 8 : Rows::VECTORS % 4 == 0 ? 4 : Rows::VECTORS;
   // Rows that are copied at once, a power of 2: from 8 on, vectors of a column change places alike in every turn.
-  static constexpr int ROWS_A_TURN = largest_power_of_2(Threads / Rows::VECTORS);
+  static constexpr int ROWS_A_TURN = largest_power_of_2(Threads / LANES < kWarpSize ? Threads / LANES : kWarpSize);
   static constexpr int TURNS = Tokens / ROWS_A_TURN;
   static_assert(Tokens % kWarpSize == 0 && ROWS_A_TURN >= 1 && ROWS_A_TURN <= kWarpSize,
                 "lanes look after as many tokens each");
@@ -47,8 +49,8 @@ struct TileLoader {
   __device__ __forceinline__ void start_copy(const T* key_cache, const T* value_cache, int tile,
                                              T* key_rows, T* value_rows,   // [Tokens][HeadDim], by place_of
                                              unsigned* mapped) const {     // [ENTRIES], a bit for each token
-    const int thread = recomputed(threadIdx.x), row = thread / Rows::VECTORS, vector = thread % Rows::VECTORS;
-    const bool copies = Threads == ROWS_A_TURN * Rows::VECTORS || row < ROWS_A_TURN;
+    const int thread = recomputed(threadIdx.x), row = thread / LANES, vector = thread % LANES;
+    const bool copies = Threads == ROWS_A_TURN * LANES || row < ROWS_A_TURN;
     const KvStrides<HeadDim> strides{block_stride, 0, slot_stride, 0};
     const int first_place = Rows::place_of(row, vector);
 #pragma unroll
@@ -60,8 +62,11 @@ struct TileLoader {
       const long long offset = head_offset + strides.offset(block_id, 0, slot, vector * Rows::VEC);
       const int place = ROWS_A_TURN % 8 == 0 ? first_place + below * HeadDim : Rows::place_of(below + row, vector);
       if (!copies) continue;
-      start_copy_16(key_rows + place, key_cache + offset, found != kUnmapped);
-      start_copy_16(value_rows + place, value_cache + offset, found != kUnmapped);
+#pragma unroll
+      for (int on = 0; on < HeadDim; on += LANES * Rows::VEC) {   // vectors change places within the first LANES alike
+        start_copy_16(key_rows + place + on, key_cache + offset + on, found != kUnmapped);
+        start_copy_16(value_rows + place + on, value_cache + offset + on, found != kUnmapped);
+      }
     }
 #pragma unroll
     for (int e = 0; e < ENTRIES; ++e) {

@@ -6,6 +6,7 @@
 // and head read the same tokens.
 #pragma once
 
+#include "async_copy.cuh"
 #include "global_memory.cuh"
 #include "types.cuh"
 
@@ -20,19 +21,28 @@ struct __align__(16) PrefillPiece {
   __device__ __forceinline__ int tiles() const { return end - begin; }
 };
 
-// The number-th piece that is taken, and the KV head that it is for.
+// A piece that is taken, and the KV head that it is for.
 struct PrefillWork {
   PrefillPiece piece;
-  int kv_head;
+  int kv_head;   // below 0: there is no more work
+};
 
-  PrefillWork() = default;
-  __device__ __forceinline__ PrefillWork(const PrefillPiece* pieces, int number, int count, int section, int num_kv_heads) {
+// The pieces in the order in which they are taken, each for every KV head of a section.
+struct PrefillQueue {
+  const PrefillPiece* pieces;
+  int count, section, num_kv_heads;
+
+  // Start to copy the number-th piece to shared memory; one thread does it.
+  __device__ __forceinline__ void start_copy(PrefillWork& to, int number) const {
+    to.kv_head = -1;
+    if (number >= count * num_kv_heads) return;
     const int first_head = number / (count * section) * section, within = number - first_head * count;
     const int heads = min(section, num_kv_heads - first_head), index = within / heads;
-    kv_head = first_head + (within - index * heads);
-    const auto* words = reinterpret_cast<const Vector<int, 4>*>(pieces + index);
-    const auto a = load_global(words), b = load_global(words + 1), c = load_global(words + 2);
-    piece = {a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3]};
+    to.kv_head = first_head + (within - index * heads);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(PrefillPiece)) / 16; ++i)
+      start_copy_16(reinterpret_cast<char*>(&to.piece) + 16 * i, reinterpret_cast<const char*>(pieces + index) + 16 * i, true);
+    close_copy_group();
   }
 };
 

@@ -19,14 +19,17 @@ struct PrefillTile {
   static constexpr int OPERANDS = Rows / 16, HALVES = Rows / 8;
   static constexpr int STEPS = HeadDim / 16;                         // tiles of 16 dimensions
   static constexpr int EIGHTS = Tokens / 8, SIXTEENTHS = Tokens / 16;
-  static constexpr float HEADROOM = 8.0f;   // how far weights may exceed 1, in powers of 2, before the maximum is raised
+  static constexpr float HEADROOM = 256.0f;   // how large a lane's weights may become before the maximum is raised
 
   using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
   using Weights = LeftTile[OPERANDS];              // of 16 tokens
+  struct Totals {
+    float sum[HALVES];                             // of the weights of 16 tokens, this lane's part
+  };
 
   LeftTile held[HeldSteps > 0 ? HeldSteps : 1][OPERANDS];   // the first steps of the query: the rest is read each time
   ResultTile out[OPERANDS][2 * STEPS];
-  SoftmaxState softmax[HALVES];   // its maximum is what weights are relative to, no more than HEADROOM below the largest
+  SoftmaxState softmax[HALVES];   // its maximum is what weights are relative to: some logits may exceed it a little
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
   static __device__ __forceinline__ int row_of(int half) { return lane() / 4 + 8 * half; }
@@ -79,16 +82,21 @@ struct PrefillTile {
     }
   }
 
-  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product of
-  // -infinity leaves the token out. Weights of the next 16 tokens are made between the multiplications of 16.
+  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
+  // of -infinity leaves the token out. Weights of the next 16 tokens are made between the multiplications of 16.
   __device__ __forceinline__ void add(const Products& product, float factor, const T* value) {   // [Tokens][HeadDim]
-    raise(product, factor);
+    bool unset = false;
+#pragma unroll
+    for (const SoftmaxState& state : softmax) unset = unset || state.max == minus_infinity();
+    if (__any_sync(kAllLanes, unset)) raise(product, factor, 0);
     const Walk walk(lane() / 8 % 2 * 8 + lane() % 8, lane() / 16);
     Weights weight[2];
+    Totals total = {};
 #pragma unroll
-    for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight[0], product, factor, 0, pair);
+    for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight[0], total, product, factor, 0, pair);
 #pragma unroll
-    for (int i = 0; i < SIXTEENTHS; ++i)
+    for (int i = 0; i < SIXTEENTHS; ++i) {
+      settle(weight[i % 2], total, product, factor, i);
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
@@ -101,8 +109,9 @@ struct PrefillTile {
         if (i + 1 < SIXTEENTHS)
 #pragma unroll
           for (int next = step * 4 * OPERANDS / STEPS; next < (step + 1) * 4 * OPERANDS / STEPS; ++next)
-            weigh(weight[(i + 1) % 2], product, factor, i + 1, next);
+            weigh(weight[(i + 1) % 2], total, product, factor, i + 1, next);
       }
+    }
   }
 
   // Sum up over lanes; no tile may be added after this.
@@ -112,36 +121,48 @@ struct PrefillTile {
   }
 
  private:
-  // Raise all maxima once a logit has outgrown one of them: seldom after the first tile.
-  __device__ __forceinline__ void raise(const Products& product, float factor) {
-    float largest[HALVES];
-    bool outgrown = false;
+  // Raise all maxima to the largest logits from some 16 tokens on.
+  __device__ __forceinline__ void raise(const Products& product, float factor, int first_sixteenth) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      largest[half] = minus_infinity();
+      float largest = minus_infinity();
 #pragma unroll
-      for (const ResultTile& tile : product[half / 2])
-        largest[half] = fmaxf(largest[half], fmaxf(tile.value[half % 2 * 2], tile.value[half % 2 * 2 + 1]));
-      largest[half] = warp_reduce<Max, 1, 4>(largest[half]) * factor;
-      outgrown = outgrown || largest[half] > softmax[half].max + HEADROOM;
-    }
-    if (!__any_sync(kAllLanes, outgrown)) return;
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half) {
-      const float shrink = softmax[half].raise(largest[half]);
+      for (int eighth = 2 * first_sixteenth; eighth < EIGHTS; ++eighth) {
+        const float* logit = product[half / 2][eighth].value + half % 2 * 2;
+        largest = fmaxf(largest, fmaxf(logit[0], logit[1]));
+      }
+      const float shrink = softmax[half].raise(warp_reduce<Max, 1, 4>(largest) * factor);
 #pragma unroll
       for (ResultTile& tile : out[half / 2]) tile.value[half % 2 * 2] *= shrink, tile.value[half % 2 * 2 + 1] *= shrink;
     }
   }
 
-  // Make a pair of weights of 16 tokens, and add them to this lane's part of the sum.
-  __device__ __forceinline__ void weigh(Weights& weight, const Products& product, float factor, int sixteenth, int pair) {
-    const int operand = pair / 4, half = pair % 2, eighth = pair / 2 % 2;
-    SoftmaxState& state = softmax[2 * operand + half];
+  // Make a pair of weights of 16 tokens, and add them to this lane's part of their sums.
+  __device__ __forceinline__ void weigh(Weights& weight, Totals& total, const Products& product, float factor,
+                                        int sixteenth, int pair) {
+    const int operand = pair / 4, half = pair % 2, eighth = pair / 2 % 2, of_all = 2 * operand + half;
     const float* logit = product[operand][2 * sixteenth + eighth].value + 2 * half;
-    const float base = state.max == minus_infinity() ? 0.0f : state.max;   // of nothing so far: all weights are 0
+    const float base = softmax[of_all].max == minus_infinity() ? 0.0f : softmax[of_all].max;   // of nothing so far: all are 0
     const float low = fast_exp2(fmaf(logit[0], factor, -base)), high = fast_exp2(fmaf(logit[1], factor, -base));
-    state.sum += low + high;
+    total.sum[of_all] += low + high;
     weight[operand].pair[half + 2 * eighth] = pack_pair(low, high, T());
+  }
+
+  // Take the weights of 16 tokens into the sums. If one of them has outgrown its maximum, which is seldom after the first
+  // tile, raise all maxima and make the weights again: looking at sums, which are there, spares looking for the largest.
+  __device__ __forceinline__ void settle(Weights& weight, Totals& total, const Products& product, float factor,
+                                         int sixteenth) {
+    bool outgrown = false;
+#pragma unroll
+    for (float sum : total.sum) outgrown = outgrown || sum > HEADROOM;
+    if (__any_sync(kAllLanes, outgrown)) {
+      raise(product, factor, sixteenth);
+      total = {};
+#pragma unroll
+      for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight, total, product, factor, sixteenth, pair);
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) softmax[half].sum += total.sum[half];
+    total = {};
   }
 };
