@@ -9,14 +9,6 @@ __device__ __forceinline__ T load_global(const T* address) {
   return *address;
 }
 
-// The same where `wanted`, else zeros without touching memory: lanes that want nothing still keep step with their warp.
-template <typename T>
-__device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
-  T value = {};
-  if (wanted) value = *address;
-  return value;
-}
-
 // 16 bytes where `wanted`, else zeros, by a load of a given kind. Predicated, as a branch around each load would keep the
 // next one waiting, and volatile, so that several stay in a row and are on their way together.
 #define CUPAGED_LOAD_16(instruction)                                                             \
@@ -38,5 +30,18 @@ __device__ __forceinline__ uint4 load_no_allocate(bool wanted, const uint4* addr
   CUPAGED_LOAD_16("ld.global.nc.L1::no_allocate.v4.u32")
 }
 #undef CUPAGED_LOAD_16
+
+// load_global where `wanted`, else zeros without touching memory: lanes that want nothing still keep step with their warp.
+template <typename T>
+__device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
+  T value = {};
+  if constexpr (sizeof(T) == sizeof(uint4)) {
+    const uint4 words = load_ordinary(wanted, reinterpret_cast<const uint4*>(address));
+    value = reinterpret_cast<const T&>(words);
+  } else if (wanted) {
+    value = *address;
+  }
+  return value;
+}
 
 #endif
