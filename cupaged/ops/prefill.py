@@ -44,7 +44,7 @@ PIECE_INTS = 12  # of a PrefillPiece
 PIECE_SEQ, PIECE_LENS = 0, (1, 4, 5)  # where its sequence stands, and first_token, context, seq_len
 HOST_BLOCKS = 3  # enough to cut contexts, few enough for blocks to take several pieces
 HOST_L2_BYTES = 64 * 1024  # small, so that heads fall into sections
-L2_FRACTION = 0.5  # that keys and values of a section may take
+L2_FRACTION = 1.0  # that keys and values of a section may take: where one ends, blocks run out of long pieces
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ struct PrefillTile {
   static constexpr int STEPS = HeadDim / 16;                         // tiles of 16 dimensions
   static constexpr int EIGHTS = Tokens / 8, SIXTEENTHS = Tokens / 16;
   static constexpr float HEADROOM = 256.0f;   // how large a lane's weights may become before the maximum is raised
+  static constexpr float NO_LOGIT = -3.4028235e38f;   // a maximum of nothing: finite, as -infinity less -infinity is NaN
 
   using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
   using Weights = LeftTile[OPERANDS];              // of 16 tokens
@@ -37,7 +38,7 @@ struct PrefillTile {
 
   __device__ __forceinline__ void start() {
 #pragma unroll
-    for (SoftmaxState& state : softmax) state = SoftmaxState();
+    for (SoftmaxState& state : softmax) state.max = NO_LOGIT, state.sum = 0.0f;
 #pragma unroll
     for (int operand = 0; operand < OPERANDS; ++operand)
 #pragma unroll
@@ -45,18 +46,18 @@ struct PrefillTile {
   }
 
   __device__ __forceinline__ void hold(const T* query) {   // [Rows][HeadDim], by place_of
-    const Walk walk(lane() % 16, lane() / 16);
+    const Walk walk(query, lane() % 16, lane() / 16);
 #pragma unroll
     for (int step = 0; step < HeldSteps; ++step)
 #pragma unroll
       for (int operand = 0; operand < OPERANDS; ++operand)
-        load_matrices(held[step][operand].pair, query + walk.place(16 * operand, step));
+        load_matrices(held[step][operand].pair, walk.at(16 * operand, step));
   }
 
   // Multiply the query by the keys of a tile.
   __device__ __forceinline__ void multiply(Products& product, const T* query,
                                            const T* key) const {   // [Tokens][HeadDim]
-    const Walk query_walk(lane() % 16, lane() / 16), key_walk(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
+    const Walk query_walk(query, lane() % 16, lane() / 16), key_walk(key, lane() / 16 * 8 + lane() % 8, lane() / 8 % 2);
 #pragma unroll
     for (int operand = 0; operand < OPERANDS; ++operand)
 #pragma unroll
@@ -67,12 +68,12 @@ struct PrefillTile {
 #pragma unroll
       for (int operand = 0; operand < OPERANDS; ++operand) {
         if (step < HeldSteps) left[operand] = held[step < HeldSteps ? step : 0][operand];
-        else load_matrices(left[operand].pair, query + query_walk.place(16 * operand, step));
+        else load_matrices(left[operand].pair, query_walk.at(16 * operand, step));
       }
 #pragma unroll
       for (int i = 0; i < SIXTEENTHS; ++i) {
         unsigned int pair[4];   // tokens 0-7 and 8-15, each as two tiles of 8 dimensions
-        load_matrices(pair, key + key_walk.place(16 * i, step));
+        load_matrices(pair, key_walk.at(16 * i, step));
 #pragma unroll
         for (int operand = 0; operand < OPERANDS; ++operand) {
           multiply_add(product[operand][2 * i], left[operand], RightTile{pair[0], pair[1]}, T());
@@ -87,11 +88,11 @@ struct PrefillTile {
   __device__ __forceinline__ void add(const Products& product, float factor, const T* value) {   // [Tokens][HeadDim]
     bool unset = false;
 #pragma unroll
-    for (const SoftmaxState& state : softmax) unset = unset || state.max == minus_infinity();
+    for (const SoftmaxState& state : softmax) unset = unset || state.max == NO_LOGIT;
     if (__any_sync(kAllLanes, unset)) raise(product, factor, 0);
-    const Walk walk(lane() / 8 % 2 * 8 + lane() % 8, lane() / 16);
+    const Walk walk(value, lane() % 16, lane() / 16);
     Weights weight[2];
-    Totals total = {};
+    Totals total;
 #pragma unroll
     for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight[0], total, product, factor, 0, pair);
 #pragma unroll
@@ -100,7 +101,7 @@ struct PrefillTile {
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
-        load_matrices_transposed(pair, value + walk.place(16 * i, step));
+        load_matrices_transposed(pair, walk.at(16 * i, step));
 #pragma unroll
         for (int operand = 0; operand < OPERANDS; ++operand) {
           multiply_add(out[operand][2 * step], weight[i % 2][operand], RightTile{pair[0], pair[1]}, T());
@@ -142,9 +143,9 @@ struct PrefillTile {
                                         int sixteenth, int pair) {
     const int operand = pair / 4, half = pair % 2, eighth = pair / 2 % 2, of_all = 2 * operand + half;
     const float* logit = product[operand][2 * sixteenth + eighth].value + 2 * half;
-    const float base = softmax[of_all].max == minus_infinity() ? 0.0f : softmax[of_all].max;   // of nothing so far: all are 0
+    const float base = softmax[of_all].max;
     const float low = fast_exp2(fmaf(logit[0], factor, -base)), high = fast_exp2(fmaf(logit[1], factor, -base));
-    total.sum[of_all] += low + high;
+    total.sum[of_all] = eighth == 0 ? low + high : total.sum[of_all] + (low + high);
     weight[operand].pair[half + 2 * eighth] = pack_pair(low, high, T());
   }
 
@@ -157,12 +158,10 @@ struct PrefillTile {
     for (float sum : total.sum) outgrown = outgrown || sum > HEADROOM;
     if (__any_sync(kAllLanes, outgrown)) {
       raise(product, factor, sixteenth);
-      total = {};
 #pragma unroll
       for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight, total, product, factor, sixteenth, pair);
     }
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) softmax[half].sum += total.sum[half];
-    total = {};
   }
 };

@@ -16,15 +16,18 @@ struct SwizzledRows {
   // Where a row has its vector `index`, in elements.
   static __device__ __forceinline__ int place_of(int row, int index) { return row * HeadDim + (index ^ swap_of(row)) * VEC; }
 
-  // A lane's way through 8-row matrices: it stands at a row and, of each two vectors, at one. What changes from matrix
-  // to matrix is known to the compiler: two instructions a place.
+  // A lane's way through 8-row matrices: it stands at a row and, of each two vectors, at one. Where it looks is known to
+  // the compiler but for a few addresses: vectors that change places among as many.
   struct Walk {
-    int row_start, twist;
+    const T* start[SWAPS / 2];
 
-    __device__ __forceinline__ Walk(int row, int of_two) : row_start(row * HeadDim), twist(of_two ^ swap_of(row)) {}
+    __device__ __forceinline__ Walk(const T* rows, int row, int of_two) {
+#pragma unroll
+      for (int two = 0; two < SWAPS / 2; ++two) start[two] = rows + row * HeadDim + ((2 * two) ^ of_two ^ swap_of(row)) * VEC;
+    }
     // `rows_on`, a multiple of 8, rows down; of vectors 2 * two and 2 * two + 1.
-    __device__ __forceinline__ int place(int rows_on, int two) const {
-      return row_start + rows_on * HeadDim + ((2 * two) ^ twist) * VEC;
+    __device__ __forceinline__ const T* at(int rows_on, int two) const {
+      return start[two % (SWAPS / 2)] + (rows_on * HeadDim + two / (SWAPS / 2) * SWAPS * VEC);
     }
   };
 };
