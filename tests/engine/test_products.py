@@ -53,6 +53,14 @@ def test_products_and_sums(dtype, shape, transposed, backend, xp):
     assert_product(total, a, b, start.astype(np.float64))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_a_long_sum_keep_float32(dtype, xp):
+    """Where few rows leave a GPU idle, cuBLAS cuts the sum into parts, which are large here and cancel each other."""
+    a, b = (np.abs(matrix) for matrix in matrices((4, 2048, 576), dtype))
+    a[:, 1024:] *= -1
+    assert_product(product(xp.asarray(a), xp.asarray(b)), a, b)
+
+
 class StubCublas:
     """cuBLAS as its documentation has it, column by column, on the memory that it is given; called through C."""
 
