@@ -182,6 +182,8 @@ class _Mover:
         self.turn = 0
         self.launches: dict[tuple[int, bool], CheckedCall] = {}
         self.streams = _Streams() if cache.backend == "cuda" else None
+        if self.streams is not None:
+            self.streams.wait_for_current()  # which may still use what the buffers' memory held before
 
     def move(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], pairs: Any, out: bool) -> None:
         """Start to move (source, destination) blocks of all layers, out to the host or in from it."""
@@ -192,6 +194,9 @@ class _Mover:
             self._move_layers(caches, hosts, self._chunks(caches[0], on_device, on_host, out), out)
             return
         self.streams.wait_for_current()
+        for moved in dict.fromkeys(host.moved for host in hosts):  # by this mover or another
+            if moved is not None:
+                self.streams.link.wait_event(moved)
         with self.streams.device:
             chunks = self._chunks(caches[0], on_device, on_host, out)
             try:

@@ -5,7 +5,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.ops import swap
-from tests.kit.simulated_streams import Streams
+from tests.kit.simulated_streams import Stream, Streams
 
 pytest.importorskip("cupy", reason="swaps on streams need CuPy, though no GPU")
 
@@ -102,11 +102,33 @@ def test_what_layers_have_in_common_is_done_once(monkeypatch):
 
 def test_a_mistake_starts_nothing(monkeypatch):
     work = Work(monkeypatch, 0)
+    work.streams.run()
     for pairs in ([[0, 8]], [[12, 0]], [[0, 1], [2, 1]]):
         with pytest.raises(ValueError, match="pairs must"):
             work.engine.swap_out(pairs)
     work.engine.swap_out([])
     assert not any(stream.queue for stream in work.streams.all)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_others_move_is_waited_for(waits, monkeypatch):
+    """Blocks that one mover brings to the host are read there by another, asked for on another stream."""
+
+    def arrives(seed):
+        work, found = Work(monkeypatch, seed, layers=1), []
+        other = pg.KVCache(CONFIG, "cuda")
+        work.streams.current[-1].add(work.write)
+        work.engine.swap_out(OUT)
+        if not waits:
+            work.engine.host[0].moved = None
+        with Stream(work.streams):
+            pg.swap_blocks(work.engine.host[0], other, BACK)
+            work.streams.current[-1].add(lambda: found.append(np.concatenate(work.keys_and_values(other), axis=1)))
+        work.streams.run()
+        was = dict(OUT[:, ::-1].tolist())
+        return np.array_equal(found[0][BACK[:, 1]], work.content[0][[was[place] for place in BACK[:, 0].tolist()]])
+
+    assert all(arrives(seed) for seed in range(20)) == waits
 
 
 def test_memory_on_the_host_knows_when_its_copies_are_done(monkeypatch):
