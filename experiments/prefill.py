@@ -1,8 +1,9 @@
 """How fast is attention of whole prompts, chunks and speculative tokens over a paged context, beside what others ship?
 
-The toolkit's paged_prefill, and paged_attention where each sequence has a few new tokens, beside FlashInfer's paged prefill in each of its backends, and PyTorch's attention on keys
-and values in one piece: the same workloads over the same memory in the same run, some tokens of each result checked
-against the reference, all timed by the same replay of a CUDA graph. Without a GPU results are checked and not timed.
+The toolkit's paged_prefill, and paged_attention where each sequence has a few new tokens, beside FlashInfer's paged
+prefill in each of its backends, and PyTorch's attention on keys and values in one piece: the same workloads over the
+same memory in the same run, some tokens of each result checked against the reference, all timed by the same replay of a
+CUDA graph. Without a GPU results are checked and not timed.
 """
 
 from __future__ import annotations

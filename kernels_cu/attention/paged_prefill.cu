@@ -77,8 +77,7 @@ struct Call {
   Variants variants;
 };
 
-// Copy this warp's query rows; rows that are not there become zeros. Queries are read once and results written once: L2 is
-// told to keep keys and values instead.
+// Copy this warp's query rows; rows that are not there become zeros.
 __device__ __forceinline__ void copy_query(STORAGE* to, const STORAGE* query, const PrefillRows& rows, int first,
                                            int count) {
   const int lane = threadIdx.x % kWarpSize, row_of_lane = first + lane % WARP_ROWS;
@@ -90,8 +89,7 @@ __device__ __forceinline__ void copy_query(STORAGE* to, const STORAGE* query, co
     if (TOKEN_WARPS > 1 && i % TOKEN_WARPS != share) continue;   // the others' turn
     const int index = i * kWarpSize + lane, row = index / Shared::VECTORS, vector = index % Shared::VECTORS;
     const long long from = __shfl_sync(kAllLanes, at, row);
-    start_copy_16_once(to + Shared::place_of(row, vector), query + max(from, 0LL) * HEAD_DIM + vector * Shared::VEC,
-                       from >= 0);
+    start_copy_16(to + Shared::place_of(row, vector), query + max(from, 0LL) * HEAD_DIM + vector * Shared::VEC, from >= 0);
   }
 }
 
@@ -145,8 +143,8 @@ __device__ __forceinline__ void write_rows(const Call& call, const PrefillRows& 
     const int index = i * kWarpSize + lane, row = index / Shared::VECTORS, vector = index % Shared::VECTORS;
     const long long to = __shfl_sync(kAllLanes, at, row);
     if (to >= 0)
-      __stcs(reinterpret_cast<uint4*>(call.out + to * HEAD_DIM + vector * Shared::VEC),
-             *reinterpret_cast<const uint4*>(room + Shared::place_of(row, vector)));
+      *reinterpret_cast<Vector<STORAGE, 8>*>(call.out + to * HEAD_DIM + vector * Shared::VEC) =
+          *reinterpret_cast<const Vector<STORAGE, 8>*>(room + Shared::place_of(row, vector));
   }
 }
 
