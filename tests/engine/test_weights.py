@@ -79,7 +79,7 @@ def test_transformers_finds_the_logits_of_smollm2():
     pytest.importorskip("transformers", reason="transformers is not installed")
     checkpoint, tokenizer = smollm2()
     tokens = tokenizer.encode(tokenizer.chat("Why is the sky blue?"))
-    model = functions("model_step")["as_transformers"](checkpoint)
+    model = functions("model_step")["as_transformers"](checkpoint, "float32", "cpu")
     with torch.no_grad():
         logits = model(torch.tensor([tokens])).logits[0].numpy()
     expected, budget = logits_budget(checkpoint, tokens)
