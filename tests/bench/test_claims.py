@@ -68,6 +68,19 @@ def memory(**tokens):
     return {"rows": rows, "trace": "t"}
 
 
+def served(**gains):
+    row = {"status": "ok", "throughput_gain": 2.0}
+    paged = [{**row, "way": way, "at_once_gain": gain} for way, found in gains.items() for gain in found]
+    reserved = {**row, "way": "contiguous", "at_once_gain": 1.0, "occupancy": 0.25}
+    return {"rows": [reserved, *paged], "model": "m", "trace": "t"}
+
+
+def test_what_paging_can_serve_follows_from_what_was_reserved():
+    finding = verdict("requests served", **served(paged=[3.4, 3.3]))
+    assert "used to 25 %, so that paging alone can serve 4.0 times as many" in finding.reason
+    assert finding.measured == "3.3 to 3.4 times (paged)" and finding.values == (3.3, 3.4)
+
+
 @pytest.mark.parametrize(
     ("name", "document", "expected"),
     [
@@ -79,6 +92,9 @@ def memory(**tokens):
         ("waste", memory(paged_16=0.97, a=0.3), HOLDS),
         ("requests", memory(paged_16=1.0, a=0.19, b=0.1), HOLDS),
         ("requests", memory(paged_16=1.0, a=0.25), FAILS),
+        ("requests served", served(paged=[3.4, 5.2]), HOLDS),
+        ("requests served", served(paged=[3.4, 3.3], shared=[4.0, 5.0]), PARTLY),
+        ("requests served", served(paged=[3.4, 3.3]), FAILS),
         ("example", {"documents_example": [{"system": "reserve-max 2048", "occupancy": 2332 / 6144}]}, HOLDS),
         ("sharing", {"rows": [{"workload": "w", "saved_percent": 51.0}]}, HOLDS),
         (

@@ -26,7 +26,7 @@ def test_without_results_claims_that_need_a_gpu_say_so(tmp_path):
     rows = {row["name"]: row for row in document(tmp_path / "out", "claims")["rows"]}
     assert rows["70B"]["verdict"] == "does not hold" and rows["paging"]["reason"].endswith("it needs a GPU")
     assert rows["utilisation"]["verdict"] == "could not be measured here"
-    assert "For want of a GPU: swap, texture 5x" in printed.replace("\n", " ")
+    assert "For want of a GPU: requests served, swap, texture 5x" in printed.replace("\n", " ")
 
 
 @pytest.mark.skipif(why_no_gpu() is None, reason="would run every experiment on the GPU")
