@@ -174,13 +174,18 @@ def draw(rows: list[Row], path: Path) -> None:
                 axis.plot(
                     [low / 1.03, high * 1.03], [y + shift] * 2, color=colour, linewidth=width, solid_capstyle="butt"
                 )
+        if base is None and row["measured"]:  # nothing to be a multiple of: the words instead
+            said, plain = shortened(row["measured"], 110), {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axis.text(0.01, y, said, transform=axis.get_yaxis_transform(), va="center", fontsize=8, bbox=plain)
+        if base and row["measured_values"] and min(row["measured_values"]) < base / 100:
+            axis.plot(0.01, y - 0.22, "<", color=COLOURS[row["verdict"]], markersize=5)  # goes on to the left
         verdict = row["verdict"] if row["verdict"] != OPEN else "not measured here"
         axis.text(1.01, y, verdict, transform=axis.get_yaxis_transform(), va="center", color=COLOURS[row["verdict"]])
     labels = [shortened(row["statement"]) for row in reversed(rows)]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
     axis.set_xscale("log")
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xlabel("multiples of what is stated; where nothing is stated, of what was published")
+    axis.set_xlabel("multiples of what is stated; where nothing is stated, of what was published; arrows: below 0.01")
     for name, colour in (
         ("stated", "#222222"),
         ("published", "#6b9ac4"),
