@@ -334,7 +334,8 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     """Plot the time of each way."""
     figure, axis = new_figure()
     timed = [row for row in rows if "ms" in row]
-    axis.barh([row["way"] for row in timed], [row["ms"] for row in timed])
+    bars = axis.barh([row["way"] for row in timed], [row["ms"] for row in timed])
+    axis.bar_label(bars, fmt=" %.2f", fontsize=9)
     axis.invert_yaxis()
     axis.set(xlabel="ms a step")
     figure.suptitle(f"A step of decoding, {stamp['device']}")

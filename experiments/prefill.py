@@ -278,19 +278,21 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     good = {
         (row["workload"], row["peer"]): row["tflop_s"] for row in rows if row["status"] == "ok" and "tflop_s" in row
     }
-    peers = [peer for peer in dict.fromkeys(row["peer"] for row in rows) if any(key[1] == peer for key in good)]
+    named = dict.fromkeys([OURS, OURS_FOR_FEW, *(row["peer"] for row in rows)])
+    peers = [peer for peer in named if any(key[1] == peer for key in good)]
     if not peers:
         return
     names = list(dict.fromkeys(row["workload"] for row in rows))
     figure, axis = new_figure(width=12, height=4.8)
     width = 0.85 / len(peers)
     for i, peer in enumerate(peers):
-        places = [n + (i - (len(peers) - 1) / 2) * width for n in range(len(names))]
-        bars = axis.bar(places, [good.get((name, peer), 0) for name in names], width=0.95 * width, label=peer)
+        mine = [n for n, name in enumerate(names) if (name, peer) in good]
+        places = [n + (i - (len(peers) - 1) / 2) * width for n in mine]
+        bars = axis.bar(places, [good[names[n], peer] for n in mine], width=0.95 * width, label=peer)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(range(len(names)), names, fontsize=8)
     axis.set_ylabel("TFLOP/s of the causal product")
-    axis.legend(loc="upper right", ncols=len(peers))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(peers), frameon=False, fontsize=9)
     axis.set_title(f"Prefill over a paged context ({stamp['device']})", fontsize=11)
     save_figure(figure, path)
 

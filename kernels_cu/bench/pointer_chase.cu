@@ -4,8 +4,8 @@
 // A row begins with the next row's block, head and slot, so that between two loads there is the address and nothing else.
 // The first `warm_steps` fetch what is to be found in a cache; the rest is timed.
 //
-// Measured on an H100, cycles from L1, L2 and memory: plain and __ldg 84, 328, 731; no_allocate 330 from L2 even where L1
-// could hold the rows; cp.async 367, 363, 778; textures 138 to 148, 369 to 381, 773 to 782. Going row by row saves nothing.
+// Measured on an H100, cycles from L1, L2 and memory: plain and __ldg 84, 335, 735; no_allocate 343 from L2 even where L1
+// could hold the rows; cp.async 378, 371, 783; textures 138 to 148, 377 to 389, 777 to 789. Going row by row saves nothing.
 //
 // Grid:  (1).    Block: (1).
 //
