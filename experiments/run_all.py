@@ -44,6 +44,7 @@ EXPERIMENTS = {
 TIMES_THE_CPU = {"batching", "call_overhead", "cache_ops", "swap_or_recompute", "serving", "model_step"}
 ROWS_SHOWN = 500
 CORES_TO_SPARE = 8
+LONGEST_S = 1200  # of one experiment: none takes a quarter of it
 
 
 @dataclass
@@ -122,7 +123,11 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     )  # only what is in this folder: each card says where it is from
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     started, clock = time.time(), time.perf_counter()
-    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    variables = {**os.environ, "PYTHONPATH": path}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        return Outcome(name, f"failed: stopped after {LONGEST_S} s", time.perf_counter() - clock)
     outcome = Outcome(name, "ok", time.perf_counter() - clock)
     if answer.returncode != 0:
         said = " ".join((answer.stderr or answer.stdout).split())[-300:]

@@ -87,7 +87,7 @@ class Config:
 
 
 CONFIGS = {
-    ("cuda", False): Config(256, 1, 4096, 65_536, 4, 256, (8, 16, 64), 2048, 256),
+    ("cuda", False): Config(256, 1, 4096, 65_536, 4, 256, (8, 16, 32, 64, 128), 2048, 256),
     ("cuda", True): Config(24, 16, 512, 2048, 2, 32, (16,), 256, 32),
     ("host", False): Config(96, 24, 256, 2048, 3, 24, (8, 16, 32, 64, 128), 512, 64),
     ("host", True): Config(12, 48, 96, 384, 2, 16, (8, 32), 64, 16),
@@ -108,11 +108,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argument_parser(__doc__ or "")
     parser.add_argument("--trace", type=Path, default=None, help="a trace file instead of the sampled conversation")
     parser.add_argument("--requests", type=int, default=None, help="how many requests")
+    parser.add_argument(
+        "--block-sizes", type=int, nargs="+", default=None, help="which block sizes (default: 8 to 128)"
+    )
     parser.add_argument("--rate", type=float, default=None, help="requests a second (default: all at the beginning)")
     options = parser.parse_args(arguments)
     backend = choose_backend(options.backend)
     config = CONFIGS[backend, options.smoke]
-    config = replace(config, requests=options.requests or config.requests, rate=options.rate)
+    sizes = tuple(options.block_sizes or config.block_sizes)
+    config = replace(config, requests=options.requests or config.requests, rate=options.rate, block_sizes=sizes)
     stamp = machine_stamp(backend)
     result_folder(stamp, options.out)
     console.print(EXPECTATION, "\n")

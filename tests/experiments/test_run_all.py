@@ -111,6 +111,15 @@ def test_files_of_an_earlier_run_are_left_out(tmp_path, monkeypatch):
     assert outcome.status == "ok" and not outcome.documents
 
 
+def test_what_hangs_is_stopped(tmp_path, monkeypatch):
+    script = functions("run_all")
+    monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)
+    monkeypatch.setitem(script["run"].__globals__, "LONGEST_S", 0.2)
+    (tmp_path / "layouts.py").write_text("import time\ntime.sleep(60)\n")
+    outcome = script["run"]("layouts", "host", tmp_path, True)
+    assert outcome.status == "failed: stopped after 0.2 s" and outcome.seconds < 30
+
+
 def test_every_experiment_is_run_or_makes_the_report():
     scripts = {path.stem for path in (Path(__file__).parents[2] / "experiments").glob("*.py")}
     assert scripts == {*functions("run_all")["EXPERIMENTS"], "claims", "run_all"}

@@ -36,6 +36,13 @@ def test_requests_that_come_over_time_wait_less(tmp_path, smoke):
     assert all(row["first_token"] < all_row["first_token"] for row, all_row in zip(rows, at_once, strict=True))
 
 
+def test_block_sizes_and_requests_are_the_callers(tmp_path):
+    run("serving", "--smoke", "--backend", "host", "--block-sizes", "4", "--requests", "3", "--out", str(tmp_path))
+    result = document(tmp_path, "serving")
+    assert [(row["way"], row["block_size"]) for row in result["rows"]] == [(CONTIGUOUS, None), (PAGED, 4), (SHARED, 4)]
+    assert all(row["status"] == "ok" for row in result["rows"]) and result["config"]["requests"] == 3
+
+
 def test_a_load_has_the_lengths_of_its_trace_and_common_beginnings():
     script = functions("serving")
     config = script["CONFIGS"]["host", True]
