@@ -183,6 +183,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.text(1.01, y, verdict, transform=axis.get_yaxis_transform(), va="center", color=COLOURS[row["verdict"]])
     labels = [shortened(row["statement"]) for row in reversed(rows)]
     axis.set_yticks(range(len(rows)), labels, fontsize=9)
+    axis.set_ylim(-0.6, len(rows) - 0.4)
     axis.set_xscale("log")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("multiples of what is stated; where nothing is stated, of what was published; arrows: below 0.01")

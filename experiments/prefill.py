@@ -266,9 +266,11 @@ def conclusion(rows: Sequence[Row]) -> str:
         ratios = [row["ratio"] for row in rows if row["peer"] == peer and row["status"] == "ok" and "ratio" in row]
         if ratios:
             mean = float(np.exp(np.mean(np.log(ratios))))
+            over = f"{min(ratios):.2f} to {max(ratios):.2f} times the time of {OURS} on {len(ratios)} workloads"
             parts.append(
-                f"{peer} takes {min(ratios):.2f} to {max(ratios):.2f} times the time of {OURS} on {len(ratios)} "
-                f"{'workload' if len(ratios) == 1 else 'workloads'}, {mean:.2f} in the geometric mean."
+                f"{peer} takes {over}, {mean:.2f} in the geometric mean."
+                if len(ratios) > 1
+                else f"{peer} takes {mean:.2f} times the time of {OURS} on one workload."
             )
     return " ".join(parts)
 
@@ -285,9 +287,10 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     names = list(dict.fromkeys(row["workload"] for row in rows))
     figure, axis = new_figure(width=12, height=4.8)
     width = 0.85 / len(peers)
-    for i, peer in enumerate(peers):
-        mine = [n for n, name in enumerate(names) if (name, peer) in good]
-        places = [n + (i - (len(peers) - 1) / 2) * width for n in mine]
+    present = [[peer for peer in peers if (name, peer) in good] for name in names]
+    for peer in peers:
+        mine = [n for n, found in enumerate(present) if peer in found]
+        places = [n + (present[n].index(peer) - (len(present[n]) - 1) / 2) * width for n in mine]
         bars = axis.bar(places, [good[names[n], peer] for n in mine], width=0.95 * width, label=peer)
         axis.bar_label(bars, fmt="%.0f", fontsize=7)
     axis.set_xticks(range(len(names)), names, fontsize=8)

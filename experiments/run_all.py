@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ EXPERIMENTS = {
 TIMES_THE_CPU = {"batching", "call_overhead", "cache_ops", "swap_or_recompute", "serving", "model_step"}
 ROWS_SHOWN = 500
 CORES_TO_SPARE = 8
-LONGEST_S = 1200  # of one experiment: none takes a quarter of it
+LONGEST_S = 1200  # that an experiment may take
 
 
 @dataclass
@@ -123,16 +124,12 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     )  # only what is in this folder: each card says where it is from
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     started, clock = time.time(), time.perf_counter()
-    variables = {**os.environ, "PYTHONPATH": path}
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=LONGEST_S)
-    except subprocess.TimeoutExpired:
-        return Outcome(name, f"failed: stopped after {LONGEST_S} s", time.perf_counter() - clock)
+    status, output, errors = _answer(command, {**os.environ, "PYTHONPATH": path})
     outcome = Outcome(name, "ok", time.perf_counter() - clock)
-    if answer.returncode != 0:
-        said = " ".join((answer.stderr or answer.stdout).split())[-300:]
-        kept = answer.returncode == COULD_NOT_RUN
-        outcome.status = f"not run: {said}" if kept else f"failed with status {answer.returncode}: {said}"
+    if status != 0:
+        said = " ".join((errors or output).split())[-300:]
+        why = f"failed: stopped after {LONGEST_S} s" if status is None else f"failed with status {status}"
+        outcome.status = f"not run: {said}" if status == COULD_NOT_RUN else f"{why}: {said}"
     for file in sorted([*out.glob(f"{name}.*"), *out.glob(f"{name}_*")], key=lambda file: (len(file.stem), file.stem)):
         if file.stat().st_mtime < started - 1:  # of an earlier run
             continue
@@ -141,6 +138,21 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
         elif file.suffix == ".png":
             outcome.pictures.append(file)
     return outcome
+
+
+def _answer(command: list[str], variables: dict[str, str]) -> tuple[int | None, str, str]:
+    """Return a command's status, None if it had to be stopped, and what it said; nothing that it started goes on."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
+    try:
+        output, errors = process.communicate(timeout=LONGEST_S)
+    except BaseException as error:  # Ctrl-C among them, which does not reach another session
+        os.killpg(process.pid, signal.SIGKILL)
+        output, errors = process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return None, output, errors
+    return process.returncode, output, errors
 
 
 # --- the report ---------------------------------------------------------------------------------------------------

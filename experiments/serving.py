@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--trace", type=Path, default=None, help="a trace file instead of the sampled conversation")
     parser.add_argument("--requests", type=int, default=None, help="how many requests")
     parser.add_argument(
-        "--block-sizes", type=int, nargs="+", default=None, help="which block sizes (default: 8 to 128)"
+        "--block-sizes", type=int, nargs="+", default=None, help="which (default: 8 to 128, fewer in a smoke run)"
     )
     parser.add_argument("--rate", type=float, default=None, help="requests a second (default: all at the beginning)")
     options = parser.parse_args(arguments)

@@ -104,6 +104,24 @@ def test_operations_and_prompts_run_as_fast_as_it_says():
     assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
 
 
+def test_when_a_sequence_is_sooner_swapped():
+    rows = result("swap_or_recompute")["rows"]
+    quicker = defaultdict(list)
+    for row in rows:
+        cell = row["host_blocks"], row["block_size"], row["tokens"]
+        quicker[row["host_blocks"]] += [cell] if row["out_ms"] + row["in_ms"] < row["recompute_ms"] else []
+    near, far = quicker["neighbours"], quicker["scattered"]
+    assert f"in {len(near)} of {sum(row['host_blocks'] == 'neighbours' for row in rows)} cells" in README.replace(
+        "\n", " "
+    )
+    lengths = sorted({row["tokens"] for row in rows})
+    assert lengths[0] == 128 and lengths[-1] == 2048
+    assert not [cell for cell in far if cell[1] <= 16 and cell[2] >= 512]
+    assert {(size, tokens) for _, size, tokens in far if size >= 64} == {
+        (s, t) for s in (64, 128, 256) for t in lengths
+    }
+
+
 def test_prompts_beside_peers_run_as_it_says():
     text, rows = README.replace("\n", " "), result("prefill")["rows"]
     assert all(row["status"] == "ok" for row in rows)

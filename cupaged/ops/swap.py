@@ -149,6 +149,11 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing was moved.
+
+    Notes
+    -----
+    The cache keeps two buffers on its device from its first swap on, each of up to 32 MiB and no larger than the cache.
+    A `SwapEngine` has one such pair for all layers.
     """
     out = isinstance(src, KVCache)
     cache, host = (src, dst) if out else (dst, src)
@@ -345,14 +350,15 @@ def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -
             raise ValueError(
                 f"pairs must name blocks of the {what} from 0 to below {limit}; got {ids[np.argmax(wrong)]}"
             )
-    times = np.bincount(array[:, 1])
-    if times.max() > 1:
-        raise ValueError(f"pairs must write a block once; block {np.argmax(times > 1)} is written twice")
     on_device, on_host = on_device.astype(np.int32), on_host.astype(np.int64)
-    if (on_host[1:] > on_host[:-1]).all():
-        return on_device, on_host
-    order = np.argsort(on_host, kind="stable")
-    return on_device[order], on_host[order]
+    if not (on_host[1:] > on_host[:-1]).all():
+        order = np.argsort(on_host, kind="stable")
+        on_device, on_host = on_device[order], on_host[order]
+    written = on_host if out else np.sort(on_device)
+    twice = written[1:] == written[:-1]
+    if twice.any():
+        raise ValueError(f"pairs must write a block once; block {written[np.argmax(twice)]} is written twice")
+    return on_device, on_host
 
 
 def _runs(ids: np.ndarray, at_once: int, size: int) -> list[list[tuple[int, int, int]]]:

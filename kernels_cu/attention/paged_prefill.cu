@@ -57,7 +57,9 @@ struct __align__(128) Memory {
   STORAGE query[ROWS * HEAD_DIM];
   Stage stage[STAGES];
 };
-static_assert(ROWS <= 2 * TILE_TOKENS, "a stage that is no longer read has room for a result");
+static_assert(TOKEN_WARPS == 1 || ROW_WARPS == 1, "warps share the rows, or the tokens");
+static_assert(TOKEN_WARPS > 1 ? WARPS * ROWS * sizeof(float) <= 2 * TILE_TOKENS * sizeof(STORAGE) : ROWS <= 2 * TILE_TOKENS,
+              "a stage that is no longer read has room for a result");
 
 // What threads tell each other.
 struct Exchange {

@@ -1,5 +1,5 @@
-// Loads from global memory, each a plain dereference. Kernels go through these functions because the host build has a
-// twin of this header that notes which bytes every warp asks for.
+// Loads from global memory. Kernels go through these functions because the host build has a twin of this header that notes
+// which bytes every warp asks for.
 #ifndef CUPAGED_GLOBAL_MEMORY_CUH   // the host build has included its twin by now
 #define CUPAGED_GLOBAL_MEMORY_CUH
 
@@ -32,6 +32,7 @@ __device__ __forceinline__ uint4 load_no_allocate(bool wanted, const uint4* addr
 #undef CUPAGED_LOAD_16
 
 // load_global where `wanted`, else zeros without touching memory: lanes that want nothing still keep step with their warp.
+// 16 bytes must be such as the kernel does not write: the compiler may load them before what it stores.
 template <typename T>
 __device__ __forceinline__ T load_global_if(bool wanted, const T* address) {
   T value = {};

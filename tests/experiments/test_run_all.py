@@ -115,10 +115,18 @@ def test_files_of_an_earlier_run_are_left_out(tmp_path, monkeypatch):
 def test_what_hangs_is_stopped(tmp_path, monkeypatch):
     script = functions("run_all")
     monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)
-    monkeypatch.setitem(script["run"].__globals__, "LONGEST_S", 0.2)
-    (tmp_path / "layouts.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setitem(script["run"].__globals__, "LONGEST_S", 2)
+    (tmp_path / "layouts.py").write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "pathlib.Path(sys.argv[0]).with_name('child').write_text(str(child.pid))\n"
+        "print('so far', flush=True)\n"
+        "time.sleep(60)\n"
+    )
     outcome = script["run"]("layouts", "host", tmp_path, True)
-    assert outcome.status == "failed: stopped after 0.2 s" and outcome.seconds < 30
+    assert outcome.status == "failed: stopped after 2 s: so far" and outcome.seconds < 30
+    child = Path("/proc") / (tmp_path / "child").read_text() / "stat"
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # killed, and not yet waited for
 
 
 def test_every_experiment_is_run_or_makes_the_report():

@@ -28,6 +28,8 @@ SHAPES = [
     PrefillShape(DecodeShape((90, 33), layout="BHDSX", block_size=1), (60, 33)),
     PrefillShape(DecodeShape((300, 0, 1, 129), head_dim=32), (0, 0, 1, 129)),
     PrefillShape(DecodeShape((130,), num_heads=2, num_kv_heads=2, head_dim=80), (130,)),
+    *(PrefillShape(DecodeShape((70, 200), head_dim=dim, num_heads=8), new)  # 6, 18 and 30 vectors a row
+      for dim in (48, 144, 240) for new in ((4, 2), (40, 9))),
     PrefillShape(DecodeShape((700, 64, 1), num_heads=6), (1, 64, 1)),
     PrefillShape(DecodeShape((100, 5), num_heads=6), (140, 9)),
     PrefillShape(DecodeShape((260, 40), num_heads=24, unmapped=0.4), (50, 40), causal=False),

@@ -131,6 +131,45 @@ def test_what_others_move_is_waited_for(waits, monkeypatch):
     assert all(arrives(seed) for seed in range(20)) == waits
 
 
+@pytest.mark.parametrize("waits", [True, False])
+def test_what_the_buffers_memory_held_before_is_done_with(waits, monkeypatch):
+    """The memory that buffers get may still be written, on the stream that they are made on."""
+    plain, made = swap._Streams.wait_for_current, []
+
+    def wait(streams):
+        made.append(streams)
+        if waits or len(made) > 1:  # the first is made with the buffers
+            plain(streams)
+
+    monkeypatch.setattr(swap._Streams, "wait_for_current", wait)
+
+    def arrives(seed):
+        made.clear()
+        streams = Streams(monkeypatch, seed)
+        cache, buffers = pg.KVCache(CONFIG, "cuda"), []
+        content = np.random.default_rng(0).random((12, 128)).astype(np.float16)
+        for array, half in zip(cache.storage, (content[:, :64], content[:, 64:]), strict=True):
+            streams.seen(array).reshape(12, 64)[...] = half
+        streams.current[-1].add(lambda: [streams.seen(buffer).fill(-1) for buffer in buffers])
+        engine = pg.SwapEngine([cache], 8, pinned=False)
+        buffers += engine._mover.buffers
+        with Stream(streams):
+            engine.swap_out(OUT)
+        streams.run()
+        return np.array_equal(engine.host[0].blocks[OUT[:, 1]], content[OUT[:, 0]])
+
+    assert all(arrives(seed) for seed in range(20)) == waits
+
+
+@pytest.mark.parametrize("dtype", [np.uint64, np.int8])
+def test_pairs_of_any_integers(dtype, monkeypatch):
+    work = Work(monkeypatch, 0, layers=1)
+    work.write()
+    work.engine.swap_out(OUT.astype(dtype))
+    work.streams.run()
+    assert np.array_equal(work.engine.host[0].blocks[OUT[:, 1]], work.content[0][OUT[:, 0]])
+
+
 def test_memory_on_the_host_knows_when_its_copies_are_done(monkeypatch):
     work = Work(monkeypatch, 0)
     work.engine.swap_out(OUT)
