@@ -220,3 +220,14 @@ def test_the_comparison_with_peers_is_what_was_measured():
     contiguous = [of["SDPA"]["ratio"] for of in best.values() if "SDPA" in of]
     said = f"from {100 * (1 - min(contiguous)):.0f} % behind to {100 * (max(contiguous) - 1):.0f} % ahead of PyTorch's"
     assert said in text
+
+
+def test_the_table_of_prefill_is_what_was_measured():
+    table = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split("## Prefill")[1]
+    rows = [row for row in result("prefill")["rows"] if row["peer"] != "cupaged, decode kernel"]
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    peers = ("cupaged", "FlashInfer, fa2", "FlashInfer, fa3", "SDPA, flash", "SDPA, cuDNN")
+    speeds = {(row["workload"], row["peer"]): f"{row['tflop_s']:.0f}" for row in rows}
+    for name in names:
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [speeds[name, peer] for peer in peers]
