@@ -24,9 +24,7 @@ struct PrefillTile {
 
   using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
   using Weights = LeftTile[OPERANDS];              // of 16 tokens
-  struct Totals {
-    float sum[HALVES];                             // of the weights of 16 tokens, this lane's part
-  };
+  using Totals = float[HALVES];                    // sums of the weights of 16 tokens, this lane's part
 
   LeftTile held[HeldSteps > 0 ? HeldSteps : 1][OPERANDS];   // the first steps of the query: the rest is read each time
   ResultTile out[OPERANDS][2 * STEPS];
@@ -145,7 +143,7 @@ struct PrefillTile {
     const float* logit = product[operand][2 * sixteenth + eighth].value + 2 * half;
     const float base = softmax[of_all].max;
     const float low = fast_exp2(fmaf(logit[0], factor, -base)), high = fast_exp2(fmaf(logit[1], factor, -base));
-    total.sum[of_all] = eighth == 0 ? low + high : total.sum[of_all] + (low + high);
+    total[of_all] = eighth == 0 ? low + high : total[of_all] + (low + high);
     weight[operand].pair[half + 2 * eighth] = pack_pair(low, high, T());
   }
 
@@ -155,13 +153,13 @@ struct PrefillTile {
                                          int sixteenth) {
     bool outgrown = false;
 #pragma unroll
-    for (float sum : total.sum) outgrown = outgrown || sum > HEADROOM;
+    for (float sum : total) outgrown = outgrown || sum > HEADROOM;
     if (__any_sync(kAllLanes, outgrown)) {
       raise(product, factor, sixteenth);
 #pragma unroll
       for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight, total, product, factor, sixteenth, pair);
     }
 #pragma unroll
-    for (int half = 0; half < HALVES; ++half) softmax[half].sum += total.sum[half];
+    for (int half = 0; half < HALVES; ++half) softmax[half].sum += total[half];
   }
 };
