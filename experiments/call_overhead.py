@@ -124,7 +124,7 @@ class Step:
         slots = last.astype(np.int64)
         rows = (array.reshape(-1, *array.shape[2:])[slots] for array in cache.to_dense())
         self.calls: dict[str, Call] = {
-            BARE: partial(launch.run, launch.values),
+            BARE: partial(launch.launcher.by_cupy, launch.values) if backend == "cuda" else launch.launcher,
             PREPARED: self.prepared,
             PLANNED: partial(attend, plan=plan),
             UNPLANNED: partial(attend, kernel="paged_attention_persistent"),

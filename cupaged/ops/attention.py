@@ -586,6 +586,7 @@ def _planned_launch(
         num_kv_heads=config.num_kv_heads,
         group=query.shape[-2] // config.num_kv_heads,
         max_blocks=block_tables.shape[1],
+        num_blocks=config.num_blocks,
         **layouts.stride_arguments(key, value, ("block", "head", "slot")),
         **variants.arguments,
         **of_prefix,

@@ -22,6 +22,7 @@ from cupaged.ops.checks import (
     checked_shared_prefix,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
+from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -115,6 +116,9 @@ class DecodePlan:
         Tokens that all sequences share.
     prefix : DecodePlan or None
         Of the launch that reads these for all sequences at once; None: each sequence reads its own.
+    overlap : bool
+        Whether a call starts while the kernel before it on the stream ends: it waits by itself, and meanwhile fetches
+        what it will read first into the L2 cache.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class DecodePlan:
         window: int | None = None,
         shared_prefix: int = 0,
         shared_by: int = 1,
+        overlap: bool = True,
     ) -> None:
         """Make room for a plan; `shared_by` sequences, if several, share the one that it is for, as their prefix."""
         config = cache.config
@@ -134,11 +139,12 @@ class DecodePlan:
         self.query_tokens, self.window = query_tokens, window
         self.shared_prefix = shared_prefix
         self.prefix: DecodePlan | None = None
-        self.defines: dict[str, int] = {}  # besides those of a call's variants
+        self.overlap = overlap and (cache.backend == "host" or can_overlap_launches(cache.device))
+        self.defines: dict[str, int] = {"LAUNCH_OVERLAP": int(self.overlap)}  # besides those of a call's variants
         if shared_by > 1:
-            self.defines = {"QUERY_TOKENS": 1, "SHARED_PREFIX": PREFIX_ALONE}
+            self.defines |= {"QUERY_TOKENS": 1, "SHARED_PREFIX": PREFIX_ALONE}
         elif shared_prefix and num_seqs > 1:
-            self.defines = {"SHARED_PREFIX": PREFIX_BEFORE}
+            self.defines |= {"SHARED_PREFIX": PREFIX_BEFORE}
             self._plan_prefix(cache)
         rows_of_kv_head = shared_by * query_tokens * num_heads // config.num_kv_heads
         sms = device_attribute(cache.backend, "MultiProcessorCount", HOST_BLOCKS)
@@ -189,7 +195,9 @@ class DecodePlan:
     def _plan_prefix(self, cache: KVCache) -> None:
         """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""
         xp, rows = cache.xp, self.num_seqs * self.query_tokens * self.num_heads
-        self.prefix = DecodePlan(cache, 1, self.num_heads, self.query_tokens, shared_by=self.num_seqs)
+        self.prefix = DecodePlan(
+            cache, 1, self.num_heads, self.query_tokens, shared_by=self.num_seqs, overlap=self.overlap
+        )
         self.prefix_lens = xp.full(1, self.shared_prefix, dtype=np.int32)
         self.prefix.update(self.prefix_lens)
         self.prefix_out = xp.empty((rows, self.config.head_dim), dtype=np.float32)
@@ -287,6 +295,7 @@ def plan_decode(
     query_tokens: int = 1,
     window: int | None = None,
     shared_prefix: int = 0,
+    overlap: bool = True,
 ) -> DecodePlan:
     """Return a plan for decode attention of these lengths.
 
@@ -300,6 +309,9 @@ def plan_decode(
         Query heads.
     query_tokens, window, shared_prefix : int
         Those of the calls. A plan's shared prefix stays as it is: `DecodePlan.update` is told the whole lengths.
+    overlap : bool
+        Whether calls start while the kernel before them on the stream ends, where the GPU can: from compute capability
+        9.0 and a driver of CUDA 12.3 on. They change nothing before it has ended.
 
     Raises
     ------
@@ -322,7 +334,7 @@ def plan_decode(
         )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
-    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix)
+    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix, overlap=overlap)
     plan.update(lens)
     return plan
 

@@ -11,13 +11,14 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
 from cupaged.runtime.cache import cache_folder, store
+from cupaged.runtime.driver import DriverLaunch
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.source import KernelSource, Parameter
 
@@ -194,8 +195,11 @@ class CudaKernel:
                 )
             kernel.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_bytes[device] = shared_bytes
-        run = partial(kernel, grid, block, shared_mem=shared_bytes)
-        return PreparedLaunch(self.source, run, tuple(self._converters), values, device, cupy.cuda.runtime.getDevice)
+        overlaps = ("LAUNCH_OVERLAP", "1") in self.source.defines
+        launcher = DriverLaunch(kernel, grid, block, shared_bytes, values, overlaps)
+        return PreparedLaunch(
+            self.source, launcher, tuple(self._converters), values, device, cupy.cuda.runtime.getDevice
+        )
 
     @cached_property
     def _converters(self) -> dict[str, Callable[[Any], Any]]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -367,6 +367,31 @@ extern "C" void cupaged_entry(void** arguments) {{ call(&{entry}, arguments); }}
 """
 
 
+@dataclass(frozen=True)
+class HostLaunch:
+    """One launch, made over and over: `run` with `values`."""
+
+    run: Callable[[tuple[Any, ...]], None]
+    values: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        """Run the kernel with the values that it was made with."""
+        self.run(self.values)
+
+    def open_for(self, places: Sequence[int]) -> Callable[[Sequence[Any]], None]:
+        """Return what runs it with other arrays in these places, in their order."""
+        run = self.run
+        fixed = [None if place in places else value for place, value in enumerate(self.values)]
+
+        def launch(arrays: Sequence[Any]) -> None:
+            values = fixed.copy()
+            for place, array in zip(places, arrays, strict=True):
+                values[place] = array
+            run(tuple(values))
+
+        return launch
+
+
 @dataclass
 class HostKernel:
     """A kernel that runs on NumPy arrays on this machine's CPU.
@@ -429,8 +454,8 @@ class HostKernel:
                 f"{self.source.entry}: shared_bytes must be at most {MAX_SHARED_BYTES} (an H100's); got {shared_bytes}"
             )
         values = typed_values(self.source.entry, self._converters, arguments)
-        run = partial(self._run, grid, block, shared_bytes)
-        return PreparedLaunch(self.source, run, tuple(self._converters), values)
+        launcher = HostLaunch(partial(self._run, grid, block, shared_bytes), values)
+        return PreparedLaunch(self.source, launcher, tuple(self._converters), values)
 
     def _run(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, values: tuple[Any, ...]) -> None:
         self.build()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cupaged.runtime.arguments import NULL
 from cupaged.runtime.source import KernelSource, asked_for, kernels_folder
 
-__all__ = ["CheckedCall", "CheckedCalls", "PreparedLaunch", "remembered"]
+__all__ = ["CheckedCall", "CheckedCalls", "Launcher", "PreparedLaunch", "remembered"]
 
 KEPT_CALLS = 8
 LOOK_SECONDS = 0.01  # an edited file is noticed this late at most: asking for eight files takes as long as a launch
@@ -24,6 +23,16 @@ def _host_device() -> int:
     return 0
 
 
+class Launcher(Protocol):
+    """Makes one launch over and over; a backend's own."""
+
+    def __call__(self) -> None:
+        """Launch with the values that it was made with."""
+
+    def open_for(self, places: Sequence[int]) -> Callable[[Sequence[Any]], None]:
+        """Return what launches with other arrays in these places of the values, in their order."""
+
+
 @dataclass(frozen=True)
 class PreparedLaunch:
     """A launch whose arguments were checked and typed; calling it launches and does nothing else.
@@ -32,8 +41,8 @@ class PreparedLaunch:
     ----------
     source : KernelSource
         Of the kernel.
-    run : callable
-        Launches with the values that it is given.
+    launcher : Launcher
+        Makes the launch.
     names : tuple of str
         The kernel's parameters.
     values : tuple
@@ -45,7 +54,7 @@ class PreparedLaunch:
     """
 
     source: KernelSource
-    run: Callable[[tuple[Any, ...]], None]
+    launcher: Launcher
     names: tuple[str, ...]
     values: tuple[Any, ...]
     device: int = 0
@@ -64,7 +73,7 @@ class PreparedLaunch:
                 f"{self.source.entry} was prepared for device {self.device}; "
                 f"the current device is {self.current_device()}"
             )
-        self.run(self.values)
+        self.launcher()
 
 
 class CheckedCall:
@@ -79,23 +88,19 @@ class CheckedCall:
     ) -> None:
         self.signature = signature
         self._still_known = still_known
-        self._run, self._source = launch.run, launch.source
-        self._device, self._current_device = launch.device, launch.current_device
-        fixed: list[Any] = []
-        places = []
-        for name, value in zip(launch.names, launch.values, strict=True):
-            if name in arrays and value is not NULL:
-                places.append(arrays.index(name))
-            else:
-                places.append(len(arrays) + len(fixed))
-                fixed.append(value)
-        self._fixed, self._in_order = tuple(fixed), itemgetter(*places)
+        self._source, self._device, self._current_device = launch.source, launch.device, launch.current_device
+        given = {
+            place: arrays.index(name)
+            for place, (name, value) in enumerate(zip(launch.names, launch.values, strict=True))
+            if name in arrays and value is not NULL
+        }
+        self._launch, self._order = launch.launcher.open_for(tuple(given)), tuple(given.values())
         self._asked_for = asked_for()
         self._look_again = time.monotonic() + LOOK_SECONDS
 
     def launch(self, *arrays: Any) -> None:
         """Launch with these arrays, in the order of the names that it was made with; None where there was none."""
-        self._run(self._in_order(arrays + self._fixed))
+        self._launch([arrays[index] for index in self._order])
 
     def is_current(self) -> bool:
         """Whether the same kernel, of an unchanged source, would be launched on the same device now.

@@ -4,7 +4,8 @@
 // Adds over paged_attention_mma: each warp has a ring of chunks of 16 or 32 tokens in shared memory that copies fill while
 // earlier ones are used, across the borders of sequences and pieces; a thread block lives as long as the kernel and
 // takes pieces of the work from a queue (decode_plan.cuh). Where a sequence is cut into parts, the last of them to be
-// done merges their results, in their order: the same plan gives the same bits.
+// done merges their results, in their order: the same plan gives the same bits. On Hopper a call starts while the kernel
+// before it ends, and fetches what it will read first into the L2 cache (launch_overlap.cuh).
 //
 // Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
 //
@@ -22,10 +23,11 @@
 //   WARPS         warps in a block
 //   STAGES        chunks in a warp's ring
 //   CHUNK_TOKENS  tokens in a chunk, 16 or 32; the plan's
-//   and those of variants.cuh and shared_prefix.cuh
+//   and those of variants.cuh, shared_prefix.cuh and launch_overlap.cuh
 #include "async_copy.cuh"
 #include "attention_tile.cuh"
 #include "decode_plan.cuh"
+#include "launch_overlap.cuh"
 #include "paged_kv.cuh"
 #include "running_attention.cuh"
 #include "shared_prefix.cuh"
@@ -36,6 +38,8 @@ constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;        // 16-byte vectors in a token's row
 constexpr int COPIES = CHUNK * VECTORS / kWarpSize;   // of a key's vector and a value's, that a lane makes of a chunk
 constexpr int COPIES_AT_ONCE = HEAD_DIM > 128 ? 4 : COPIES;   // of more the registers do not hold the addresses
+constexpr int LINES = (HEAD_DIM + 63) / 64;    // of 128 bytes, in a row
+constexpr int FETCHES = (CHUNK * LINES + kWarpSize - 1) / kWarpSize;   // of a key's line and a value's
 constexpr int QUADS = HEAD_DIM / 4;            // groups of 4 dimensions: what a thread merges at once
 constexpr int LOOKAHEAD = 6 * WARPS;           // chunks before its end at which a block asks for the next piece
 constexpr int MERGED_AT_ONCE = 16;             // parts of a tile that a thread reads side by side
@@ -51,16 +55,87 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
   __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
 };
 
+// That a warp fetches into L2 while the kernel before ends: 128 KiB a block.
+constexpr int CHUNKS_AHEAD = (128 * 1024 / sizeof(Chunk) + WARPS - 1) / WARPS;
+
+using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
+
+// The query rows of a head tile.
+struct Rows {
+  int seq, kv_head, first, count;   // first row within the KV head's, and how many
+  int num_kv_heads, group;
+  SharedPrefix prefix;
+
+  __device__ __forceinline__ int token(int row) const { return QUERY_TOKENS ? (first + row) / group : 0; }
+  __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row - token(row) * group); }
+  __device__ __forceinline__ long long index(const Variants& variants, int row) const {   // in [seqs, tokens, heads]
+    const long long query_row = QUERY_TOKENS ? static_cast<long long>(seq) * variants.query_tokens + token(row) : seq;
+    return query_row * num_kv_heads * group + head(row);
+  }
+  // Write 4 dimensions of a row's attention over the whole context.
+  __device__ __forceinline__ void write(STORAGE* out, float* lse, const Variants& variants, int row, int dim, Part all) const {
+    const long long at = index(variants, row);
+    if (SHARED_PREFIX == PREFIX_ALONE) return prefix.store(all, at, HEAD_DIM, dim);
+    if (SHARED_PREFIX == PREFIX_BEFORE) prefix.add_to(all, at, HEAD_DIM, dim);
+    const float factor = variants.add_sink(all.softmax, head(row)) * all.softmax.normaliser();
+    Vector<STORAGE, 4> result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.value[i] = from_float<STORAGE>(all.sum[i] * factor);
+    *reinterpret_cast<Vector<STORAGE, 4>*>(out + at * HEAD_DIM + dim) = result;
+    if (dim == 0 && lse != nullptr) lse[at] = all.softmax.log_sum_exp();
+  }
+};
+
 // A launch's arguments that are the same for every thread.
 struct Call {
+  const STORAGE* query;      // [num_seqs, query_tokens, num_heads, HEAD_DIM]
   const int* block_tables;   // [num_seqs, max_blocks], -1 = unmapped
   const int* seq_lens;       // [num_seqs]
-  int max_blocks, row_tiles;   // row_tiles: head tiles of a KV head
+  int num_seqs, max_blocks, num_blocks;             // rows and columns of the table, blocks of the cache
+  int num_kv_heads, group, rows_of_head, row_tiles;   // query rows and head tiles of a KV head
   const STORAGE *key_cache, *value_cache;
   Strides key_strides, value_strides;
   Variants variants;
   SharedPrefix prefix;
+
+  __device__ __forceinline__ Rows rows_of(int seq, int tile) const {
+    const int first = tile % row_tiles * ROWS;
+    return {seq, tile / row_tiles, first, min(ROWS, rows_of_head - first), num_kv_heads, group, prefix};
+  }
 };
+
+__device__ __forceinline__ bool in_range(int index, int count) { return 0 <= index && index < count; }
+
+// Fetch what a block reads first, while the kernel before may still be at work: its first piece's first chunks, queries and
+// length. Plan and table may not be written yet, so they are asked for no more than addresses, and those are held to the
+// arrays.
+__device__ __forceinline__ void fetch_ahead(const Call& call, const int* summary, const Piece* queue) {
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, thread = threadIdx.x;
+  const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
+  const Piece piece{fields.x, fields.y, fields.z, fields.w};
+  if (!in_range(piece.seq, call.num_seqs) || !in_range(piece.tile, call.num_kv_heads * call.row_tiles)) return;
+  const Rows rows = call.rows_of(piece.seq, piece.tile);
+  const BlockTable table(call.block_tables, piece.seq, call.max_blocks);
+#pragma unroll
+  for (int n = 0; n < CHUNKS_AHEAD; ++n) {
+    const unsigned chunk = static_cast<unsigned>(piece.begin) + n * WARPS + warp, first_token = chunk * CHUNK;
+    const int index = (first_token + lane % CHUNK) / BLOCK_SIZE;
+    int entry = kUnmapped;   // of token l % CHUNK of the chunk, by lane l
+    if (chunk < static_cast<unsigned>(piece.end) && in_range(index, call.max_blocks)) entry = table.peek_block(index);
+#pragma unroll
+    for (int i = 0; i < FETCHES; ++i) {
+      const int line = i * kWarpSize + lane, row = line / LINES % CHUNK, dim = line % LINES * (HEAD_DIM / LINES);
+      const int block_id = __shfl_sync(kAllLanes, entry, row), slot = (first_token + row) % BLOCK_SIZE;
+      if (!in_range(block_id, call.num_blocks)) continue;
+      fetch_line(call.key_cache + call.key_strides.offset(block_id, rows.kv_head, slot, dim));
+      fetch_line(call.value_cache + call.value_strides.offset(block_id, rows.kv_head, slot, dim));
+    }
+  }
+  if (thread < rows.count * LINES)
+    fetch_line(call.query + rows.index(call.variants, thread / LINES) * HEAD_DIM + thread % LINES * (HEAD_DIM / LINES));
+  fetch_line(call.seq_lens + piece.seq);
+  fetch_line(summary);
+}
 
 // Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
 struct Cursor {
@@ -78,9 +153,9 @@ struct Cursor {
   __device__ __forceinline__ void advance(const Call& call, int chunks) {
     chunk += chunks;
     if (!valid()) return;
-    const unsigned index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
+    const int index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
     entry = kUnmapped;
-    if (index < static_cast<unsigned>(call.max_blocks))
+    if (in_range(index, call.max_blocks))
       entry = BlockTable(call.block_tables, seq, call.max_blocks).block(index);
   }
 
@@ -122,34 +197,6 @@ struct Exchange {
   int used_stage[WARPS];                // whose memory holds a warp's result
   unsigned int taken;                   // number of the next piece
   bool last;                            // whether all other parts of a tile are there
-};
-
-using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
-
-// The query rows of a head tile.
-struct Rows {
-  int seq, kv_head, first, count;   // first row within the KV head's, and how many
-  int num_kv_heads, group;
-  SharedPrefix prefix;
-
-  __device__ __forceinline__ int token(int row) const { return QUERY_TOKENS ? (first + row) / group : 0; }
-  __device__ __forceinline__ int head(int row) const { return kv_head * group + (first + row - token(row) * group); }
-  __device__ __forceinline__ long long index(const Variants& variants, int row) const {   // in [seqs, tokens, heads]
-    const long long query_row = QUERY_TOKENS ? static_cast<long long>(seq) * variants.query_tokens + token(row) : seq;
-    return query_row * num_kv_heads * group + head(row);
-  }
-  // Write 4 dimensions of a row's attention over the whole context.
-  __device__ __forceinline__ void write(STORAGE* out, float* lse, const Variants& variants, int row, int dim, Part all) const {
-    const long long at = index(variants, row);
-    if (SHARED_PREFIX == PREFIX_ALONE) return prefix.store(all, at, HEAD_DIM, dim);
-    if (SHARED_PREFIX == PREFIX_BEFORE) prefix.add_to(all, at, HEAD_DIM, dim);
-    const float factor = variants.add_sink(all.softmax, head(row)) * all.softmax.normaliser();
-    Vector<STORAGE, 4> result;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) result.value[i] = from_float<STORAGE>(all.sum[i] * factor);
-    *reinterpret_cast<Vector<STORAGE, 4>*>(out + at * HEAD_DIM + dim) = result;
-    if (dim == 0 && lse != nullptr) lse[at] = all.softmax.log_sum_exp();
-  }
 };
 
 // Merge the parts of a tile, in their order. Where there are few rows, neighbouring lanes share the parts of one.
@@ -198,19 +245,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
     float* partial_out,                       // [max_slots, ROWS, HEAD_DIM], work space
     float* partial_state,                     // [max_slots, ROWS, 2], work space: maximum and sum
     unsigned int* arrivals,                   // [1 + max_slots], zeros before and after; [0] is the queue
-    const STORAGE* __restrict__ query,        // [num_seqs, query_tokens, num_heads, HEAD_DIM]
+    const STORAGE* query,                     // [num_seqs, query_tokens, num_heads, HEAD_DIM]
     const STORAGE* __restrict__ key_cache,    // by the strides below
     const STORAGE* __restrict__ value_cache,  // likewise
-    const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
-    const int* __restrict__ seq_lens,         // [num_seqs], the plan's; shorter ones without a window
-    const int* __restrict__ summary,          // [2], the plan's: how many pieces, and the chunks of the largest
-    const int* __restrict__ pieces,           // [max_pieces, 8], the plan's Pieces
-    const float scale, const int num_kv_heads, const int group, const int max_blocks,
+    const int* block_tables,                  // [num_seqs, max_blocks], -1 = unmapped
+    const int* seq_lens,                      // [num_seqs], the plan's; shorter ones without a window
+    const int* summary,                       // [2], the plan's: how many pieces, and the chunks of the largest
+    const int* pieces,                        // [max_pieces, 8], the plan's Pieces
+    const float scale, const int num_kv_heads, const int group, const int max_blocks, const int num_blocks,
     const int key_block_stride, const long long key_head_stride, const int key_slot_stride,
     const int value_block_stride, const long long value_head_stride, const int value_slot_stride,
     const int query_tokens, const int window, const float softcap,
-    const float* __restrict__ alibi_slopes,   // [num_heads], read if ALIBI
-    const float* __restrict__ sinks,          // [num_heads], read if SINKS
+    const float* alibi_slopes,                // [num_heads], read if ALIBI
+    const float* sinks,                       // [num_heads], read if SINKS
     float* prefix_out, float* prefix_state,   // SharedPrefix's; null without SHARED_PREFIX
     const int prefix_tokens, const int num_seqs) {
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
@@ -220,16 +267,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
   const SharedPrefix prefix{prefix_tokens, num_seqs, prefix_out, prefix_state};
   const int rows_of_head = prefix.query_tokens(variants) * group, row_tiles = (rows_of_head + ROWS - 1) / ROWS;
-  const Call call{block_tables, seq_lens, max_blocks, row_tiles, key_cache, value_cache,
+  const Call call{query, block_tables, seq_lens, num_seqs, max_blocks, num_blocks,
+                  num_kv_heads, group, rows_of_head, row_tiles, key_cache, value_cache,
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
+  if constexpr (LAUNCH_OVERLAP) fetch_ahead(call, summary, queue);
+  wait_for_kernel_before();
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
   Piece piece = load_global(queue + number), next = {};
   if (number >= count) return;
   // Pieces too short to hide a question behind are dealt out in turns.
   const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;
+  if (!queued) start_kernel_after();
 
   // The warp's ring: copies of `issued` chunks have been started, `used` of them used.
   Cursor load;
@@ -249,9 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
 
   Tile tile;
   while (piece.chunks() > 0) {
-    const int first_row = piece.tile % row_tiles * ROWS;
-    const Rows rows{piece.seq, piece.tile / row_tiles, first_row,
-                    min(ROWS, rows_of_head - first_row), num_kv_heads, group, prefix};
+    const Rows rows = call.rows_of(piece.seq, piece.tile);
     tile.start(query, rows.count, [&](int row) { return rows.index(variants, row) * HEAD_DIM; });
     int context[Tile::HALVES];   // tokens that a row sees, those before its window too
     float slope[Tile::HALVES];
@@ -296,6 +345,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
         if (threadIdx.x == 0) exchange.taken = taken;
         __syncthreads();
         next = load_global_if(exchange.taken < static_cast<unsigned>(count), queue + exchange.taken);
+        if (next.chunks() == 0) start_kernel_after();
       }
     }
 

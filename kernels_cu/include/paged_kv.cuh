@@ -8,6 +8,7 @@
 #pragma once
 
 #include "global_memory.cuh"
+#include "launch_overlap.cuh"
 
 #ifndef TABLE_LOOKUP
 #define TABLE_LOOKUP 1
@@ -27,6 +28,14 @@ struct BlockTable {
   __device__ __forceinline__ int block(unsigned index) const {
 #if TABLE_LOOKUP
     return load_global(row + index);
+#else
+    return static_cast<int>(first + index);
+#endif
+  }
+  // What the table says while it may not be written yet.
+  __device__ __forceinline__ int peek_block(unsigned index) const {
+#if TABLE_LOOKUP
+    return peek(row + index);
 #else
     return static_cast<int>(first + index);
 #endif

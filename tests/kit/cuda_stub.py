@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from cupaged.ops import plan
-from cupaged.runtime import cuda, launch, select
+from cupaged.runtime import cuda, driver, launch, select
 
 H100 = {
     "MultiProcessorCount": 132,
@@ -19,15 +20,20 @@ H100 = {
 
 
 class StubKernel:
-    """Stands for a ``cupy.RawKernel``; keeps what it is launched with."""
+    """Stands for a ``cupy.RawKernel``."""
 
     num_regs, shared_size_bytes, max_dynamic_shared_size_bytes = 128, 0, 0
+    kernel = SimpleNamespace(ptr=1 << 20)
 
-    def __init__(self):
-        self.launches = []
 
-    def __call__(self, grid, block, values, shared_mem=0):
-        self.launches.append((grid, block, values, shared_mem))
+class Launched(NamedTuple):
+    """What the driver was told: arguments as the bytes that the kernel would read, in words of 8."""
+
+    grid: tuple
+    block: tuple
+    shared_bytes: int
+    overlaps: bool
+    words: tuple
 
 
 class CudaStub:
@@ -36,7 +42,7 @@ class CudaStub:
     def __init__(self, monkeypatch):
         import cupy
 
-        self.kernel, self.device = StubKernel(), 0
+        self.kernel, self.device, self.launches = StubKernel(), 0, []
         self._cupy, self._addresses = cupy, itertools.count(1 << 30, 1 << 30)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(cupy, name, self.array)
@@ -50,6 +56,14 @@ class CudaStub:
         monkeypatch.setattr(launch, "_remembered", {})
         monkeypatch.setattr(plan, "_compute_capability", lambda device: 90)
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self.kernel)
+        monkeypatch.setattr(driver, "_launch_function", lambda: None)
+        monkeypatch.setattr(driver.DriverLaunch, "_launch", lambda launch: self._launched(launch))
+        monkeypatch.setattr(plan, "can_overlap_launches", lambda device: True)
+
+    def _launched(self, launch):
+        told = launch._config
+        made = tuple(told.grid), tuple(told.block), told.shared_bytes, bool(told.num_attributes), tuple(launch._words)
+        self.launches.append(Launched(*made))
 
     def array(self, shape, dtype=np.float32, address=None):
         """Return an array that lies nowhere on the current device."""

@@ -230,4 +230,4 @@ def test_an_array_is_filled_by_surface_writes(asked):
     arrays = [descriptors for descriptors in made if len(descriptors) == 5]
     assert [array[1:4] for array in arrays] == [(128, 16, 0)] * 2  # slots along x, a row's vectors along y
     assert view.arguments["key_texture"] != view.arguments["value_texture"]
-    assert [launch[:2] for launch in stub.kernel.launches] == [((8, 1, 1), (256, 1, 1))] * 2
+    assert [launch[:2] for launch in stub.launches] == [((8, 1, 1), (256, 1, 1))] * 2

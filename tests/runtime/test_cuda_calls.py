@@ -34,16 +34,10 @@ class Step:
     def __call__(self, **changes):
         """Call, and return the one launch."""
         given = {"query": self.query, "cache": self.cache, "block_tables": self.tables, "seq_lens": self.lens}
-        self.stub.kernel.launches.clear()
+        self.stub.launches.clear()
         pg.paged_attention(**{**given, "plan": self.plan, "out": self.out, **changes})
-        (made,) = self.stub.kernel.launches
+        (made,) = self.stub.launches
         return made
-
-
-def identity(made):
-    """Return grid, block, shared memory and values of a launch, numbers with their types, arrays by address."""
-    grid, block, values, shared = made
-    return grid, block, shared, [v.data.ptr if isinstance(v, cupy.ndarray) else (type(v), v) for v in values]
 
 
 def test_a_known_call_launches_what_a_checked_one_does(stub, monkeypatch):
@@ -57,9 +51,11 @@ def test_a_known_call_launches_what_a_checked_one_does(stub, monkeypatch):
     }
     first, expected = step(), step(**alike, validate=None, scale=np.float64(128**-0.5))
     monkeypatch.setattr("cupaged.ops.attention._checked_call", None)
-    assert identity(step()) == identity(first)
+    assert step() == first
     made = step(**alike)
-    assert identity(made) == identity(expected) and identity(made) != identity(first)
+    assert made == expected and made != first
+    for array in (alike["query"], alike["cache"].value, alike["out"]):
+        assert array.data.ptr in made.words and array.data.ptr not in first.words
 
 
 def test_another_device_is_checked_and_named(stub):
@@ -120,8 +116,24 @@ def test_files_are_looked_at_now_and_then_only(stub, monkeypatch):
 
 def test_shared_memory_beyond_48_kib_is_opted_into_once(stub):
     step = Step(stub)
-    _, _, _, shared = step()
-    assert stub.kernel.max_dynamic_shared_size_bytes == shared > 48 * 1024
+    made = step()
+    assert stub.kernel.max_dynamic_shared_size_bytes == made.shared_bytes > 48 * 1024
+
+
+def test_numbers_reach_the_driver_as_their_own_bytes(stub):
+    step = Step(stub)
+    words = step(scale=0.3).words
+    assert int(np.float32(0.3).view(np.uint32)) in words and step.config.num_blocks in words
+    assert step(softcap=2.0, scale=0.3).words != words
+
+
+def test_calls_start_early_where_the_plan_has_them(stub):
+    step = Step(stub)
+    assert step().overlaps
+    assert not step(plan=pg.plan_decode(step.cache, step.lens, 32, overlap=False)).overlaps
+    stub.launches.clear()
+    step.plan.update(step.lens)  # the planner waits for nothing by itself
+    assert [made.overlaps for made in stub.launches] == [False]
 
 
 @pytest.mark.parametrize(("limit", "warps"), [(232448, 8), (166912, 8), (101376, 4)], ids=["H100", "A100", "L4"])
