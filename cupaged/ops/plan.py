@@ -139,7 +139,7 @@ class DecodePlan:
         self.query_tokens, self.window = query_tokens, window
         self.shared_prefix = shared_prefix
         self.prefix: DecodePlan | None = None
-        self.overlap = overlap and (cache.backend == "host" or can_overlap_launches(cache.device))
+        self.overlap = overlap and can_overlap_launches(cache.backend, cache.device)
         self.defines: dict[str, int] = {"LAUNCH_OVERLAP": int(self.overlap)}  # besides those of a call's variants
         if shared_by > 1:
             self.defines |= {"QUERY_TOKENS": 1, "SHARED_PREFIX": PREFIX_ALONE}

@@ -31,6 +31,7 @@ from cupaged.ops.plan import why_no_tensor_cores
 from cupaged.ops.rungs import multiprocessors
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -126,6 +127,8 @@ class PrefillPlan:
         Those of the calls.
     num_blocks : int
         Thread blocks that the work is shared out over.
+    overlap : bool
+        As of `DecodePlan`.
     """
 
     def __init__(
@@ -136,18 +139,25 @@ class PrefillPlan:
         num_heads: int,
         causal: bool = True,
         window: int | None = None,
+        overlap: bool = True,
     ) -> None:
         config = cache.config
         self.config, self.backend, self.device = config, cache.backend, cache.device
         self.num_seqs, self.total_tokens, self.num_heads = num_seqs, total_tokens, num_heads
         self.causal, self.window = causal, window
         self.group = num_heads // config.num_kv_heads
+        self.overlap = overlap and can_overlap_launches(cache.backend, cache.device)
+        self.defines = {  # besides those of a call's variants
+            "GROUP": self.group,
+            "CAUSAL": int(causal),
+            "LAUNCH_OVERLAP": int(self.overlap),
+        }
         rows = total_tokens * self.group
         best = prefill_shape(config, rows / max(1, num_seqs))
         self.shape = _fitting(best, config, dynamic_shared_bytes(cache.backend))
         self.num_blocks = HOST_BLOCKS
         if cache.backend == "cuda":
-            kernel = prefill_kernel(config, self.shape, cache.backend, {"CAUSAL": int(causal)})
+            kernel = prefill_kernel(config, self.shape, cache.backend, self.defines)
             a_multiprocessor = resident_blocks(kernel, self.shape.threads, self.shape.shared_bytes(config))
             self.num_blocks = multiprocessors(cache) * a_multiprocessor
         max_slots = int(self.shape.parts_a_share * self.num_blocks)
@@ -228,6 +238,7 @@ def plan_prefill(
     *,
     causal: bool = True,
     window: int | None = None,
+    overlap: bool = True,
 ) -> PrefillPlan:
     """Return a plan for `paged_prefill` calls with these lengths.
 
@@ -243,6 +254,8 @@ def plan_prefill(
         Query heads.
     causal, window
         Those of the calls.
+    overlap : bool
+        As `plan_decode` takes it.
 
     Raises
     ------
@@ -262,7 +275,7 @@ def plan_prefill(
         )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
-    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, bool(causal), window)
+    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, bool(causal), window, overlap)
     plan.update(seq_lens, query_start)
     return plan
 
@@ -389,7 +402,7 @@ def _launch(
     strides = layouts.kv_strides(config, "key")  # the values' too, in the layouts that are served
     arguments = variants.arguments
     del arguments["query_tokens"]  # which are each sequence's own
-    kernel = prefill_kernel(config, plan.shape, cache.backend, {**variants.defines, "CAUSAL": int(plan.causal)})
+    kernel = prefill_kernel(config, plan.shape, cache.backend, {**plan.defines, **variants.defines})
     kernel(
         (plan.num_blocks,),
         (plan.shape.threads,),
@@ -407,7 +420,6 @@ def _launch(
         pieces=plan.pieces,
         scale=scale,
         num_kv_heads=config.num_kv_heads,
-        group=plan.group,
         max_blocks=block_tables.shape[1],
         block_stride=strides.block,
         head_stride=strides.head,

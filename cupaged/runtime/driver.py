@@ -137,8 +137,13 @@ def _launch_function() -> Any:
 
 
 @cache
-def can_overlap_launches(device: int) -> bool:
-    """Return whether kernels can start on the device while those before them end, also in a graph."""
+def can_overlap_launches(backend: str, device: int) -> bool:
+    """Return whether kernels can start on the device while those before them end, also in a graph.
+
+    The host runs one after the other, but the same code.
+    """
+    if backend == "host":
+        return True
     import cupy
 
     capability = int(cupy.cuda.Device(device).compute_capability)

@@ -104,8 +104,6 @@ struct Call {
   }
 };
 
-__device__ __forceinline__ bool in_range(int index, int count) { return 0 <= index && index < count; }
-
 // Fetch what a block reads first, while the kernel before may still be at work: its first piece's first chunks, queries and
 // length. Plan and table may not be written yet, so they are asked for no more than addresses, and those are held to the
 // arrays.

@@ -21,14 +21,16 @@
 //   STORAGE        __half or __nv_bfloat16
 //   HEAD_DIM       32 to 256, a multiple of 16
 //   BLOCK_SIZE     tokens per KV block, 1 to 256
+//   GROUP          query heads of a KV head
 //   ROW_WARPS      warps that share the rows
 //   TOKEN_WARPS    warps that share the tokens of a tile, 1 or 4
 //   WARP_ROWS      rows of a warp, 16 or 32
 //   HELD_STEPS     of the query, tiles of 16 dimensions that stay in registers
 //   BLOCKS_PER_SM  that registers must leave room for
 //   CAUSAL         0: every query token sees the whole context
-//   and those of variants.cuh
+//   and those of variants.cuh and launch_overlap.cuh
 #include "async_copy.cuh"
+#include "launch_overlap.cuh"
 #include "paged_tile.cuh"
 #include "prefill_mask.cuh"
 #include "prefill_plan.cuh"
@@ -76,7 +78,7 @@ struct Call {
   STORAGE* out;
   float* lse;
   float *partial_out, *partial_state;
-  int num_kv_heads, group;
+  int num_kv_heads;
   Variants variants;
 };
 
@@ -251,21 +253,19 @@ __device__ __forceinline__ void transform(Tile::Products& product, const Mask& m
   }
 }
 
-// Leave out tokens that a row does not see. Mostly all are mapped, and looking at each one's bit would take longer than
-// all else.
-template <bool AllMapped>
+// Leave out tokens that a row does not see.
 __device__ __forceinline__ void leave_out(Tile::Products& product, const Mask& mask, const Exchange& exchange,
                                           int first_row, int first_token) {
 #pragma unroll
   for (int half = 0; half < Tile::HALVES; ++half) {
-    const Mask::Range range = mask.range_of(exchange.context[first_row + Tile::row_of(half)]);
+    const unsigned long long seen =
+        mask.seen_by(exchange.context[first_row + Tile::row_of(half)]) >> (first_token + Tile::token_of(0, 0));
 #pragma unroll
     for (int i = 0; i < Tile::EIGHTS; ++i)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const int token = first_token + Tile::token_of(i, j);
         float& logit = product[half / 2][i].value[half % 2 * 2 + j];
-        logit = range.holds(token) & (AllMapped || mask.is_mapped(token)) ? logit : minus_infinity();
+        logit = seen >> (8 * i + j) & 1 ? logit : minus_infinity();
       }
   }
 }
@@ -276,25 +276,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
     float* partial_out,                       // [max_slots, ROWS, HEAD_DIM], work space
     float* partial_state,                     // [max_slots, ROWS, 2], work space: maximum and sum
     unsigned int* arrivals,                   // [1 + max_slots], zeros before and after; [0] is the queue
-    const STORAGE* __restrict__ query,        // [total_tokens, num_heads, HEAD_DIM]
+    const STORAGE* query,                     // [total_tokens, num_heads, HEAD_DIM]
     const STORAGE* __restrict__ key_cache,    // by the strides below
     const STORAGE* __restrict__ value_cache,  // likewise
-    const int* __restrict__ block_tables,     // [num_seqs, max_blocks], -1 = unmapped
-    const int* __restrict__ summary,          // [2], the plan's: how many pieces, and the KV heads of a section
-    const int* __restrict__ pieces,           // [max_pieces, 12], the plan's PrefillPieces
-    const float scale, const int num_kv_heads, const int group, const int max_blocks,
+    const int* block_tables,                  // [num_seqs, max_blocks], -1 = unmapped
+    const int* summary,                       // [2], the plan's: how many pieces, and the KV heads of a section
+    const int* pieces,                        // [max_pieces, 12], the plan's PrefillPieces
+    const float scale, const int num_kv_heads, const int max_blocks,
     const int block_stride, const long long head_stride, const int slot_stride,   // of keys and of values
     const int window, const float softcap,
-    const float* __restrict__ alibi_slopes,   // [num_heads], read if ALIBI
-    const float* __restrict__ sinks) {        // [num_heads], read if SINKS
+    const float* alibi_slopes,                // [num_heads], read if ALIBI
+    const float* sinks) {                     // [num_heads], read if SINKS
   extern __shared__ __align__(128) unsigned char dynamic_shared[];
   __shared__ Exchange exchange;
   Memory& memory = *reinterpret_cast<Memory*>(dynamic_shared);
   const int warp = threadIdx.x / kWarpSize;
   const int warp_row = warp / TOKEN_WARPS * WARP_ROWS, warp_token = warp % TOKEN_WARPS * WARP_TOKENS;
   STORAGE* const warp_query = memory.query + warp_row * HEAD_DIM;
-  const Call call{out, lse, partial_out, partial_state, num_kv_heads, group, {0, window, softcap, alibi_slopes, sinks}};
+  const Call call{out, lse, partial_out, partial_state, num_kv_heads, {0, window, softcap, alibi_slopes, sinks}};
   const Variants& variants = call.variants;
+  wait_for_kernel_before();
   const PrefillQueue queue{reinterpret_cast<const PrefillPiece*>(pieces), load_global(summary), load_global(summary + 1),
                            num_kv_heads};
   const int total = queue.count * num_kv_heads;
@@ -302,8 +303,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
 
   const auto loader_of = [&](const PrefillWork& work) {
     const PrefillPiece& piece = work.piece;
-    const int shortest = piece.context + piece.first_row / group;
-    const int longest = piece.context + (piece.first_row + piece.rows - 1) / group;
+    const int shortest = piece.context + piece.first_row / GROUP;
+    const int longest = piece.context + (piece.first_row + piece.rows - 1) / GROUP;
     return Loader{work.kv_head * head_stride, block_stride, slot_stride,
                   BlockTable(block_tables, piece.seq, max_blocks), max_blocks,
                   variants.first_token(shortest), CAUSAL ? longest : piece.seq_len, {}};
@@ -315,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
     close_copy_group();
     if (tile + 1 < end) loader.look_up(tile + 1);
   };
-  const auto rows_of = [&](const PrefillWork& work) { return PrefillRows(work, group, num_kv_heads * group); };
+  const auto rows_of = [&](const PrefillWork& work) { return PrefillRows(work, GROUP, num_kv_heads * GROUP); };
   // Start with a piece: look its first tile up, and copy its rows and that tile.
   const auto start = [&](const PrefillWork& work, int stage) {
     Loader loader = loader_of(work);
@@ -354,16 +355,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
         transform(product, mask, exchange, warp_row, warp_token, factor);
         factor = 1.0f;
       }
-      if (!mask.all_seen(shortest, longest)) {
-        if (mask.all_mapped()) leave_out<true>(product, mask, exchange, warp_row, warp_token);
-        else leave_out<false>(product, mask, exchange, warp_row, warp_token);
-      }
+      if (!mask.all_seen(shortest, longest)) leave_out(product, mask, exchange, warp_row, warp_token);
       tile.add(product, factor, memory.stage[stage].value + warp_token * HEAD_DIM);
     }
     __syncthreads();   // all tiles have been read
 
     // The next piece's first tile and its rows are on their way while this one's result is written.
     const bool more = next.kv_head >= 0;
+    if (!more) start_kernel_after();
     if (more) loader = start(next, used % STAGES);
     const PrefillPiece& piece = work.piece;
     const PrefillRows rows = rows_of(work);

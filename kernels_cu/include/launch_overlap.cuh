@@ -5,8 +5,6 @@
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH   // the host build has included its twin by now
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
-#include "types.cuh"
-
 #ifndef LAUNCH_OVERLAP
 #define LAUNCH_OVERLAP 0
 #endif

@@ -23,7 +23,6 @@ struct PrefillMask {
     return (!CAUSAL || first + Tokens <= shortest) && first >= variants.first_token(longest) && all_mapped();
   }
 
-  __device__ __forceinline__ bool is_mapped(int token) const { return (mapped[token / 32] >> token % 32 & 1) != 0; }
   __device__ __forceinline__ bool all_mapped() const {
     bool all = true;
 #pragma unroll
@@ -31,13 +30,18 @@ struct PrefillMask {
     return all;
   }
 
-  // Of the tile's tokens, those that a row sees if they are mapped.
-  struct Range {
-    int begin, end;
-    // All conditions are looked at, as branches would take longer.
-    __device__ __forceinline__ bool holds(int token) const { return (!CAUSAL | token < end) & (!WINDOW | token >= begin); }
-  };
-  __device__ __forceinline__ Range range_of(int context) const {
-    return {variants.first_token(context) - first, context - first};
+  // A bit for each token of the tile: whether a row of this context sees it.
+  static_assert(Tokens == 64, "bits of two words");
+  __device__ __forceinline__ unsigned long long seen_by(int context) const {
+    const int begin = variants.first_token(context) - first, end = context - first;
+    unsigned word[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      word[i] = mapped[i];
+      if (CAUSAL) word[i] &= bits_below(end - 32 * i);
+      if (WINDOW) word[i] &= ~bits_below(begin - 32 * i);
+    }
+    return static_cast<unsigned long long>(word[1]) << 32 | word[0];
   }
+  static __device__ __forceinline__ unsigned bits_below(int n) { return n <= 0 ? 0u : 0xffffffffu >> max(32 - n, 0); }
 };

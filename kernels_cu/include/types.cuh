@@ -1,4 +1,4 @@
-// Storage types and the float that all arithmetic runs in; vectors that one instruction moves.
+// Storage types and the float that all arithmetic runs in; vectors that one instruction moves; indices.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,6 +16,8 @@ template <>
 __device__ __forceinline__ __half from_float<__half>(float value) { return __float2half(value); }
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16(value); }
+
+__device__ __forceinline__ bool in_range(int index, int count) { return 0 <= index && index < count; }
 
 // N neighbouring values, aligned so that they travel in one instruction.
 template <typename T, int N>

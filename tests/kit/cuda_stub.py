@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupaged.ops import plan
+from cupaged.ops import plan, prefill
 from cupaged.runtime import cuda, driver, launch, select
 
 H100 = {
@@ -58,7 +58,8 @@ class CudaStub:
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self.kernel)
         monkeypatch.setattr(driver, "_launch_function", lambda: None)
         monkeypatch.setattr(driver.DriverLaunch, "_launch", lambda launch: self._launched(launch))
-        monkeypatch.setattr(plan, "can_overlap_launches", lambda device: True)
+        monkeypatch.setattr(plan, "can_overlap_launches", lambda backend, device: True)
+        monkeypatch.setattr(prefill, "can_overlap_launches", lambda backend, device: True)
 
     def _launched(self, launch):
         told = launch._config
