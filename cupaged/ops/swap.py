@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -195,17 +196,17 @@ class _Mover:
         on_device, on_host = _checked(caches[0].config, hosts[0].num_blocks, pairs, out)
         if not len(on_host):
             return
+        blocks = _Blocks(self, caches[0], on_device, on_host, out)
         if self.streams is None:
-            self._move_layers(caches, hosts, self._chunks(caches[0], on_device, on_host, out), out)
+            self._move_layers(caches, hosts, blocks)
             return
         self.streams.wait_for_current()
         for moved in dict.fromkeys(host.moved for host in hosts):  # by this mover or another
             if moved is not None:
                 self.streams.link.wait_event(moved)
         with self.streams.device:
-            chunks = self._chunks(caches[0], on_device, on_host, out)
             try:
-                self._move_layers(caches, hosts, chunks, out)
+                self._move_layers(caches, hosts, blocks)
             finally:
                 moved = self.streams.link.record()
                 for host in hosts:
@@ -226,14 +227,7 @@ class _Mover:
             self.streams.device.synchronize()
             self.streams.link.synchronize()
 
-    def _chunks(self, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> list[_Chunk]:
-        """Return what fills a buffer, one after the other; the ids are on their way to the device."""
-        ids = cache.xp.asarray(on_device)
-        parts = [ids[first : first + self.at_once] for first in range(0, len(ids), self.at_once)]
-        runs = _runs(on_host, self.at_once, self.block_bytes)
-        return [_Chunk(part, self._launch(cache, part, out), r) for part, r in zip(parts, runs, strict=True)]
-
-    def _launch(self, cache: KVCache, ids: Any, out: bool) -> CheckedCall:
+    def launch(self, cache: KVCache, ids: Any, out: bool) -> CheckedCall:
         """Return the launch that gathers or scatters as many blocks, kept from an earlier call if there was one."""
         key = len(ids), out
         launch = self.launches.get(key)
@@ -243,50 +237,66 @@ class _Mover:
             self.launches[key] = launch = prepare_move(cache, ids, self.buffers[0], gather=out)
         return launch
 
-    def _move_layers(
-        self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], chunks: Sequence[_Chunk], out: bool
-    ) -> None:
+    def _move_layers(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks) -> None:
         for cache, words, host in zip(caches, self.words_of_caches, hosts, strict=True):
-            for chunk in chunks:
+            for number in range(blocks.buffers):
                 turn, self.turn = self.turn, self.turn ^ 1
-                if out:
-                    self._use_device(cache, words, chunk, turn, out)
-                    self._use_link(host, chunk, turn, out)
+                if blocks.out:
+                    self._use_device(cache, words, *blocks.on_device[number], turn, out=True)
+                    self._use_link(host, blocks.runs[number], turn, out=True)
                 else:
-                    self._use_link(host, chunk, turn, out)
-                    self._use_device(cache, words, chunk, turn, out)
+                    self._use_link(host, blocks.runs[number], turn, out=False)
+                    self._use_device(cache, words, *blocks.on_device[number], turn, out=False)
 
-    def _use_device(self, cache: KVCache, words: tuple[Any, Any], chunk: _Chunk, turn: int, out: bool) -> None:
-        """Gather a chunk into a buffer, or scatter it from there."""
+    def _use_device(
+        self, cache: KVCache, words: tuple[Any, Any], ids: Any, launch: CheckedCall, turn: int, *, out: bool
+    ) -> None:
+        """Gather blocks into a buffer, or scatter them from there."""
         if self.streams is not None:
             self.streams.wait_for_buffer(self.streams.device, turn, free=out)
         buffer = self.words_of_buffers[turn]
         to, source = (buffer, words) if out else (words, buffer)
-        chunk.launch.launch(*to, *source, chunk.ids)
+        launch.launch(*to, *source, ids)
         if self.streams is not None:
             self.streams.done_with_buffer(self.streams.device, turn, free=not out)
         if not out:
-            refresh_blocks(cache, chunk.ids)
+            refresh_blocks(cache, ids)
 
-    def _use_link(self, host: HostBlocks, chunk: _Chunk, turn: int, out: bool) -> None:
+    def _use_link(self, host: HostBlocks, runs: list[tuple[int, int, int]], turn: int, *, out: bool) -> None:
         """Copy a buffer to the host's blocks, or from them, a run of neighbours at a time."""
         if self.streams is None:
             near, far = self.buffers[turn].view(np.uint8).reshape(-1), host.blocks.view(np.uint8).reshape(-1)
-            for near_at, far_at, nbytes in chunk.runs:
+            for near_at, far_at, nbytes in runs:
                 to, source = near[near_at : near_at + nbytes], far[far_at : far_at + nbytes]
                 np.copyto(*((source, to) if out else (to, source)))
             return
         self.streams.wait_for_buffer(self.streams.link, turn, free=not out)
-        self.streams.copy(self.buffers[turn].data.ptr, host.blocks.ctypes.data, chunk.runs, out)
+        self.streams.copy(self.buffers[turn].data.ptr, host.blocks.ctypes.data, runs, out)
         self.streams.done_with_buffer(self.streams.link, turn, free=out)
 
 
-class _Chunk(NamedTuple):
-    """Blocks that are in a buffer at the same time."""
+class _Blocks:
+    """The blocks of a swap, a buffer at a time, in the order of the host's.
 
-    ids: Any  # int32, on the cache's backend
-    launch: CheckedCall
-    runs: list[tuple[int, int, int]]
+    What the device needs to know and what the link does are each worked out when first asked for: the first gather does
+    not wait for the runs, nor the first copy to the device for the ids.
+    """
+
+    def __init__(self, mover: _Mover, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> None:
+        self.out, self.buffers = out, -(-len(on_host) // mover.at_once)
+        self._mover, self._cache, self._given = mover, cache, (on_device, on_host)
+
+    @cached_property
+    def on_device(self) -> list[tuple[Any, CheckedCall]]:
+        """Ids, int32 on the cache's backend, and what gathers or scatters them."""
+        ids, at_once = self._cache.xp.asarray(self._given[0]), self._mover.at_once
+        parts = [ids[first : first + at_once] for first in range(0, len(ids), at_once)]
+        return [(part, self._mover.launch(self._cache, part, self.out)) for part in parts]
+
+    @cached_property
+    def runs(self) -> list[list[tuple[int, int, int]]]:
+        """Neighbours, which share a copy: where in the buffer, where in the host's blocks, and how many bytes."""
+        return _runs(self._given[1], self._mover.at_once, self._mover.block_bytes)
 
 
 class _Streams:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from cupaged.runtime import cuda
+from cupaged.runtime import cuda, driver
 from cupaged.runtime.select import load_kernel
 from tests.kit.cuda_stub import CudaStub
 
@@ -76,7 +76,7 @@ class Streams:
         self.all, self._rng = [], np.random.default_rng(seed)
         self.current = [Stream(self)]
         self.uploads = self.launches = self.copies = 0
-        self._cupy, self._memory, self._stub = cupy, {}, CudaStub(monkeypatch)
+        self._memory, self._stub = {}, CudaStub(monkeypatch)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(cupy, name, self.array)
         monkeypatch.setattr(cupy, "asarray", self._upload)
@@ -85,6 +85,7 @@ class Streams:
         monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: self.current[-1])
         monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", self._copy)
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self._raw_kernel(kernel))
+        monkeypatch.setattr(driver.DriverLaunch, "_launch", lambda launch: self._launched(launch))
 
     def array(self, shape, dtype=np.float32):
         """Return a CuPy array of zeros, over the host's memory."""
@@ -123,22 +124,25 @@ class Streams:
         self.copies += 1
 
     def _raw_kernel(self, kernel):
-        twin = load_kernel(kernel.source.file, kernel.source.entry, dict(kernel.source.defines), "host")
-        names = [parameter.name for parameter in kernel.source.parameters]
+        source = kernel.source
+        twin = load_kernel(source.file, source.entry, dict(source.defines), "host")
+        return SimpleNamespace(twin=twin, parameters=source.parameters, kernel=SimpleNamespace(ptr=0))
 
-        def launch(grid, block, values, shared_mem=0):
-            given = dict(zip(names, values, strict=True))
-            arrays = {name: value for name, value in given.items() if isinstance(value, self._cupy.ndarray)}
-            pointers = {p.name for p in kernel.source.parameters if p.is_pointer}
-            nulls = dict.fromkeys(pointers - arrays.keys())
-            self.launches += 1
-            self.current[-1].add(
-                lambda: twin(
-                    grid,
-                    block,
-                    shared_mem,
-                    **{**given, **nulls, **{name: self.seen(array) for name, array in arrays.items()}},
-                )
-            )
+    def _launched(self, launch):
+        told, kernel = launch._config, launch._kernel
+        given = {p.name: self._value(p, word) for p, word in zip(kernel.parameters, launch._words, strict=True)}
+        grid, block, shared_bytes = tuple(told.grid), tuple(told.block), told.shared_bytes
+        self.launches += 1
+        self.current[-1].add(lambda: kernel.twin(grid, block, shared_bytes, **given))
 
-        return launch
+    def _value(self, parameter, word):
+        """Return what a kernel would read from a word: a number, or all memory from an address on."""
+        if not parameter.is_pointer:
+            return np.frombuffer(word.to_bytes(8, "little"), parameter.dtype, 1)[0].item()
+        if word == 0:
+            return None
+        start = max(address for address in self._memory if address <= word)
+        room = self._memory[start]
+        nbytes = room.ctypes.data + room.nbytes - word
+        words = (ctypes.c_uint8 * (nbytes - nbytes % parameter.dtype.itemsize)).from_address(word)
+        return np.frombuffer(words, np.uint8).view(parameter.dtype)
