@@ -1,12 +1,15 @@
 """How close to the memory's speed does decode attention come, kernel by kernel?
 
 Decode reads every cached key and value once and does little else, so its floor is bytes over read bandwidth. Each
-kernel runs the workloads that people serve; bandwidth is set beside the read ceiling of the same run. Needs a GPU.
+kernel runs the workloads that people serve, call after call; bandwidth is set beside the read ceiling of the same run.
+A kernel that starts while the one before it ends is also timed with another one between its calls. Needs a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -52,7 +55,9 @@ EXPECTATION = (
     "group is, as tensor cores answer all its heads at once: ahead of v2 wherever arithmetic held that back, most of "
     "all with 8 heads and more; with one head to a KV head, behind it, as 7 of 8 rows are idle and chunks go through "
     "shared memory. The persistent kernel keeps copies on the way at all times and shares work out by chunks of "
-    "tokens: ahead of mma wherever partitions fit the lengths badly, and where starting and merging them shows."
+    "tokens: ahead of mma wherever partitions fit the lengths badly, and where starting and merging them shows. On "
+    "Hopper its calls start while the kernel before them ends, and fetch their first keys: where that is another call "
+    "of attention, a few microseconds overlap; where it is another kernel, fewer."
 )
 
 
@@ -83,6 +88,7 @@ COLUMNS = {
     "time_us": "us|.1f",
     "gb_s": "GB/s|.0f",
     "of_ceiling": "of ceiling|.0%",
+    "apart_us": "us between others|.1f",
     "status": "status",
 }
 
@@ -114,10 +120,28 @@ def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], 
         "kv_mb": work.kv_bytes / 1e6,
         "gb_s": bandwidth,
         "of_ceiling": bandwidth / ceiling,
+        **({"apart_us": time_apart(calls)} if kernel == KERNELS[-1] else {}),
         "flop_per_byte": work.flop / work.kv_bytes,
         "gflop_s": work.flop / timing.median_us / 1e3,
         **{key: value for key, value in asdict(step).items() if key not in ("name", "seq_lens")},
     }
+
+
+def time_apart(calls: Sequence[Callable[[], Any]]) -> float:
+    """Return microseconds of a call when another kernel, whose own time is taken off, runs before each."""
+    import cupy
+
+    number = cupy.zeros(1, dtype=cupy.float32)
+
+    def other() -> None:
+        cupy.add(number, 1, out=number)
+
+    def after_the_other(call: Callable[[], Any]) -> None:
+        other()
+        call()
+
+    both = time_graph([partial(after_the_other, call) for call in calls])
+    return both.median_us - time_graph([other] * len(calls)).median_us
 
 
 def conclusion(rows: list[dict[str, Any]]) -> str:
@@ -131,6 +155,11 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
                 f"{kernel} reads at {mine[0]['of_ceiling']:.0%} ({mine[0]['workload']}) to "
                 f"{mine[-1]['of_ceiling']:.0%} ({mine[-1]['workload']}) of the read ceiling."
             )
+    longer = sorted(row["apart_us"] / row["time_us"] - 1 for row in good if "apart_us" in row)
+    if longer:
+        parts.append(
+            f"Between other kernels, a call of {KERNELS[-1]} takes {longer[0]:+.1%} to {longer[-1]:+.1%} longer."
+        )
     return " ".join(parts)
 
 

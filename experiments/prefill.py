@@ -2,8 +2,8 @@
 
 The toolkit's paged_prefill, and paged_attention where each sequence has a few new tokens, beside FlashInfer's paged
 prefill in each of its backends, and PyTorch's attention on keys and values in one piece: the same workloads over the
-same memory in the same run, some tokens of each result checked against the reference, all timed by the same replay of a
-CUDA graph. Without a GPU results are checked and not timed.
+same memory in the same run, some tokens of each result checked against the reference, all timed in turns by the replay
+of a CUDA graph each. Without a GPU results are checked and not timed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
-from cupaged.bench.timing import copies_for_cold_l2, time_graph, time_launches
+from cupaged.bench.timing import Replay, Timing, capture, copies_for_cold_l2, time_in_turns, time_launches
 from cupaged.bench.workload import PREFILL_WORKLOADS, PrefillStep, PrefillWorkload, prefill_call
 from cupaged.errors import UnsupportedError
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
+Prepare = Callable[[Sequence[PrefillWorkload]], tuple[list[Call], Call]]
 
 OURS, OURS_FOR_FEW = "cupaged", "cupaged, decode kernel"
 FEW = 8  # new tokens that paged_attention is meant for
@@ -179,15 +180,92 @@ def measure(step: PrefillStep, peers: Sequence[Peer], backend: str, ceiling: flo
     if backend == "cuda":
         copies += [step.build(backend, seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
     what = {"workload": step.name, "gflop": copies[0].flop / 1e9, "kv_mb": copies[0].kv_bytes / 1e6}
-    rows = [measured_row({**what, "peer": OURS}, lambda: measure_ours(copies, prefill_call, ceiling))]
+    contenders = [Contender(OURS, ours(prefill_call))]
     if step.new <= FEW:
-        named = {**what, "peer": OURS_FOR_FEW}
-        rows.append(measured_row(named, lambda: measure_ours(copies, decode_of_few, ceiling)))
-    for peer in peers:
-        named = {**what, "peer": peer.name}
-        rows.append(measured_row(named, lambda p=peer: measure_peer(p, copies, ceiling), (Exception,)))
-        release(backend)
+        contenders.append(Contender(OURS_FOR_FEW, ours(decode_of_few)))
+    contenders += [Contender(peer.name, of_peer(peer), (Exception,)) for peer in peers]
+    rows = [
+        measured_row({**what, "peer": each.name}, lambda each=each: each.check(copies), each.forgiven)
+        for each in contenders
+    ]
+    if ceiling is not None:
+        rows = [row | measured_row({}, each.capture, each.forgiven) for row, each in zip(rows, contenders, strict=True)]
+        replays = {each: each.replay for each in contenders if each.replay is not None}
+        for each, timing in zip(replays, time_in_turns(list(replays.values())), strict=True):
+            each.timing = timing
+        rows = [row | each.times(copies[0], ceiling) for row, each in zip(rows, contenders, strict=True)]
+    release(backend)
     return rows
+
+
+class Contender:
+    """Who attends: its calls, kept while they are replayed, and how long one takes."""
+
+    def __init__(self, name: str, prepare: Prepare, forgiven: tuple[type[Exception], ...] = ()) -> None:
+        self.name, self.forgiven = name, forgiven
+        self._prepare = prepare
+        self._calls: list[Call] = []
+        self.replay: Replay | None = None
+        self.timing: Timing | None = None
+
+    def check(self, copies: Sequence[PrefillWorkload]) -> Row:
+        """Attend once, and hold the result to the reference."""
+        calls, result = self._prepare(copies)
+        row = verdict_on(error_of(copies[0], result()))
+        self._calls = calls
+        return row
+
+    def capture(self) -> Row:
+        """Capture the calls in a graph; time their launches where that fails."""
+        if not self._calls:
+            return {}
+        try:
+            self.replay = capture(self._calls)
+        except Exception as error:
+            self.timing = time_launches(self._calls)
+            return {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}
+        return {"timed": "graph"}
+
+    def times(self, work: PrefillWorkload, ceiling: float) -> Row:
+        """Return time, arithmetic and bandwidth on the GPU."""
+        if self.timing is None:
+            return {}
+        bandwidth = work.kv_bytes / self.timing.median_us / 1e3
+        return {
+            "time_us": self.timing.median_us,
+            "spread_us": self.timing.spread_us,
+            "tflop_s": work.flop / self.timing.median_us / 1e6,
+            "gb_s": bandwidth,
+            "of_ceiling": bandwidth / ceiling,
+        }
+
+
+def ours(call_of: Callable[[PrefillWorkload, Any], Call]) -> Prepare:
+    """Return what prepares a function of the toolkit."""
+
+    def prepare(copies: Sequence[PrefillWorkload]) -> tuple[list[Call], Call]:
+        out = copies[0].cache.xp.full_like(copies[0].query, float("nan"))
+        calls = [call_of(copy, out) for copy in copies]
+
+        def result() -> Any:
+            calls[0]()
+            return out
+
+        return calls, result
+
+    return prepare
+
+
+def of_peer(peer: Peer) -> Prepare:
+    """Return what prepares a peer."""
+
+    def prepare(copies: Sequence[PrefillWorkload]) -> tuple[list[Call], Call]:
+        work = copies[0]
+        backend, xp = work.cache.backend, work.cache.xp
+        calls = [on_current_stream(peer.prepare(copy), backend) for copy in copies]  # type: ignore[arg-type]
+        return calls, lambda: xp.asarray(first_result(calls[0], backend).reshape(work.query.shape).float())
+
+    return prepare
 
 
 def decode_of_few(work: PrefillWorkload, out: Any) -> Call:
@@ -196,27 +274,6 @@ def decode_of_few(work: PrefillWorkload, out: Any) -> Call:
     arguments = (query, work.cache, work.block_tables, work.seq_lens)
     plan = pg.plan_decode(work.cache, work.seq_lens, query.shape[2], query_tokens=query.shape[1])
     return lambda: pg.paged_attention(*arguments, out=result, plan=plan, validate=False)
-
-
-def measure_ours(
-    copies: Sequence[PrefillWorkload], call_of: Callable[[PrefillWorkload, Any], Call], ceiling: float | None
-) -> Row:
-    """Check and time a function of the toolkit."""
-    work = copies[0]
-    out = work.cache.xp.full_like(work.query, float("nan"))
-    calls = [call_of(copy, out) for copy in copies]
-    calls[0]()
-    return {**verdict_on(error_of(work, out)), **timed(calls, work, ceiling)}
-
-
-def measure_peer(peer: Peer, copies: Sequence[PrefillWorkload], ceiling: float | None) -> Row:
-    """Check and time a peer."""
-    work = copies[0]
-    backend = work.cache.backend
-    calls = [on_current_stream(peer.prepare(copy), backend) for copy in copies]  # type: ignore[arg-type]
-    result = first_result(calls[0], backend).reshape(work.query.shape).float()
-    out = work.cache.xp.asarray(result)
-    return {**verdict_on(error_of(work, out)), **timed(calls, work, ceiling)}
 
 
 def error_of(work: PrefillWorkload, out: Any) -> float:
@@ -229,27 +286,6 @@ def error_of(work: PrefillWorkload, out: Any) -> float:
         rows, arguments = work.tokens(seq, positions)
         worst = max(worst, decode_check(out[rows], *arguments, rounds_weights=True))
     return worst
-
-
-def timed(calls: Sequence[Call], work: PrefillWorkload, ceiling: float | None) -> Row:
-    """Return time, arithmetic and bandwidth on the GPU: of a graph's replay, or of launches."""
-    if ceiling is None:
-        return {}
-    row: Row = {"timed": "graph"}
-    try:
-        timing = time_graph(calls)
-    except Exception as error:
-        row = {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}
-        timing = time_launches(calls)
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        **row,
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "tflop_s": work.flop / timing.median_us / 1e6,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:

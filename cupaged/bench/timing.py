@@ -11,7 +11,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "copies_for_cold_l2", "time_graph", "time_launches", "time_python", "time_until_done"]
+__all__ = [
+    "Replay",
+    "Timing",
+    "capture",
+    "copies_for_cold_l2",
+    "time_graph",
+    "time_in_turns",
+    "time_launches",
+    "time_python",
+    "time_until_done",
+]
 
 LAUNCHES_PER_GRAPH = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
@@ -26,21 +36,29 @@ class Timing:
     spread_us: float
 
 
-def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
-    """Capture `calls` in one CUDA graph and return the time of a call when the graph is replayed.
+@dataclass(frozen=True)
+class Replay:
+    """A captured CUDA graph of some calls, to be timed; made by `capture`."""
+
+    graph: Any
+    stream: Any
+    calls: int
+    slow: bool
+
+    def elapsed_us(self) -> float:
+        """Replay, and return the microseconds of all calls, by CUDA events."""
+        return _elapsed_us(self.stream, lambda: self.graph.launch(self.stream))
+
+
+def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
+    """Capture `calls` in one CUDA graph, on a stream of its own.
 
     Parameters
     ----------
     calls : sequence of callable
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
-        than twice the L2 (`copies_for_cold_l2`). A few calls are captured several times over.
-    repeats : int
-        Replays that are timed, after three that are not; of slow calls three at most, after one.
-
-    Returns
-    -------
-    Timing
-        Microseconds a call, by CUDA events around each replay.
+        than twice the L2 (`copies_for_cold_l2`). A few calls are captured several times over. The caller keeps them,
+        and what they use, for as long as they are replayed.
     """
     import cupy
 
@@ -52,10 +70,50 @@ def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
         stream.synchronize()
         slow = _elapsed_us(stream, calls[0]) > SLOW_US
         rounds = 1 if slow else max(1, LAUNCHES_PER_GRAPH // len(calls))
-        warm_ups, repeats = (1, min(3, repeats)) if slow else (3, repeats)
-        graph = _capture(stream, calls, rounds)
-        times = [_elapsed_us(stream, lambda: graph.launch(stream)) for _ in range(warm_ups + repeats)][warm_ups:]
-    return _timing(times, rounds * len(calls))
+        return Replay(_capture(stream, calls, rounds), stream, rounds * len(calls), slow)
+
+
+def time_in_turns(replays: Sequence[Replay], repeats: int = 7) -> list[Timing]:
+    """Return the time of a call of each contender, replayed one after the other in rounds.
+
+    Who is first in a row finds the GPU cool, at a higher clock: each is the first of as many rounds as the others.
+
+    Parameters
+    ----------
+    replays : sequence of Replay
+        The contenders'.
+    repeats : int
+        Rounds that are timed at least, after three that are not; if a contender is slow three, after one.
+    """
+    warm_ups, repeats = (1, min(3, repeats)) if any(replay.slow for replay in replays) else (3, repeats)
+    repeats = -(-repeats // len(replays)) * len(replays)
+    times: list[list[float]] = [[] for _ in replays]
+    for turn in range(-warm_ups, repeats):
+        for place in range(len(replays)):
+            number = (turn + place) % len(replays)
+            elapsed = replays[number].elapsed_us()
+            if turn >= 0:
+                times[number].append(elapsed)
+    return [_timing(taken, replay.calls) for taken, replay in zip(times, replays, strict=True)]
+
+
+def time_graph(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
+    """Capture `calls` in one CUDA graph and return the time of a call when the graph is replayed.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        As `capture` takes them.
+    repeats : int
+        Replays that are timed, after three that are not; of slow calls three at most, after one.
+
+    Returns
+    -------
+    Timing
+        Microseconds a call, by CUDA events around each replay.
+    """
+    (timing,) = time_in_turns([capture(calls)], repeats)
+    return timing
 
 
 def time_launches(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timing:
