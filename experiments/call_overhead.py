@@ -44,11 +44,12 @@ Call = Callable[[], Any]
 AIM_US = 10
 BARE, PREPARED, PLANNED, UNPLANNED = "bare launch", "prepared", "planned", "unplanned"
 EXPECTATION = (
-    "What to expect. CuPy takes some 8 us to launch a kernel with as many arguments. A prepared call adds a look at "
-    "the current device. A planned call like one before adds a look at what its arrays are, some 30 attributes, and at "
-    f"the environment: the aim is {AIM_US} us. A call without a plan checks and types every argument, and those of the "
+    "What to expect. CuPy takes 8 us and more to launch a kernel of as many arguments: it looks at the type of each. A "
+    "prepared call goes to the driver with its arguments lying ready: it should take less. A planned call like one "
+    "before looks at what its arrays are, some 30 attributes, and at the environment: the aim is at most "
+    f"{AIM_US} us more than CuPy's launch. A call without a plan checks and types every argument, and those of the "
     "planner that it launches first. A graph holds launches, not Python: in it all ways to launch one kernel cost the "
-    "same."
+    "same, but that CuPy's cannot start a kernel while the one before it ends."
 )
 
 
@@ -117,6 +118,7 @@ class Step:
         plan = pg.plan_decode(cache, work.seq_lens, config.num_heads)
         self.prepared = plan.prepare(*work.arguments, out=self.out)
         (launch,) = self.prepared.launches
+        bare = launch.launcher.by_cupy if backend == "cuda" else launch.launcher.run
         validate = False if backend == "host" else None  # on the host a call reads its tables unless told not to
         attend = partial(pg.paged_attention, *work.arguments, out=self.out, validate=validate)
         # the newest token of each sequence is written again, with what its slot holds
@@ -124,7 +126,7 @@ class Step:
         slots = last.astype(np.int64)
         rows = (array.reshape(-1, *array.shape[2:])[slots] for array in cache.to_dense())
         self.calls: dict[str, Call] = {
-            BARE: partial(launch.launcher.by_cupy, launch.values) if backend == "cuda" else launch.launcher,
+            BARE: partial(bare, launch.values),
             PREPARED: self.prepared,
             PLANNED: partial(attend, plan=plan),
             UNPLANNED: partial(attend, kernel="paged_attention_persistent"),

@@ -85,6 +85,8 @@ def time_in_turns(replays: Sequence[Replay], repeats: int = 7) -> list[Timing]:
     repeats : int
         Rounds that are timed at least, after three that are not; if a contender is slow three, after one.
     """
+    if not replays:
+        return []
     warm_ups, repeats = (1, min(3, repeats)) if any(replay.slow for replay in replays) else (3, repeats)
     repeats = -(-repeats // len(replays)) * len(replays)
     times: list[list[float]] = [[] for _ in replays]

@@ -183,22 +183,27 @@ PERSISTENT_DEFINES = [
         ("__nv_bfloat16", 64, 7, 32, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 1, "SOFTCAP": 1, "ALIBI": 1}),
         ("__half", 256, 16, 8, 4, 2, 16, {"SHARED_PREFIX": 2}),
         ("__half", 64, 7, 16, 8, 2, 32, {"QUERY_TOKENS": 1, "SHARED_PREFIX": 2, "SOFTCAP": 1, "ALIBI": 1, "SINKS": 1}),
+        ("__nv_bfloat16", 128, 16, 8, 4, 2, 16, ("LAUNCH_OVERLAP",)),
+        ("__half", 80, 24, 16, 8, 2, 16, ("LAUNCH_OVERLAP", "WINDOW", "QUERY_TOKENS")),
+        ("__half", 32, 1, 8, 8, 3, 32, {"LAUNCH_OVERLAP": 1, "SHARED_PREFIX": 2}),
+        ("__nv_bfloat16", 256, 256, 16, 2, 2, 16, {"LAUNCH_OVERLAP": 1, "QUERY_TOKENS": 1, "SHARED_PREFIX": 1}),
     )
 ]  # fmt: skip
 PREFILL_DEFINES = [
     {
-        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "ROW_WARPS": row_warps,
+        "STORAGE": storage, "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "GROUP": group, "ROW_WARPS": row_warps,
         "TOKEN_WARPS": token_warps, "WARP_ROWS": warp_rows, "HELD_STEPS": held, "BLOCKS_PER_SM": blocks,
         **dict.fromkeys(asked, 1), "CAUSAL": causal,
     }
-    for storage, head_dim, block_size, row_warps, token_warps, warp_rows, held, blocks, asked, causal in (
-        ("__half", 64, 16, 4, 1, 32, 4, 2, (), 1),
-        ("__nv_bfloat16", 128, 16, 4, 1, 32, 0, 2, (), 1),
-        ("__nv_bfloat16", 96, 7, 4, 1, 32, 0, 2, ("WINDOW", "SINKS"), 1),
-        ("__half", 192, 64, 8, 1, 16, 0, 1, ("SOFTCAP",), 0),
-        ("__nv_bfloat16", 256, 256, 8, 1, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
-        ("__half", 80, 24, 4, 1, 16, 0, 2, ("ALIBI",), 0),
-        ("__nv_bfloat16", 128, 16, 1, 4, 16, 0, 3, (), 1),
-        ("__half", 256, 1, 1, 4, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
+    for storage, head_dim, block_size, group, row_warps, token_warps, warp_rows, held, blocks, asked, causal in (
+        ("__half", 64, 16, 3, 4, 1, 32, 4, 2, (), 1),
+        ("__nv_bfloat16", 128, 16, 4, 4, 1, 32, 0, 2, (), 1),
+        ("__nv_bfloat16", 96, 7, 7, 4, 1, 32, 0, 2, ("WINDOW", "SINKS"), 1),
+        ("__half", 192, 64, 1, 8, 1, 16, 0, 1, ("SOFTCAP",), 0),
+        ("__nv_bfloat16", 256, 256, 8, 8, 1, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
+        ("__half", 80, 24, 5, 4, 1, 16, 0, 2, ("ALIBI",), 0),
+        ("__nv_bfloat16", 128, 16, 4, 1, 4, 16, 0, 3, (), 1),
+        ("__half", 256, 1, 2, 1, 4, 16, 0, 1, ("WINDOW", "SOFTCAP", "ALIBI", "SINKS"), 1),
+        ("__half", 128, 16, 1, 4, 1, 32, 0, 2, ("LAUNCH_OVERLAP",), 1),
     )
 ]  # fmt: skip

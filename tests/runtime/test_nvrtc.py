@@ -20,7 +20,9 @@ def name(source):
 
 
 def serves(source, architecture):
-    """cp.async and bfloat16 on tensor cores came with sm_80."""
+    """cp.async and bfloat16 on tensor cores came with sm_80, kernels that start early with sm_90."""
+    if "LAUNCH_OVERLAP" in dict(source.defines) and architecture in ("sm_75", "sm_80"):
+        return False
     copies = source.entry in ("paged_attention_mma", "paged_attention_persistent", "paged_prefill")
     copies = copies or dict(source.defines).get("LOAD_PATH") == "LOAD_ASYNC_COPY"
     return architecture != "sm_75" or not copies
