@@ -201,8 +201,8 @@ def conclusion(rows: list[Row]) -> str:
     planned = good.get(PLANNED, {})
     if "over_bare_us" in planned:
         kept = "keeps" if planned["over_bare_us"] <= AIM_US else "misses"
-        listed = ", ".join(f"{row['over_bare_us']:.1f} us ({name})" for name, row in good.items() if name != BARE)
-        parts.append(f"A bare launch takes the CPU {good[BARE]['cpu_us']:.1f} us. On top of it: {listed}.")
+        listed = ", ".join(f"{row['over_bare_us']:+.1f} us ({name})" for name, row in good.items() if name != BARE)
+        parts.append(f"A bare launch takes the CPU {good[BARE]['cpu_us']:.1f} us. Others, beside it: {listed}.")
         parts.append(f"A planned call {kept} the aim of {AIM_US} us.")
         in_graph = ", ".join(f"{row['graph_us']:.2f} us ({name})" for name, row in good.items())
         parts.append(f"Replayed from a graph, a call takes {in_graph}.")

@@ -113,18 +113,18 @@ def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], 
     error = work.error_of(out, kernel)
     timing = time_graph(calls)
     bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
+    row = {
         **verdict_on(error),
         "time_us": timing.median_us,
         "spread_us": timing.spread_us,
         "kv_mb": work.kv_bytes / 1e6,
         "gb_s": bandwidth,
         "of_ceiling": bandwidth / ceiling,
-        **({"apart_us": time_apart(calls)} if kernel == KERNELS[-1] else {}),
         "flop_per_byte": work.flop / work.kv_bytes,
         "gflop_s": work.flop / timing.median_us / 1e3,
         **{key: value for key, value in asdict(step).items() if key not in ("name", "seq_lens")},
     }
+    return row | {"apart_us": time_apart(calls)} if kernel == KERNELS[-1] else row
 
 
 def time_apart(calls: Sequence[Callable[[], Any]]) -> float:

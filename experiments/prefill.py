@@ -220,7 +220,9 @@ class Contender:
         if not self._calls:
             return {}
         try:
-            self.replay = capture(self._calls)
+            replay = capture(self._calls)
+            replay.elapsed_us()  # who fails here takes no turns
+            self.replay = replay
         except Exception as error:
             self.timing = time_launches(self._calls)
             return {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}

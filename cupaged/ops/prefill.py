@@ -128,7 +128,7 @@ class PrefillPlan:
     num_blocks : int
         Thread blocks that the work is shared out over.
     overlap : bool
-        As of `DecodePlan`.
+        Whether a call starts while the kernel before it on the stream ends; it waits by itself.
     """
 
     def __init__(

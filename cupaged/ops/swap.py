@@ -207,6 +207,9 @@ class _Mover:
         with self.streams.device:
             try:
                 self._move_layers(caches, hosts, blocks)
+            except BaseException:
+                self.synchronise()  # a copy may be on its way into a buffer that nobody will say is free
+                raise
             finally:
                 moved = self.streams.link.record()
                 for host in hosts:
@@ -239,14 +242,14 @@ class _Mover:
 
     def _move_layers(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks) -> None:
         for cache, words, host in zip(caches, self.words_of_caches, hosts, strict=True):
-            for number in range(blocks.buffers):
+            for number in range(blocks.count):
                 turn, self.turn = self.turn, self.turn ^ 1
-                if blocks.out:
-                    self._use_device(cache, words, *blocks.on_device[number], turn, out=True)
-                    self._use_link(host, blocks.runs[number], turn, out=True)
-                else:
+                if not blocks.out:
                     self._use_link(host, blocks.runs[number], turn, out=False)
-                    self._use_device(cache, words, *blocks.on_device[number], turn, out=False)
+                ids, launch = blocks.on_device[number]
+                self._use_device(cache, words, ids, launch, turn, out=blocks.out)
+                if blocks.out:
+                    self._use_link(host, blocks.runs[number], turn, out=True)
 
     def _use_device(
         self, cache: KVCache, words: tuple[Any, Any], ids: Any, launch: CheckedCall, turn: int, *, out: bool
@@ -283,20 +286,20 @@ class _Blocks:
     """
 
     def __init__(self, mover: _Mover, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> None:
-        self.out, self.buffers = out, -(-len(on_host) // mover.at_once)
-        self._mover, self._cache, self._given = mover, cache, (on_device, on_host)
+        self.out, self.count = out, -(-len(on_host) // mover.at_once)
+        self._mover, self._cache, self._ids_on_device, self._ids_on_host = mover, cache, on_device, on_host
 
     @cached_property
     def on_device(self) -> list[tuple[Any, CheckedCall]]:
         """Ids, int32 on the cache's backend, and what gathers or scatters them."""
-        ids, at_once = self._cache.xp.asarray(self._given[0]), self._mover.at_once
+        ids, at_once = self._cache.xp.asarray(self._ids_on_device), self._mover.at_once
         parts = [ids[first : first + at_once] for first in range(0, len(ids), at_once)]
         return [(part, self._mover.launch(self._cache, part, self.out)) for part in parts]
 
     @cached_property
     def runs(self) -> list[list[tuple[int, int, int]]]:
         """Neighbours, which share a copy: where in the buffer, where in the host's blocks, and how many bytes."""
-        return _runs(self._given[1], self._mover.at_once, self._mover.block_bytes)
+        return _runs(self._ids_on_host, self._mover.at_once, self._mover.block_bytes)
 
 
 class _Streams:

@@ -176,12 +176,27 @@ class CudaKernel:
         **arguments
             By the names in the kernel's signature: CuPy arrays (None for a null pointer), and numbers.
         """
-        self.prepare(grid, block, shared_bytes, **arguments)()
+        grid, block, kernel, values = self._checked(grid, block, shared_bytes, arguments)
+        if self.source.waits_for_kernel_before:
+            DriverLaunch(kernel, grid, block, shared_bytes, values, overlaps=True)()
+        else:
+            kernel(grid, block, values, shared_mem=shared_bytes)  # for once, quicker than to lay arguments ready
 
     def prepare(
         self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any
     ) -> PreparedLaunch:
         """Check a launch, and return it to be launched, on the current device, as often as need be."""
+        import cupy
+
+        grid, block, kernel, values = self._checked(grid, block, shared_bytes, arguments)
+        launcher = DriverLaunch(kernel, grid, block, shared_bytes, values, self.source.waits_for_kernel_before)
+        current_device = cupy.cuda.runtime.getDevice
+        return PreparedLaunch(self.source, launcher, tuple(self._converters), values, current_device(), current_device)
+
+    def _checked(
+        self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int, arguments: dict[str, Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], Any, tuple[Any, ...]]:
+        """Return grid, block, the kernel with the shared memory that it needs, and the values of its parameters."""
         import cupy
 
         grid, block = check_extent(self.source.entry, grid, block)
@@ -195,11 +210,7 @@ class CudaKernel:
                 )
             kernel.max_dynamic_shared_size_bytes = shared_bytes
             self._shared_bytes[device] = shared_bytes
-        overlaps = ("LAUNCH_OVERLAP", "1") in self.source.defines
-        launcher = DriverLaunch(kernel, grid, block, shared_bytes, values, overlaps)
-        return PreparedLaunch(
-            self.source, launcher, tuple(self._converters), values, device, cupy.cuda.runtime.getDevice
-        )
+        return grid, block, kernel, values
 
     @cached_property
     def _converters(self) -> dict[str, Callable[[Any], Any]]:

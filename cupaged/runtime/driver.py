@@ -1,4 +1,4 @@
-"""Launches by the CUDA driver's own function, which CuPy does not call.
+"""Launches by cuLaunchKernelEx, a function of the CUDA driver that CuPy does not call.
 
 It takes attributes, of which a kernel that starts while the one before it ends needs one; and a launch that is made
 again has its arguments lying ready, where CuPy looks at the type of each every time.
@@ -6,6 +6,7 @@ again has its arguments lying ready, where CuPy looks at the type of each every 
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import threading
@@ -21,6 +22,7 @@ MAY_START_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT, in a thread that has not used the GPU
 HOPPER = 90
 DRIVER_OF_GRAPHS = 12030  # the first that captures such launches in a graph
+WORD = 8  # bytes that an argument takes here; none is longer
 
 
 class _Attribute(ctypes.Structure):  # CUlaunchAttribute
@@ -33,9 +35,12 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
         ("block", ctypes.c_uint32 * 3),
         ("shared_bytes", ctypes.c_uint32),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.c_void_p),
         ("num_attributes", ctypes.c_uint32),
     )
+
+
+_starts_early = _Attribute(id=MAY_START_EARLY, value=(1,))
 
 
 class DriverLaunch:
@@ -64,20 +69,23 @@ class DriverLaunch:
         values: Sequence[Any],
         overlaps: bool = False,
     ) -> None:
+        self._kernel, self._function = kernel, _launch_function()
+        self._words = (ctypes.c_uint64 * len(values))(*map(_as_word, values))
+        self._config = _Config(grid, block, shared_bytes, None, ctypes.addressof(_starts_early), int(overlaps))
+        self._lie_ready()
+
+    def _lie_ready(self) -> None:
+        """Note where the driver finds what this launch has for itself."""
         import cupy
 
-        self._kernel, self._grid, self._block, self._shared_bytes = kernel, grid, block, shared_bytes
-        self._overlaps = overlaps
-        self._words = (ctypes.c_uint64 * len(values))(*map(_as_word, values))
-        self._addresses = (ctypes.c_void_p * len(values))(
-            *(ctypes.addressof(self._words) + 8 * place for place in range(len(values)))
-        )
-        attribute = _Attribute(id=MAY_START_EARLY, value=(1,))
-        self._config = _Config(grid, block, shared_bytes, None, ctypes.pointer(attribute), int(overlaps))
-        self._call = _launch_function(), kernel.kernel.ptr
-        self._places = ctypes.addressof(self._config), ctypes.addressof(self._addresses)
-        self._stream = cupy.cuda.get_current_stream
-        self._lock = threading.Lock()  # on the stream and the words
+        first = ctypes.addressof(self._words)
+        addresses = range(first, first + WORD * len(self._words), WORD)
+        self._arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._passed = (
+            ctypes.addressof(self._config), self._kernel.kernel.ptr, ctypes.addressof(self._arguments), None
+        )  # fmt: skip
+        self._current_stream = cupy.cuda.get_current_stream
+        self._lock = threading.Lock()  # on the words and the stream: threads may share a launch
 
     def __call__(self) -> None:
         """Launch with the values that it was made with."""
@@ -86,38 +94,39 @@ class DriverLaunch:
 
     def open_for(self, places: Sequence[int]) -> Callable[[Sequence[Any]], None]:
         """Return what launches with other arrays in these places, in their order."""
-        values = [np.uint64(word) for word in self._words]
-        other = DriverLaunch(self._kernel, self._grid, self._block, self._shared_bytes, values, self._overlaps)
-        words = other._words
+        other = copy.copy(self)
+        other._words = type(self._words).from_buffer_copy(self._words)
+        other._config = _Config.from_buffer_copy(self._config)
+        other._lie_ready()
 
         def launch(arrays: Sequence[Any]) -> None:
             with other._lock:
                 for place, array in zip(places, arrays, strict=True):
-                    words[place] = array.data.ptr
+                    other._words[place] = array.data.ptr
                 other._launch()
 
         return launch
 
     def by_cupy(self, values: Sequence[Any]) -> None:
         """Launch as CuPy does, to compare with."""
-        self._kernel(self._grid, self._block, tuple(values), shared_mem=self._shared_bytes)
+        grid, block = tuple(self._config.grid), tuple(self._config.block)
+        self._kernel(grid, block, tuple(values), shared_mem=self._config.shared_bytes)
 
     def _launch(self) -> None:
-        (function, kernel), (config, arguments) = self._call, self._places
-        self._config.stream = self._stream().ptr
-        status = function(config, kernel, arguments, None)
+        """Launch; whoever calls this has the lock."""
+        self._config.stream = self._current_stream().ptr
+        status = self._function(*self._passed)
         if status:
-            self._once_more(status)
+            self._launch_again_or_raise(status)
 
-    def _once_more(self, status: int) -> None:
+    def _launch_again_or_raise(self, status: int) -> None:
         """Launch again where only the thread's context was missing, which CuPy's runtime makes; else raise."""
         import cupy
         from cupy_backends.cuda.api import driver
 
         if status == INVALID_CONTEXT:
             cupy.cuda.runtime.free(0)
-            (function, kernel), (config, arguments) = self._call, self._places
-            status = function(config, kernel, arguments, None)
+            status = self._function(*self._passed)
         driver.check_status(status)
 
 

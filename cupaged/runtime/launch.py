@@ -24,7 +24,7 @@ def _host_device() -> int:
 
 
 class Launcher(Protocol):
-    """Makes one launch over and over; a backend's own."""
+    """Makes one launch over and over; a backend's own. Whoever has it keeps the arrays that it was made with."""
 
     def __call__(self) -> None:
         """Launch with the values that it was made with."""
@@ -95,6 +95,7 @@ class CheckedCall:
             if name in arrays and value is not NULL
         }
         self._launch, self._order = launch.launcher.open_for(tuple(given)), tuple(given.values())
+        self._held = [value for place, value in enumerate(launch.values) if place not in given]  # the launcher may not
         self._asked_for = asked_for()
         self._look_again = time.monotonic() + LOOK_SECONDS
 

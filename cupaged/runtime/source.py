@@ -194,6 +194,15 @@ class KernelSource:
         """The .cu file's text."""
         return self.path.read_text(encoding="utf-8")
 
+    @property
+    def waits_for_kernel_before(self) -> bool:
+        """Whether the kernel, specialised so, waits by itself for the one before it, and may start while that ends.
+
+        Both the define LAUNCH_OVERLAP and the wait of kernels_cu/include/launch_overlap.cuh must be there.
+        """
+        asked = dict(self.defines).get("LAUNCH_OVERLAP") == "1"
+        return asked and re.search(r"^ *wait_for_kernel_before\(\);", self.text, re.MULTILINE) is not None
+
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The .cu file and every header of the kernels folder that it reaches, each once."""

@@ -265,7 +265,7 @@ __device__ __forceinline__ void leave_out(Tile::Products& product, const Mask& m
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float& logit = product[half / 2][i].value[half % 2 * 2 + j];
-        logit = seen >> (8 * i + j) & 1 ? logit : minus_infinity();
+        logit = (seen >> (8 * i + j) & 1) != 0 ? logit : minus_infinity();
       }
   }
 }

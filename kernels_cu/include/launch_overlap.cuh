@@ -10,7 +10,7 @@
 #endif
 
 // Until all kernels before this one have ended, and what they wrote is seen. Pointers to what is read afterwards must not
-// be both const and __restrict__: the compiler may take such loads to before the wait.
+// be both const and __restrict__: the compiler may take such loads to before the wait, though not volatile assembly.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if LAUNCH_OVERLAP
   asm volatile("griddepcontrol.wait;" ::: "memory");

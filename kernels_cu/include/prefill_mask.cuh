@@ -11,6 +11,7 @@
 // What a warp's rows see of a tile of `Tokens` tokens that begins at `first`.
 template <int Tokens>
 struct PrefillMask {
+  static_assert(Tokens == 64, "a bit for each in two words");
   Variants variants;
   int first;                // token
   const unsigned* mapped;   // [Tokens / 32], a bit for each token: whether it is there
@@ -31,7 +32,6 @@ struct PrefillMask {
   }
 
   // A bit for each token of the tile: whether a row of this context sees it.
-  static_assert(Tokens == 64, "bits of two words");
   __device__ __forceinline__ unsigned long long seen_by(int context) const {
     const int begin = variants.first_token(context) - first, end = context - first;
     unsigned word[2];

@@ -10,7 +10,7 @@ from cupaged.bench import report, timing
 from cupaged.bench.accuracy import decode_budget, decode_check, verdict_on
 from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.traffic import cache_traffic
-from cupaged.bench.workload import DecodeStep, decode_call, decode_workload
+from cupaged.bench.workload import WORKLOADS, DecodeStep, decode_call, decode_workload, lognormal
 
 
 def test_the_budget_sees_what_a_wrong_kernel_does():
@@ -124,6 +124,17 @@ def test_contenders_are_replayed_in_turns_and_each_is_first_as_often(contenders)
     assert np.bincount(rounds[:, 0]).tolist() == [len(rounds) // contenders] * contenders
     assert (np.sort(rounds, axis=1) == np.arange(contenders)).all()
     assert [timing.median_us for timing in timings] == [25.0 * (name + 1) for name in range(contenders)]
+
+
+def test_the_workloads_name_what_they_are():
+    """The names say heads, batch and context; the rest is what the field measures: D = 128, block size 16."""
+    assert len({step.name for step in WORKLOADS}) == len(WORKLOADS) == 8
+    for step in WORKLOADS:
+        heads, batch = step.name.split()[1:3]
+        if batch.startswith("b"):
+            assert heads == f"{step.num_heads}/{step.num_kv_heads}" and len(step.seq_lens) == int(batch[1:])
+        assert (step.head_dim, step.block_size, step.dtype) == (128, 16, "bfloat16")
+    assert lognormal(64, 8192) == lognormal(64, 8192) and max(lognormal(500, 900)) == 900
 
 
 @pytest.mark.parametrize("kernel", ["auto", "paged_attention_v1", "paged_attention_persistent"])

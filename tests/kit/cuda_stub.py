@@ -19,13 +19,6 @@ H100 = {
 }
 
 
-class StubKernel:
-    """Stands for a ``cupy.RawKernel``."""
-
-    num_regs, shared_size_bytes, max_dynamic_shared_size_bytes = 128, 0, 0
-    kernel = SimpleNamespace(ptr=1 << 20)
-
-
 class Launched(NamedTuple):
     """What the driver was told: arguments as the bytes that the kernel would read, in words of 8."""
 
@@ -36,13 +29,27 @@ class Launched(NamedTuple):
     words: tuple
 
 
+class StubKernel:
+    """Stands for a ``cupy.RawKernel``; keeps what it is launched with."""
+
+    num_regs, shared_size_bytes, max_dynamic_shared_size_bytes = 128, 0, 0
+    kernel = SimpleNamespace(ptr=1 << 20)
+
+    def __init__(self, launches):
+        self._launches = launches
+
+    def __call__(self, grid, block, values, shared_mem=0):
+        self._launches.append(Launched(grid, block, shared_mem, False, tuple(map(driver._as_word, values))))
+
+
 class CudaStub:
     """CuPy arrays that nothing reads, and kernels that only say what they were launched with."""
 
     def __init__(self, monkeypatch):
         import cupy
 
-        self.kernel, self.device, self.launches = StubKernel(), 0, []
+        self.device, self.launches = 0, []
+        self.kernel = StubKernel(self.launches)
         self._cupy, self._addresses = cupy, itertools.count(1 << 30, 1 << 30)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(cupy, name, self.array)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.runtime.driver import can_overlap_launches
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
 
@@ -57,7 +58,7 @@ def test_a_call_sees_what_the_kernels_before_it_write(monkeypatch):
 
     monkeypatch.delenv("CUPAGED_VALIDATE", raising=False)
     in_turns, overlapping = Steps(overlap=False), Steps(overlap=True)
-    assert overlapping.plan.overlap and not in_turns.plan.overlap
+    assert overlapping.plan.overlap == can_overlap_launches("cuda", 0) and not in_turns.plan.overlap
     in_turns.run(after_each=cupy.cuda.Device().synchronize)
     expected = in_turns.outs.view(np.int16).get()
     assert len({out.tobytes() for out in expected}) == len(expected)
@@ -162,3 +163,10 @@ def test_what_is_fetched_ahead_lies_in_the_cache(head_dim, backend):
     shape = DecodeShape((9000, 5000), head_dim=head_dim, block_size=24, unmapped=0.2)
     case = decode_case(shape, backend)
     assert_decode_matches_reference(case, pg.paged_attention(*case.arguments))
+
+
+@pytest.mark.parametrize("query_tokens", [None, 3])
+def test_what_is_fetched_ahead_of_a_shared_prefix_lies_in_the_query(query_tokens, backend):
+    shape = DecodeShape((200, 300, 120, 90), num_heads=8, block_size=16, query_tokens=query_tokens, shared_prefix=64)
+    case = decode_case(shape, backend)
+    assert_decode_matches_reference(case, pg.paged_attention(*case.arguments, shared_prefix=64))

@@ -189,3 +189,18 @@ def test_an_edited_kernel_is_launched(monkeypatch):
     monkeypatch.setattr("cupaged.runtime.launch.CheckedCall.is_current", lambda call: False)
     work.engine.swap_out(OUT)
     assert len(prepared) > before > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_swap_that_fails_on_its_way_leaves_no_copy_behind(seed, monkeypatch):
+    """The link is first on the way in: what it writes to a buffer must be over before others use that."""
+    work = Work(monkeypatch, seed)
+    work.engine.swap_out(OUT)
+    work.streams.run()
+    with monkeypatch.context() as broken:
+        broken.setattr(swap, "prepare_move", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
+        with pytest.raises(MemoryError, match="no room"):
+            work.engine.swap_in(BACK)
+    streams = work.engine._mover.streams
+    assert len(streams.link.queue) == 1 and not streams.device.queue  # the mark of when it was over
+    assert work.comes_back()

@@ -1,6 +1,6 @@
 // The host's twin of kernels_cu/include/launch_overlap.cuh. Here kernels run one after the other; what is peeked at is
-// right at some addresses and nonsense at others, as on a GPU where it is still being written, and a line that is fetched
-// must be memory.
+// right at some addresses and nonsense at others, likely and unlikely, as on a GPU where it is still being written, and a
+// line that is fetched must be memory.
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
@@ -15,13 +15,24 @@ inline void start_kernel_after() {}
 
 template <typename T>
 inline T peek(const T* address) {
-  T value = *address;
-  uint64_t noise = reinterpret_cast<uintptr_t>(address) * 0x9e3779b97f4a7c15u;   // the same for every thread that asks
-  if (noise >> 63) {
-    unsigned char bytes[sizeof(T)];
-    for (auto& byte : bytes) byte = static_cast<unsigned char>((noise = noise * 6364136223846793005u + 1) >> 56);
-    std::memcpy(&value, bytes, sizeof(T));
-  }
+  static_assert(sizeof(T) % sizeof(int) == 0, "words");
+  int words[sizeof(T) / sizeof(int)];
+  std::memcpy(words, address, sizeof(T));
+  uint64_t noise = reinterpret_cast<uintptr_t>(address) ^ cupaged::this_thread->thread_index.x;   // lanes may differ
+  const auto next = [&] {
+    noise = (noise ^ noise >> 29) * 0xbf58476d1ce4e5b9u + 0x9e3779b97f4a7c15u;
+    return static_cast<unsigned>(noise >> 32);
+  };
+  next();
+  if (next() % 2 != 0)
+    for (int& word : words) {
+      const unsigned kind = next() % 4, value = next();
+      if (kind == 1) word = static_cast<int>(value % 6) - 1;   // as a sequence, a tile or a block may be
+      if (kind == 2) word = static_cast<int>(value);
+      if (kind == 3) word = value % 2 != 0 ? 0x7fffffff : -0x7fffffff - 1;
+    }
+  T value;
+  std::memcpy(&value, words, sizeof(T));
   return value;
 }
 inline void fetch_line(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
