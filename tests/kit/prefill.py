@@ -67,10 +67,10 @@ def random_prefill_shape(seed: int, specialisations: int) -> PrefillShape:
     block_size = int(compiled.choice([1, 2, 7, 8, 16, 16, 24, 32, 64, 100, 128, 256]))
     layout = str(compiled.choice(["BSHD", "BHSD", "HBSD", "BS2HD"]))
     tall = bool(compiled.random() < 0.5)  # rows enough for the shape that tiles have with many
+    group = int(compiled.choice([1, 2, 3, 4, 5, 7, 8]))
 
     rng = np.random.default_rng([4, seed])
     kv_heads = int(rng.integers(1, 4))
-    group = int(rng.choice([1, 2, 3, 4, 8]))
     count = int(rng.integers(1, 5))
     lens, new_tokens = [], []
     for _ in range(count):
