@@ -194,7 +194,7 @@ class KernelSource:
         """The .cu file's text."""
         return self.path.read_text(encoding="utf-8")
 
-    @property
+    @cached_property
     def waits_for_kernel_before(self) -> bool:
         """Whether the kernel, specialised so, waits by itself for the one before it, and may start while that ends.
 
