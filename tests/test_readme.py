@@ -104,24 +104,6 @@ def test_operations_and_prompts_run_as_fast_as_it_says():
     assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
 
 
-def test_when_a_sequence_is_sooner_swapped():
-    rows = result("swap_or_recompute")["rows"]
-    quicker = defaultdict(list)
-    for row in rows:
-        cell = row["host_blocks"], row["block_size"], row["tokens"]
-        quicker[row["host_blocks"]] += [cell] if row["out_ms"] + row["in_ms"] < row["recompute_ms"] else []
-    near, far = quicker["neighbours"], quicker["scattered"]
-    assert f"in {len(near)} of {sum(row['host_blocks'] == 'neighbours' for row in rows)} cells" in README.replace(
-        "\n", " "
-    )
-    lengths = sorted({row["tokens"] for row in rows})
-    assert lengths[0] == 128 and lengths[-1] == 2048
-    assert not [cell for cell in far if cell[1] <= 16 and cell[2] >= 512]
-    assert {(size, tokens) for _, size, tokens in far if size >= 64} == {
-        (s, t) for s in (64, 128, 256) for t in lengths
-    }
-
-
 def test_prompts_beside_peers_run_as_it_says():
     text, rows = README.replace("\n", " "), result("prefill")["rows"]
     assert all(row["status"] == "ok" for row in rows)
@@ -145,13 +127,6 @@ def test_prompts_beside_peers_run_as_it_says():
     assert f"FlashInfer's fa3 {spread('FlashInfer, fa3', *long, short)} times as long" in text
 
 
-def test_a_call_costs_what_it_says():
-    text, rows = README.replace("\n", " "), {row["call"]: row for row in result("call_overhead")["rows"]}
-    assert f"CuPy takes {rows['bare launch']['cpu_us']:.1f} us to launch" in text
-    assert f"takes {rows['planned']['over_bare_us']:.1f} us more" in text
-    assert f"lie ready for the driver, {-rows['prepared']['over_bare_us']:.1f} us less" in text
-
-
 def test_decode_comes_as_close_to_the_memory_as_it_says():
     text, rows = README.replace("\n", " "), result("decode")["rows"]
     fastest = [row for row in rows if row["kernel"] == "paged_attention_persistent"]
@@ -161,13 +136,8 @@ def test_decode_comes_as_close_to_the_memory_as_it_says():
     assert f"calls take {min(longer):.0f} to {max(longer):.0f} % longer" in text
 
 
-def test_the_model_is_as_quick_and_serves_as_many_as_it_says():
-    text, rows = README.replace("\n", " "), {row["way"]: row for row in result("model_step")["rows"]}
-    graph = rows["one graph"]
-    assert f"[{graph['ms']:.2f} ms a step]" in text and f"{round(graph['tokens_per_s'], -2):,.0f} tokens" in text
-    assert f"{100 * rows['attention alone, one graph']['ms'] / graph['ms']:.0f} % of it attention" in text
-    without, with_it = (rows[name]["ms"] / graph["ms"] for name in ("transformers without cuDNN", "transformers"))
-    assert f"takes {without:.1f} times as long without cuDNN, and {with_it:.1f} times with it" in text
+def test_a_model_serves_as_many_as_it_says():
+    text = README.replace("\n", " ")
     served = result("serving")
     assert served["model"] == "SmolLM2-135M-Instruct" and all(row["status"] == "ok" for row in served["rows"])
     for way, form in (
