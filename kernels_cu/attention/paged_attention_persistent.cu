@@ -91,7 +91,7 @@ struct Call {
   const STORAGE* query;      // [num_seqs, query_tokens, num_heads, HEAD_DIM]
   const int* block_tables;   // [num_seqs, max_blocks], -1 = unmapped
   const int* seq_lens;       // [num_seqs]
-  int num_seqs, max_blocks, num_blocks;             // rows and columns of the table, blocks of the cache
+  int max_blocks, num_blocks;                       // columns of the table, blocks of the cache
   int num_kv_heads, group, rows_of_head, row_tiles;   // query rows and head tiles of a KV head
   const STORAGE *key_cache, *value_cache;
   Strides key_strides, value_strides;
@@ -106,13 +106,13 @@ struct Call {
 
 // Fetch what a block reads first, while the kernel before may still be at work: its first piece's first chunks, queries and
 // length. Plan and table may not be written yet, so they are asked for no more than addresses, and those are held to the
-// arrays. Only the planner writes to a plan's memory: a piece of any plan, or zeros, names a sequence and a tile that there
-// are, so that lanes may see different pieces, but none leaves the others before a shuffle.
+// arrays.
 __device__ __forceinline__ void fetch_ahead(const Call& call, const int* summary, const Piece* queue) {
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, thread = threadIdx.x;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
   const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
-  const Piece piece{fields.x, fields.y, fields.z, fields.w};
-  if (!in_range(piece.seq, call.num_seqs) || !in_range(piece.tile, call.num_kv_heads * call.row_tiles)) return;
+  const auto first_lanes = [](int field) { return __shfl_sync(kAllLanes, field, 0); };   // lanes may have seen different ones
+  const Piece piece{first_lanes(fields.x), first_lanes(fields.y), first_lanes(fields.z), first_lanes(fields.w)};
+  if (!in_range(piece.seq, call.prefix.table_rows()) || !in_range(piece.tile, call.num_kv_heads * call.row_tiles)) return;
   const Rows rows = call.rows_of(piece.seq, piece.tile);
   const BlockTable table(call.block_tables, piece.seq, call.max_blocks);
 #pragma unroll
@@ -266,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   const Variants variants{query_tokens, window, softcap, alibi_slopes, sinks};
   const SharedPrefix prefix{prefix_tokens, num_seqs, prefix_out, prefix_state};
   const int rows_of_head = prefix.query_tokens(variants) * group, row_tiles = (rows_of_head + ROWS - 1) / ROWS;
-  const Call call{query, block_tables, seq_lens, num_seqs, max_blocks, num_blocks,
+  const Call call{query, block_tables, seq_lens, max_blocks, num_blocks,
                   num_kv_heads, group, rows_of_head, row_tiles, key_cache, value_cache,
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};

@@ -30,6 +30,9 @@ struct SharedPrefix {
     part.merge(SoftmaxState{weights[0], weights[1]}, sum);
   }
 
+  // Rows of the block table that this launch goes by: one where all sequences are as if they were one.
+  __device__ __forceinline__ int table_rows() const { return SHARED_PREFIX == PREFIX_ALONE ? 1 : num_seqs; }
+
   // Of a sequence, this launch reads the tokens from here to there.
   __device__ __forceinline__ int first_token() const { return SHARED_PREFIX == PREFIX_BEFORE ? tokens : 0; }
   __device__ __forceinline__ int end_token(const int* seq_lens, int seq) const {

@@ -1,7 +1,6 @@
 // The host's twin of kernels_cu/include/launch_overlap.cuh. Here kernels run one after the other; what is peeked at is
-// right at some addresses and nonsense at others, as on a GPU where it is still being written, and a line that is fetched
-// must be memory. A single word, a table's entry, may be anything, and to each thread something else; words that are read
-// together, a plan's, which only the planner writes, are right or far off, the same for all.
+// right at some addresses and nonsense at others, likely and unlikely, as on a GPU where it is still being written, and a
+// line that is fetched must be memory.
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
@@ -19,8 +18,7 @@ inline T peek(const T* address) {
   static_assert(sizeof(T) % sizeof(int) == 0, "words");
   int words[sizeof(T) / sizeof(int)];
   std::memcpy(words, address, sizeof(T));
-  constexpr bool single = sizeof(T) == sizeof(int);
-  uint64_t noise = reinterpret_cast<uintptr_t>(address) ^ (single ? cupaged::this_thread->thread_index.x : 0u);
+  uint64_t noise = reinterpret_cast<uintptr_t>(address) ^ cupaged::this_thread->thread_index.x;   // lanes may differ
   const auto next = [&] {
     noise = (noise ^ noise >> 29) * 0xbf58476d1ce4e5b9u + 0x9e3779b97f4a7c15u;
     return static_cast<unsigned>(noise >> 32);
@@ -29,7 +27,7 @@ inline T peek(const T* address) {
   if (next() % 2 != 0)
     for (int& word : words) {
       const unsigned kind = next() % 4, value = next();
-      if (kind == 1 && single) word = static_cast<int>(value % 6) - 1;   // as a block may be
+      if (kind == 1) word = static_cast<int>(value % 6) - 1;   // as a sequence, a tile or a block may be
       if (kind == 2) word = static_cast<int>(value);
       if (kind == 3) word = value % 2 != 0 ? 0x7fffffff : -0x7fffffff - 1;
     }
