@@ -88,6 +88,16 @@ struct QueryPlace {
   float slope;   // of its head
 };
 
+// An element of an array in registers, which cannot be indexed.
+template <typename T, int Count>
+__device__ __forceinline__ T element(const T (&array)[Count], int index) {
+  T found = array[0];
+#pragma unroll
+  for (int i = 1; i < Count; ++i)
+    if (i == index) found = array[i];
+  return found;
+}
+
 // Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
 __device__ __forceinline__ float compute_logits(float* logits,         // [stretch_tokens]
                                                 const float (&query)[Row::SHARE],   // this lane's share, scaled
@@ -98,12 +108,16 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
     RowsInFlight key;
     const int token = first + threadIdx.x / ROW_LANES;
     key.load(key_cache, strides, stretch, token);
+    float product[IN_FLIGHT];
 #pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) {
-      float logit = place.variants.logit(key.row[r].dot(query), token + r * GROUPS, place.context, place.slope);
-      if (key.block_id[r] == kUnmapped) logit = minus_infinity();
-      const int index = token + r * GROUPS - stretch.begin;
-      if (index < stretch.end - stretch.begin && threadIdx.x % ROW_LANES == 0) logits[index] = logit;
+    for (int r = 0; r < IN_FLIGHT; ++r) product[r] = key.row[r].dot(query);
+    // All lanes of a row know its product: each makes logits of other rows than its neighbours do.
+#pragma unroll
+    for (int r = 0; r < IN_FLIGHT; r += ROW_LANES) {
+      const int mine = r + threadIdx.x % ROW_LANES, token_of_mine = token + mine * GROUPS;
+      float logit = place.variants.logit(element(product, mine), token_of_mine, place.context, place.slope);
+      if (mine >= IN_FLIGHT || element(key.block_id, mine) == kUnmapped) logit = minus_infinity();
+      if (mine < IN_FLIGHT && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
       largest = fmaxf(largest, logit);
     }
   }
