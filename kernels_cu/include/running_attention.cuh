@@ -24,13 +24,15 @@ struct RunningAttention {
 #pragma unroll
     for (int n = 1; n < N; ++n) largest = fmaxf(largest, logit[n]);
     raise(largest);
+    float weights = 0.0f;   // of these tokens: one alone may be too small to change the sum of thousands
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const float weight = softmax_weight(logit[n], softmax.max);
-      softmax.sum += weight;
+      weights += weight;
 #pragma unroll
       for (int i = 0; i < Share; ++i) sum[i] += weight * value[n][i];
     }
+    softmax.sum += weights;
   }
 
   // Take in attention over other tokens.
