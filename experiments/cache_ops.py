@@ -36,7 +36,7 @@ from cupaged.runtime import choose_backend
 Row = dict[str, Any]
 SIZES_MB = (1, 8, 64, 256)
 COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share of the memory's speed
-REPEATS = {"repeats": 7, "warm_ups": 2}  # of what goes over the link
+REPEATS = {"repeats": 31, "warm_ups": 5}  # of what goes over the link: much of it is Python, whose times scatter
 EXPECTATION = (
     "What to expect. From some tens of megabytes on, vectors of 16 bytes that are read and written once should come "
     "within a tenth of the copy, whatever the layout: values in BHDSX, whose neighbours lie a block apart, are turned "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -22,9 +23,8 @@ from cupaged.runtime.select import why_no_gpu
 __all__ = ["HostBlocks", "SwapEngine", "swap_blocks"]
 
 # Of each of two buffers. The first gather, or the last scatter, is all that does not overlap with the link, and takes a
-# twenty-fifth of the link's time for as much. Between two copies the link of an H100 rests for some 27 us, in which it
-# would move 1.5 MB: copies must be many times as long.
-STAGING_BYTES = 32 * 2**20
+# twenty-fifth of the link's time for as much; a copy takes some 25 us of Python and, on an H100, 300 us of the link.
+STAGING_BYTES = 16 * 2**20
 KEPT_LAUNCHES = 8
 
 
@@ -75,7 +75,7 @@ class SwapEngine:
     """Moves blocks of the layers' caches to the host and back, on streams of its own.
 
     A swap waits for the work that is on the current stream when it is asked for; the work that follows waits for the
-    swap only after `wait`. Two buffers of up to 32 MiB take turns: while one is gathered or scattered, the other is on
+    swap only after `wait`. Two buffers of up to 16 MiB take turns: while one is gathered or scattered, the other is on
     the link. Swaps take place in the order in which they were asked for.
 
     Parameters
@@ -153,7 +153,7 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
 
     Notes
     -----
-    The cache keeps two buffers on its device from its first swap on, each of up to 32 MiB and no larger than the cache.
+    The cache keeps two buffers on its device from its first swap on, each of up to 16 MiB and no larger than the cache.
     A `SwapEngine` has one such pair for all layers.
     """
     out = isinstance(src, KVCache)
@@ -171,7 +171,7 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
 
 
 class _Mover:
-    """Two buffers on the device that take turns, and the streams that fill and empty them.
+    """Two buffers on the device that take turns, each with a stream on which it is filled and emptied.
 
     What all layers have in common is worked out once a call; a layer's share of it is a launch, and a copy for each run
     of neighbours, a buffer at a time.
@@ -185,8 +185,8 @@ class _Mover:
         self.buffers = [cache.xp.empty((self.at_once, elements), config.numpy_dtype) for _ in range(2)]
         self.words_of_buffers = [as_words(halves(cache, buffer)) for buffer in self.buffers]
         self.words_of_caches = [as_words(each.storage) for each in caches]
-        self.turn = 0
         self.launches: dict[tuple[int, bool], CheckedCall] = {}
+        self.moved: Any = None  # an event: when all that was started is done
         self.streams = _Streams() if cache.backend == "cuda" else None
         if self.streams is not None:
             self.streams.wait_for_current()  # which may still use what the buffers' memory held before
@@ -201,19 +201,16 @@ class _Mover:
             self._move_layers(caches, hosts, blocks)
             return
         self.streams.wait_for_current()
-        for moved in dict.fromkeys(host.moved for host in hosts):  # by this mover or another
-            if moved is not None:
-                self.streams.link.wait_event(moved)
-        with self.streams.device:
-            try:
-                self._move_layers(caches, hosts, blocks)
-            except BaseException:
-                self.synchronise()  # a copy may be on its way into a buffer that nobody will say is free
-                raise
-            finally:
-                moved = self.streams.link.record()
-                for host in hosts:
-                    host.moved = moved
+        self.streams.wait_for([self.moved, *(host.moved for host in hosts)])  # the latter by this mover or another
+        try:
+            self._move_layers(caches, hosts, blocks)
+        except BaseException:
+            self.synchronise()  # a copy may be on its way into a buffer that nobody will say is free
+            raise
+        finally:
+            self.moved = self.streams.join()
+            for host in hosts:
+                host.moved = self.moved
 
     def __del__(self) -> None:
         with suppress(Exception):  # the driver may be gone before us
@@ -221,14 +218,26 @@ class _Mover:
 
     def wait(self) -> None:
         """Let the current stream wait for what was started."""
-        if self.streams is not None:
-            self.streams.let_current_wait()
+        if self.streams is not None and self.moved is not None:
+            self.streams.let_current_wait(self.moved)
 
     def synchronise(self) -> None:
         """Wait for what was started."""
         if self.streams is not None:
-            self.streams.device.synchronize()
-            self.streams.link.synchronize()
+            self.streams.synchronise()
+
+    def _move_layers(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks) -> None:
+        out = blocks.out
+        turn = 0 if out else 1  # ids go up on the first: it takes them to the first gather, or beside the first copy
+        for part in blocks.parts():
+            for cache, words, host in zip(caches, self.words_of_caches, hosts, strict=True):
+                with self.streams.own[turn] if self.streams is not None else nullcontext():
+                    if not out:
+                        self._use_link(host, part.runs, turn, out)
+                    self._use_device(cache, words, *part.on_device, turn, out)
+                    if out:
+                        self._use_link(host, part.runs, turn, out)
+                turn ^= 1
 
     def launch(self, cache: KVCache, ids: Any, out: bool) -> CheckedCall:
         """Return the launch that gathers or scatters as many blocks, kept from an earlier call if there was one."""
@@ -240,102 +249,119 @@ class _Mover:
             self.launches[key] = launch = prepare_move(cache, ids, self.buffers[0], gather=out)
         return launch
 
-    def _move_layers(self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks) -> None:
-        for cache, words, host in zip(caches, self.words_of_caches, hosts, strict=True):
-            for number in range(blocks.count):
-                turn, self.turn = self.turn, self.turn ^ 1
-                if not blocks.out:
-                    self._use_link(host, blocks.runs[number], turn, out=False)
-                ids, launch = blocks.on_device[number]
-                self._use_device(cache, words, ids, launch, turn, out=blocks.out)
-                if blocks.out:
-                    self._use_link(host, blocks.runs[number], turn, out=True)
-
     def _use_device(
-        self, cache: KVCache, words: tuple[Any, Any], ids: Any, launch: CheckedCall, turn: int, *, out: bool
+        self, cache: KVCache, words: tuple[Any, Any], ids: Any, launch: CheckedCall, turn: int, out: bool
     ) -> None:
         """Gather blocks into a buffer, or scatter them from there."""
-        if self.streams is not None:
-            self.streams.wait_for_buffer(self.streams.device, turn, free=out)
         buffer = self.words_of_buffers[turn]
         to, source = (buffer, words) if out else (words, buffer)
         launch.launch(*to, *source, ids)
-        if self.streams is not None:
-            self.streams.done_with_buffer(self.streams.device, turn, free=not out)
         if not out:
             refresh_blocks(cache, ids)
 
-    def _use_link(self, host: HostBlocks, runs: list[tuple[int, int, int]], turn: int, *, out: bool) -> None:
+    def _use_link(self, host: HostBlocks, runs: list[tuple[int, int, int]], turn: int, out: bool) -> None:
         """Copy a buffer to the host's blocks, or from them, a run of neighbours at a time."""
-        if self.streams is None:
-            near, far = self.buffers[turn].view(np.uint8).reshape(-1), host.blocks.view(np.uint8).reshape(-1)
-            for near_at, far_at, nbytes in runs:
-                to, source = near[near_at : near_at + nbytes], far[far_at : far_at + nbytes]
-                np.copyto(*((source, to) if out else (to, source)))
+        if self.streams is not None:
+            self.streams.copy(turn, self.buffers[turn].data.ptr, host.blocks.ctypes.data, runs, out)
             return
-        self.streams.wait_for_buffer(self.streams.link, turn, free=not out)
-        self.streams.copy(self.buffers[turn].data.ptr, host.blocks.ctypes.data, runs, out)
-        self.streams.done_with_buffer(self.streams.link, turn, free=out)
+        near, far = self.buffers[turn].view(np.uint8).reshape(-1), host.blocks.view(np.uint8).reshape(-1)
+        for near_at, far_at, nbytes in runs:
+            to, source = near[near_at : near_at + nbytes], far[far_at : far_at + nbytes]
+            np.copyto(*((source, to) if out else (to, source)))
 
 
 class _Blocks:
-    """The blocks of a swap, a buffer at a time, in the order of the host's.
-
-    What the device needs to know and what the link does are each worked out when first asked for: the first gather does
-    not wait for the runs, nor the first copy to the device for the ids.
-    """
+    """The blocks of a swap, in the order of the host's; what all buffers of them have in common is worked out once."""
 
     def __init__(self, mover: _Mover, cache: KVCache, on_device: np.ndarray, on_host: np.ndarray, out: bool) -> None:
-        self.out, self.count = out, -(-len(on_host) // mover.at_once)
-        self._mover, self._cache, self._ids_on_device, self._ids_on_host = mover, cache, on_device, on_host
+        self.mover, self.cache, self.on_host, self.out = mover, cache, on_host, out
+        self._on_device = on_device
+
+    def parts(self) -> Iterator[_Part]:
+        """Return them a buffer at a time."""
+        count, at_once = len(self.on_host), self.mover.at_once
+        return (_Part(self, first, min(first + at_once, count)) for first in range(0, count, at_once))
 
     @cached_property
-    def on_device(self) -> list[tuple[Any, CheckedCall]]:
-        """Ids, int32 on the cache's backend, and what gathers or scatters them."""
-        ids, at_once = self._cache.xp.asarray(self._ids_on_device), self._mover.at_once
-        parts = [ids[first : first + at_once] for first in range(0, len(ids), at_once)]
-        return [(part, self._mover.launch(self._cache, part, self.out)) for part in parts]
+    def ids(self) -> Any:
+        """On the device, int32 on the cache's backend."""
+        streams = self.mover.streams
+        return self._on_device if streams is None else streams.upload(self._on_device)
 
     @cached_property
-    def runs(self) -> list[list[tuple[int, int, int]]]:
+    def begins(self) -> list[int]:
+        """Where neighbours on the host begin, all but the first."""
+        return (np.flatnonzero(self.on_host[1:] != self.on_host[:-1] + 1) + 1).tolist()
+
+
+class _Part:
+    """As many blocks as a buffer holds.
+
+    All is worked out when it is first asked for: the first gather does not wait for the host's runs, nor the first copy
+    to the device for ids there.
+    """
+
+    def __init__(self, blocks: _Blocks, first: int, end: int) -> None:
+        self._blocks, self._first, self._end = blocks, first, end
+
+    @cached_property
+    def on_device(self) -> tuple[Any, CheckedCall]:
+        """Ids, and what gathers or scatters them."""
+        blocks = self._blocks
+        ids = blocks.ids[self._first : self._end]
+        return ids, blocks.mover.launch(blocks.cache, ids, blocks.out)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
         """Neighbours, which share a copy: where in the buffer, where in the host's blocks, and how many bytes."""
-        return _runs(self._ids_on_host, self._mover.at_once, self._mover.block_bytes)
+        begins, ids, size = self._blocks.begins, self._blocks.on_host, self._blocks.mover.block_bytes
+        first, end = self._first, self._end
+        inner = begins[bisect_right(begins, first) : bisect_left(begins, end)]
+        runs = zip([first, *inner], [*inner, end], strict=True)
+        return [((begin - first) * size, int(ids[begin]) * size, (stop - begin) * size) for begin, stop in runs]
 
 
 class _Streams:
-    """One stream for what the device does, one for the link, and events: when a buffer is full, and when free again."""
+    """Two streams that take turns, and events that keep swaps in order with each other and with other work."""
 
     def __init__(self) -> None:
         cuda = array_module("cuda").cuda
-        self.device, self.link = (cuda.Stream(non_blocking=True) for _ in range(2))
-        self._full, self._free = ([cuda.Event(disable_timing=True) for _ in range(2)] for _ in range(2))
-        self._asked, *self._done = (cuda.Event(disable_timing=True) for _ in range(3))
+        self.own = [cuda.Stream(non_blocking=True) for _ in range(2)]
+        self._asked, self._uploaded, self._other_done = (cuda.Event(disable_timing=True) for _ in range(3))
+        self._ids: Any = None
         self._cuda = cuda
 
     def wait_for_current(self) -> None:
         """Let both wait for the work that is on the current stream now."""
         self._asked.record(self._cuda.get_current_stream())
-        self.device.wait_event(self._asked)
-        self.link.wait_event(self._asked)
+        self.wait_for([self._asked])
 
-    def let_current_wait(self) -> None:
-        """Let the current stream wait for what is on both now."""
-        current = self._cuda.get_current_stream()
-        for stream, done in zip((self.device, self.link), self._done, strict=True):
-            done.record(stream)
-            current.wait_event(done)
+    def wait_for(self, events: Iterable[Any]) -> None:
+        """Let both wait for events; None is none."""
+        for event in dict.fromkeys(events):
+            if event is not None:
+                for stream in self.own:
+                    stream.wait_event(event)
 
-    def wait_for_buffer(self, stream: Any, turn: int, *, free: bool) -> None:
-        """Let a stream wait until a buffer is free, or full."""
-        stream.wait_event((self._free if free else self._full)[turn])
+    def upload(self, ids: np.ndarray) -> Any:
+        """Return ids on the device, for both to read until the next swap.
 
-    def done_with_buffer(self, stream: Any, turn: int, *, free: bool) -> None:
-        """Say that a buffer is free, or full, once the stream comes to here."""
-        (self._free if free else self._full)[turn].record(stream)
+        The first stream writes them, which by then has waited for all that the other did for the swap before. The
+        driver has read `ids` when this returns: they need not be pinned, nor kept.
+        """
+        first, other = self.own
+        if self._ids is None or len(self._ids) < len(ids):
+            with first:
+                self._ids = array_module("cuda").empty(len(ids), ids.dtype)
+        runtime = self._cuda.runtime
+        runtime.memcpyAsync(self._ids.data.ptr, ids.ctypes.data, ids.nbytes, runtime.memcpyHostToDevice, first.ptr)
+        self._uploaded.record(first)
+        other.wait_event(self._uploaded)
+        return self._ids
 
-    def copy(self, near: int, far: int, runs: Iterable[tuple[int, int, int]], out: bool) -> None:
+    def copy(self, turn: int, near: int, far: int, runs: Iterable[tuple[int, int, int]], out: bool) -> None:
         """Copy runs of bytes between the device's address `near` and the host's, `far`."""
-        runtime, stream = self._cuda.runtime, self.link.ptr
+        runtime, stream = self._cuda.runtime, self.own[turn].ptr
         copy = runtime.memcpyAsync
         if out:
             for near_at, far_at, nbytes in runs:
@@ -343,6 +369,24 @@ class _Streams:
         else:
             for near_at, far_at, nbytes in runs:
                 copy(near + near_at, far + far_at, nbytes, runtime.memcpyHostToDevice, stream)
+
+    def join(self) -> Any:
+        """Return an event: when all that was started so far on both is done."""
+        first, other = self.own
+        self._other_done.record(other)
+        first.wait_event(self._other_done)
+        done = self._cuda.Event(disable_timing=True)
+        done.record(first)
+        return done
+
+    def let_current_wait(self, event: Any) -> None:
+        """Let the current stream wait for an event."""
+        self._cuda.get_current_stream().wait_event(event)
+
+    def synchronise(self) -> None:
+        """Wait for what was started so far."""
+        for stream in self.own:
+            stream.synchronize()
 
 
 def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -354,33 +398,23 @@ def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -
         raise TypeError(f"pairs must be integers; got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"pairs must have shape [num_pairs, 2]; got {list(array.shape)}")
-    on_device, on_host = array.T if out else array.T[::-1]
     if not len(array):
-        return on_device.astype(np.int32), on_host.astype(np.int64)
-    for ids, what, limit in ((on_device, "cache", config.num_blocks), (on_host, "host", num_host_blocks)):
-        if ids.min() < 0 or ids.max() >= limit:
-            wrong = (ids < 0) | (ids >= limit)
-            raise ValueError(
-                f"pairs must name blocks of the {what} from 0 to below {limit}; got {ids[np.argmax(wrong)]}"
-            )
-    on_device, on_host = on_device.astype(np.int32), on_host.astype(np.int64)
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    columns = np.ascontiguousarray(array.T)
+    on_device, on_host = columns if out else columns[::-1]
     if not (on_host[1:] > on_host[:-1]).all():
         order = np.argsort(on_host, kind="stable")
         on_device, on_host = on_device[order], on_host[order]
-    written = on_host if out else np.sort(on_device)
-    twice = written[1:] == written[:-1]
-    if twice.any():
-        raise ValueError(f"pairs must write a block once; block {written[np.argmax(twice)]} is written twice")
-    return on_device, on_host
+    _check_ascending(on_host, "host", num_host_blocks, once=out)
+    _check_ascending(np.sort(on_device), "cache", config.num_blocks, once=not out)
+    return on_device.astype(np.int32), on_host.astype(np.int64)
 
 
-def _runs(ids: np.ndarray, at_once: int, size: int) -> list[list[tuple[int, int, int]]]:
-    """Return, for each `at_once` of ascending ids, runs of neighbours: where among them, first id, length, in bytes."""
-    begins = np.ones(len(ids), dtype=bool)
-    np.not_equal(ids[1:], ids[:-1] + 1, out=begins[1:])
-    begins[::at_once] = True
-    starts = np.flatnonzero(begins)
-    lengths = np.append(starts[1:], len(ids)) - starts
-    runs = list(zip(*((array * size).tolist() for array in (starts % at_once, ids[starts], lengths)), strict=True))
-    first = np.searchsorted(starts, np.arange(0, len(ids), at_once)).tolist()
-    return [runs[begin:end] for begin, end in zip(first, [*first[1:], len(runs)], strict=True)]
+def _check_ascending(ids: np.ndarray, what: str, limit: int, once: bool) -> None:
+    """Raise ValueError unless ascending ids are those of blocks, and none comes again where each may come once."""
+    if ids[0] < 0 or ids[-1] >= limit:
+        wrong = ids[0] if ids[0] < 0 else ids[-1]
+        raise ValueError(f"pairs must name blocks of the {what} from 0 to below {limit}; got {wrong}")
+    if once and (ids[1:] == ids[:-1]).any():
+        twice = ids[1:][ids[1:] == ids[:-1]]
+        raise ValueError(f"pairs must write a block once; block {twice[0]} is written twice")

@@ -14,6 +14,8 @@ from cupaged.runtime import cuda, driver
 from cupaged.runtime.select import load_kernel
 from tests.kit.cuda_stub import CudaStub
 
+HOST_TO_DEVICE = 1  # cudaMemcpyKind
+
 
 class Event:
     """What is recorded last counts, and a stream that waits looks at that when it is told to."""
@@ -76,10 +78,9 @@ class Streams:
         self.all, self._rng = [], np.random.default_rng(seed)
         self.current = [Stream(self)]
         self.uploads = self.launches = self.copies = 0
-        self._memory, self._stub = {}, CudaStub(monkeypatch)
+        self._memory, self._pinned, self._stub = {}, [], CudaStub(monkeypatch)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(cupy, name, self.array)
-        monkeypatch.setattr(cupy, "asarray", self._upload)
         monkeypatch.setattr(cupy.cuda, "Stream", lambda non_blocking: Stream(self))
         monkeypatch.setattr(cupy.cuda, "Event", Event)
         monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: self.current[-1])
@@ -94,6 +95,10 @@ class Streams:
         address = room.ctypes.data + -room.ctypes.data % 512
         self._memory[address] = room  # kept
         return self._stub.array(shape, dtype, address)
+
+    def pin(self, array):
+        """Let copies to the device read a NumPy array when their turn comes."""
+        self._pinned.append(range(array.ctypes.data, array.ctypes.data + array.nbytes))
 
     @staticmethod
     def seen(array):
@@ -113,15 +118,14 @@ class Streams:
         while any(stream.queue for stream in self.all):
             self.step()
 
-    def _upload(self, array):
-        made, content = self.array(array.shape, array.dtype), array.copy()
-        self.current[-1].add(lambda: np.copyto(self.seen(made), content))
-        self.uploads += 1
-        return made
-
     def _copy(self, to, source, nbytes, kind, stream):
-        self.all[stream].add(lambda: ctypes.memmove(to, source, nbytes))
-        self.copies += 1
+        if kind == HOST_TO_DEVICE and not any(source in memory for memory in self._pinned):
+            content = ctypes.string_at(source, nbytes)  # the driver reads such memory before it returns
+            self.all[stream].add(lambda: ctypes.memmove(to, content, nbytes))
+            self.uploads += 1
+        else:
+            self.all[stream].add(lambda: ctypes.memmove(to, source, nbytes))
+            self.copies += 1
 
     def _raw_kernel(self, kernel):
         source = kernel.source

@@ -1,5 +1,7 @@
 """Swaps on streams of their own: whatever order streams and events permit, every block arrives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,8 @@ class Work:
         self.streams = Streams(monkeypatch, seed)
         self.caches = [pg.KVCache(CONFIG, "cuda") for _ in range(layers)]
         self.engine = pg.SwapEngine(self.caches, 8, pinned=False)
+        for host in self.engine.host:
+            self.streams.pin(host.blocks)
         self.content = [np.random.default_rng(i).random((12, 128)).astype(np.float16) for i in range(layers)]
 
     def keys_and_values(self, cache):
@@ -41,13 +45,14 @@ class Work:
     def read(self, into):
         into += [np.concatenate(self.keys_and_values(cache), axis=1)[BACK[:, 1]] for cache in self.caches]
 
-    def comes_back(self):
-        """Swap out and in beside other work, and return whether all arrives."""
+    def comes_back(self, beside=True):
+        """Swap out and in, beside other work or at once, and return whether all arrives."""
         current, found = self.streams.current[-1], []
         current.add(self.write)
         self.engine.swap_out(OUT)
-        self.engine.wait()
-        current.add(self.spoil)
+        if beside:
+            self.engine.wait()
+            current.add(self.spoil)
         self.engine.swap_in(BACK)
         self.engine.wait()
         current.add(lambda: self.read(found))
@@ -61,26 +66,34 @@ class Work:
 @pytest.mark.parametrize("seed", range(5))
 def test_blocks_come_back_in_every_order(at_once, seed, monkeypatch):
     assert Work(monkeypatch, seed, at_once=at_once).comes_back()
+    assert Work(monkeypatch, seed, at_once=at_once).comes_back(beside=False)
 
 
 @pytest.mark.parametrize(
-    "missing",
-    ["wait_for_current", "let_current_wait", "free buffer on the device", "full buffer on the device",
-     "free buffer on the link", "full buffer on the link"],
-)  # fmt: skip
+    "missing", ["current work", "the swap before", "ids", "the other stream's end", "the end before going on"]
+)
 def test_without_one_of_its_waits_some_order_goes_wrong(missing, monkeypatch):
-    if "buffer" not in missing:
-        monkeypatch.setattr(swap._Streams, missing, lambda streams: None)
+    streams = swap._Streams
+    if missing == "current work":
+        monkeypatch.setattr(streams, "wait_for_current", lambda streams: None)
+    elif missing == "the swap before":
+        plain = streams.wait_for
+        monkeypatch.setattr(
+            streams, "wait_for", lambda streams, events: plain(streams, [e for e in events if e is streams._asked])
+        )
+    elif missing == "the end before going on":
+        monkeypatch.setattr(streams, "let_current_wait", lambda streams, event: None)
     else:
-        plain = swap._Streams.wait_for_buffer
+        event = "_uploaded" if missing == "ids" else "_other_done"
+        plain_init = streams.__init__
 
-        def wait(streams, stream, turn, *, free):
-            name = f"{'free' if free else 'full'} buffer on the {'link' if stream is streams.link else 'device'}"
-            if name != missing:
-                plain(streams, stream, turn, free=free)
+        def init(streams):
+            plain_init(streams)
+            setattr(streams, event, SimpleNamespace(record=lambda stream: None, recorded=None))
 
-        monkeypatch.setattr(swap._Streams, "wait_for_buffer", wait)
-    assert not all(Work(monkeypatch, seed).comes_back() for seed in range(30))
+        monkeypatch.setattr(streams, "__init__", init)
+    at_once, beside = (100, False) if missing == "the swap before" else (2, True)
+    assert not all(Work(monkeypatch, seed, at_once=at_once).comes_back(beside) for seed in range(30))
 
 
 def test_what_layers_have_in_common_is_done_once(monkeypatch):
@@ -158,7 +171,7 @@ def test_what_the_buffers_memory_held_before_is_done_with(waits, monkeypatch):
         streams.run()
         return np.array_equal(engine.host[0].blocks[OUT[:, 1]], content[OUT[:, 0]])
 
-    assert all(arrives(seed) for seed in range(20)) == waits
+    assert all(arrives(seed) for seed in range(200)) == waits
 
 
 @pytest.mark.parametrize("dtype", [np.uint64, np.int8])
@@ -201,6 +214,6 @@ def test_a_swap_that_fails_on_its_way_leaves_no_copy_behind(seed, monkeypatch):
         broken.setattr(swap, "prepare_move", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
         with pytest.raises(MemoryError, match="no room"):
             work.engine.swap_in(BACK)
-    streams = work.engine._mover.streams
-    assert len(streams.link.queue) == 1 and not streams.device.queue  # the mark of when it was over
+    first, other = work.engine._mover.streams.own
+    assert len(other.queue) == 1 and len(first.queue) == 2  # the marks of when it was over
     assert work.comes_back()
