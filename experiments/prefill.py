@@ -1,15 +1,16 @@
 """How fast is attention of whole prompts, chunks and speculative tokens over a paged context, beside what others ship?
 
-The toolkit's paged_prefill, and paged_attention where each sequence has a few new tokens, beside FlashInfer's paged
-prefill in each of its backends, and PyTorch's attention on keys and values in one piece: the same workloads over the
-same memory in the same run, some tokens of each result checked against the reference, all timed in turns by the replay
-of a CUDA graph each. Without a GPU results are checked and not timed.
+The toolkit's paged_prefill, planned as decode where each sequence has the same few new tokens, beside FlashInfer's
+paged prefill in each of its backends, and PyTorch's attention on keys and values in one piece: the same workloads over
+the same memory in the same run, some tokens of each result checked against the reference, all timed in turns by the
+replay of a CUDA graph each. Without a GPU results are checked and not timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -29,7 +30,6 @@ from peers import (
 )
 from tqdm import tqdm
 
-import cupaged as pg
 from cupaged.bench.accuracy import decode_check, verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
@@ -53,8 +53,8 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 Prepare = Callable[[Sequence[PrefillWorkload]], tuple[list[Call], Call]]
 
-OURS, OURS_FOR_FEW = "cupaged", "cupaged, decode kernel"
-FEW = 8  # new tokens that paged_attention is meant for
+OURS, OURS_AS_PREFILL = "cupaged", "cupaged, planned as prefill"
+FEW = 8  # new tokens of every sequence, up to which they are planned as decode
 EXPECTATION = (
     "What to expect. Long prompts are bound by arithmetic: a tile of keys is read once for 128 query rows. mma.sync "
     "reaches some 60 % of what Hopper's own instructions do, so kernels made of it (FlashInfer's fa2, this one) end "
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     draw(rows, stamp, folder / "prefill.png")
     console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows if row["peer"] in (OURS, OURS_FOR_FEW)) else 1
+    return 0 if all(row["status"] == "ok" for row in rows if row["peer"] in (OURS, OURS_AS_PREFILL)) else 1
 
 
 # --- the contenders -----------------------------------------------------------------------------------------------
@@ -180,9 +180,10 @@ def measure(step: PrefillStep, peers: Sequence[Peer], backend: str, ceiling: flo
     if backend == "cuda":
         copies += [step.build(backend, seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
     what = {"workload": step.name, "gflop": copies[0].flop / 1e9, "kv_mb": copies[0].kv_bytes / 1e6}
-    contenders = [Contender(OURS, ours(prefill_call))]
-    if step.new <= FEW:
-        contenders.append(Contender(OURS_FOR_FEW, ours(decode_of_few)))
+    few = step.new <= FEW
+    contenders = [Contender(OURS, ours(partial(prefill_call, few=few)))]
+    if few:
+        contenders.append(Contender(OURS_AS_PREFILL, ours(prefill_call)))
     contenders += [Contender(peer.name, of_peer(peer), (Exception,)) for peer in peers]
     rows = [
         measured_row({**what, "peer": each.name}, lambda each=each: each.check(copies), each.forgiven)
@@ -270,14 +271,6 @@ def of_peer(peer: Peer) -> Prepare:
     return prepare
 
 
-def decode_of_few(work: PrefillWorkload, out: Any) -> Call:
-    """Return a call of paged_attention on sequences of as many new tokens each; the plan is made here, once."""
-    query, result = (array.reshape(len(work.seq_lens), -1, *array.shape[1:]) for array in (work.query, out))
-    arguments = (query, work.cache, work.block_tables, work.seq_lens)
-    plan = pg.plan_decode(work.cache, work.seq_lens, query.shape[2], query_tokens=query.shape[1])
-    return lambda: pg.paged_attention(*arguments, out=result, plan=plan, validate=False)
-
-
 def error_of(work: PrefillWorkload, out: Any) -> float:
     """Return the largest error of some tokens as a fraction of its budget: of the first and the last sequence."""
     worst = 0.0
@@ -298,7 +291,7 @@ def with_ratios(rows: list[Row]) -> list[Row]:
 
 def conclusion(rows: Sequence[Row]) -> str:
     """Say what the rows show."""
-    ours = [row for row in rows if row["peer"] in (OURS, OURS_FOR_FEW)]
+    ours = [row for row in rows if row["peer"] in (OURS, OURS_AS_PREFILL)]
     parts = [f"{sum(row['status'] == 'ok' for row in ours)} of {len(ours)} results of the toolkit match the reference."]
     for peer in dict.fromkeys(row["peer"] for row in rows if row["peer"] != OURS):
         ratios = [row["ratio"] for row in rows if row["peer"] == peer and row["status"] == "ok" and "ratio" in row]
@@ -318,7 +311,7 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     good = {
         (row["workload"], row["peer"]): row["tflop_s"] for row in rows if row["status"] == "ok" and "tflop_s" in row
     }
-    named = dict.fromkeys([OURS, OURS_FOR_FEW, *(row["peer"] for row in rows)])
+    named = dict.fromkeys([OURS, OURS_AS_PREFILL, *(row["peer"] for row in rows)])
     peers = [peer for peer in named if any(key[1] == peer for key in good)]
     if not peers:
         return

@@ -12,8 +12,8 @@ from cupaged.bench.accuracy import DecodeBudget, decode_budget, kernel_rounds_we
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache, aligned_zeros
 from cupaged.ops.attention import explain, paged_attention
-from cupaged.ops.plan import plan_decode
-from cupaged.ops.prefill import paged_prefill, plan_prefill
+from cupaged.ops.plan import DecodePlan, plan_decode
+from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.reference import as_numpy
 
 __all__ = [
@@ -187,9 +187,17 @@ PREFILL_WORKLOADS = (
 )
 
 
-def prefill_call(work: PrefillWorkload, out: Any = None) -> Callable[[], Any]:
-    """Return a call of paged_prefill on a workload: nothing is checked or read back; the plan is made here, once."""
-    plan = plan_prefill(work.cache, work.seq_lens, work.query_start, *work.query.shape[:2])
+def prefill_call(work: PrefillWorkload, out: Any = None, few: bool = False) -> Callable[[], Any]:
+    """Return a call of paged_prefill on a workload: nothing is checked or read back; the plan is made here, once.
+
+    With `few`, all sequences have as many new tokens, and are planned as decode with that many query tokens.
+    """
+    plan: DecodePlan | PrefillPlan
+    (total_tokens, num_heads), num_seqs = work.query.shape[:2], len(work.seq_lens)
+    if few:
+        plan = plan_decode(work.cache, work.seq_lens, num_heads, query_tokens=total_tokens // num_seqs)
+    else:
+        plan = plan_prefill(work.cache, work.seq_lens, work.query_start, total_tokens, num_heads)
     return lambda: paged_prefill(*work.arguments, out=out, plan=plan, validate=False)
 
 

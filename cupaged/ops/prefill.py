@@ -12,7 +12,7 @@ from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
-from cupaged.ops.attention import MAX_TOKENS
+from cupaged.ops.attention import MAX_TOKENS, paged_attention
 from cupaged.ops.checks import (
     as_numpy,
     check_at_least_one,
@@ -27,7 +27,7 @@ from cupaged.ops.checks import (
     must_validate,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
-from cupaged.ops.plan import why_no_tensor_cores
+from cupaged.ops.plan import DecodePlan, why_no_tensor_cores
 from cupaged.ops.rungs import multiprocessors
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
@@ -295,7 +295,7 @@ def paged_prefill(
     sinks: Any = None,
     out: Any = None,
     return_lse: bool = False,
-    plan: PrefillPlan | None = None,
+    plan: PrefillPlan | DecodePlan | None = None,
     validate: bool | None = None,
 ) -> Any:
     """Attend with the new tokens of each sequence, any number, over its keys and values in a paged cache.
@@ -328,9 +328,10 @@ def paged_prefill(
         Where to write the result.
     return_lse : bool
         Also return the log-sum-exp of each token's and head's logits, the sink among them.
-    plan : PrefillPlan, optional
+    plan : PrefillPlan or DecodePlan, optional
         How to share the work out, from `plan_prefill` for lengths and starts as they are; without it each call plans
-        for itself.
+        for itself. Where every sequence has the same few new tokens, as in speculative decoding, a plan from
+        `plan_decode` for so many `query_tokens` has the decode kernel answer, which is quicker for them.
     validate : bool, optional
         Read `block_tables`, `seq_lens` and `query_start` and check them, which on a GPU waits for it. The default
         reads them on the host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
@@ -366,21 +367,32 @@ def paged_prefill(
     result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
     lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
     num_seqs = seq_lens.shape[0]
-    if plan is not None:
-        _check_plan(plan, cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window, capacity)
-    if must_validate(validate, cache.backend):
-        check_query_start(query_start, total_tokens)
-        new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
-        check_block_tables(cache, block_tables, seq_lens, new_tokens, variants.window)
+    must = must_validate(validate, cache.backend)
+    if isinstance(plan, DecodePlan):
+        _check_few(plan, query_start, total_tokens, causal, must)
+        rows = (num_seqs, plan.query_tokens, num_heads)
+        answer = paged_attention(
+            query.reshape(*rows, head_dim), cache, block_tables, seq_lens, scale, window=window, softcap=softcap,
+            alibi_slopes=alibi_slopes, sinks=sinks, out=result.reshape(*rows, head_dim), return_lse=return_lse,
+            plan=plan, validate=validate,
+        )  # fmt: skip
+        lse = answer[1].reshape(total_tokens, num_heads) if return_lse else None
+    else:
         if plan is not None:
-            plan.check_lens(seq_lens, query_start)
-    if query.size:
-        if plan is None:
-            plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window)
-            plan.update(seq_lens, query_start)
-            if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
-                _captured_plans.append(plan)
-        _launch(result, lse, query, cache, block_tables, scale, variants, plan)
+            _check_plan(plan, cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window, capacity)
+        if must:
+            check_query_start(query_start, total_tokens)
+            new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
+            check_block_tables(cache, block_tables, seq_lens, new_tokens, variants.window)
+            if plan is not None:
+                plan.check_lens(seq_lens, query_start)
+        if query.size:
+            if plan is None:
+                plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window)
+                plan.update(seq_lens, query_start)
+                if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
+                    _captured_plans.append(plan)
+            _launch(result, lse, query, cache, block_tables, scale, variants, plan)
     returned = like_caller(result, caller) if out is None else out
     return (returned, like_caller(lse, caller)) if return_lse else returned
 
@@ -500,7 +512,7 @@ def _check_plan(
     capacity: int,
 ) -> None:
     if not isinstance(plan, PrefillPlan):
-        raise TypeError(f"plan must be a PrefillPlan, from plan_prefill; got {type(plan).__name__}")
+        raise TypeError(f"plan must be a PrefillPlan or a DecodePlan; got {type(plan).__name__}")
     planned_window = None if plan.window is None or plan.window >= capacity else plan.window  # as for the call
     for name, planned, given in (
         ("backend", plan.backend, cache.backend),
@@ -514,6 +526,23 @@ def _check_plan(
     ):
         if planned != given:
             raise ValueError(f"plan must be made for the same {name}: it is for {planned}, the call has {given}")
+
+
+def _check_few(plan: DecodePlan, query_start: Any, total_tokens: int, causal: bool, validate: bool) -> None:
+    """Raise unless every sequence of a call has the new tokens that a plan for decoding is made for."""
+    if not causal:
+        raise UnsupportedError("causal must be True where plan is a DecodePlan; got False")
+    num_seqs, new = plan.num_seqs, plan.query_tokens
+    if query_start.shape[0] - 1 != num_seqs or total_tokens != num_seqs * new:
+        raise ValueError(
+            f"plan must be made for the same new tokens: it is for {new} of each of {num_seqs} sequences, the call has "
+            f"{total_tokens} of {query_start.shape[0] - 1}"
+        )
+    if validate and (as_numpy(query_start) != np.arange(num_seqs + 1) * new).any():
+        raise ValueError(
+            f"query_start must give every sequence the {new} new tokens that plan is made for; "
+            f"got {as_numpy(query_start).tolist()[:8]}"
+        )
 
 
 def _fitting(shape: PrefillShape, config: CacheConfig, most: int) -> PrefillShape:

@@ -11,7 +11,7 @@ def test_without_a_gpu_results_are_checked(tmp_path):
     assert "3 of 3 results of the toolkit match the reference." in text
     rows = document(tmp_path, "prefill", picture=False)["rows"]
     assert [(row["peer"], row["status"]) for row in rows] == [
-        ("cupaged", "ok"), ("cupaged", "ok"), ("cupaged, decode kernel", "ok"),
+        ("cupaged", "ok"), ("cupaged", "ok"), ("cupaged, planned as prefill", "ok"),
     ]  # fmt: skip
     assert all(0 < row["error_of_budget"] <= 1 and "time_us" not in row for row in rows)
 

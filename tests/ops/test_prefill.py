@@ -1,5 +1,7 @@
 """Prefill over a paged context, held to the float64 reference on both backends."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -261,8 +263,39 @@ def test_a_plan_for_something_else_is_refused(backend):
     plan = pg.plan_prefill(case.decode.cache, case.decode.seq_lens, case.query_start, 12, 4, window=5)
     with pytest.raises(ValueError, match="plan must be made for the same window: it is for 5, the call has None"):
         pg.paged_prefill(*case.arguments, plan=plan)
-    with pytest.raises(TypeError, match="plan must be a PrefillPlan, from plan_prefill; got int"):
+    with pytest.raises(TypeError, match="plan must be a PrefillPlan or a DecodePlan; got int"):
         pg.paged_prefill(*case.arguments, plan=3)
+
+
+FEW = PrefillShape(DecodeShape((70, 3, 129), num_heads=8, spread=3.0, query_tokens=4), (4, 4, 4))
+
+
+@pytest.mark.parametrize("more", [{}, {"window": 20}, {"softcap": 5.0, "alibi": True, "sinks": True}], ids=str)
+def test_as_few_new_tokens_each_are_planned_as_decode(more, backend, xp):
+    case = prefill_case(replace(FEW, decode=replace(FEW.decode, **more)), backend)
+    plan = pg.plan_decode(case.decode.cache, case.decode.seq_lens, 8, query_tokens=4, window=more.get("window"))
+    assert_prefill_matches_reference(case, *attend(case, plan=plan))
+    out = xp.empty_like(case.arguments[0])
+    assert pg.paged_prefill(*case.arguments, **case.options, plan=plan, out=out) is out
+    assert_prefill_matches_reference(case, out, attend(case)[1])
+
+
+def test_others_are_not_planned_as_decode(backend, xp):
+    case = prefill_case(FEW, backend)
+    lens = case.decode.seq_lens
+    plan = pg.plan_decode(case.decode.cache, lens, 8, query_tokens=4)
+    query, cache, tables, _, _ = case.arguments
+    uneven = xp.asarray([0, 3, 8, 12], dtype=np.int32)
+    with pytest.raises(
+        ValueError, match=r"query_start must give every sequence the 4 new tokens .* got \[0, 3, 8, 12\]"
+    ):
+        pg.paged_prefill(query, cache, tables, lens, uneven, plan=plan, validate=True)
+    with pytest.raises(pg.UnsupportedError, match="causal must be True where plan is a DecodePlan"):
+        pg.paged_prefill(*case.arguments, plan=plan, causal=False)
+    for tokens, seqs in ((3, 3), (4, 2)):
+        other = pg.plan_decode(cache, lens[:seqs], 8, query_tokens=tokens)
+        with pytest.raises(ValueError, match=f"it is for {tokens} of each of {seqs} sequences, the call has 12 of 3"):
+            pg.paged_prefill(*case.arguments, plan=other)
 
 
 def test_a_head_dim_that_a_device_has_no_room_for_is_refused(monkeypatch):
