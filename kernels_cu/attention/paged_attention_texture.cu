@@ -13,8 +13,8 @@
 //
 // Measured on an H100 (experiments/results/h100-80gb-hbm3/texture_vs_global.csv), float16, 537 MB, over LOAD_PLAIN,
 // which reads at 94 to 96 % of the ceiling: linear textures and the array 0.99 to 1.00, pitch-linear 0.88 (0.66 in
-// HBSD, whose heads lie far apart), no_allocate 1.00, cp.async 0.96 to 0.98; texels of floats 0.97 to 0.98 (linear),
-// 0.91 to 0.92 (array), 0.87 (pitch-linear; 0.39 in HBSD). Nsight Compute counts the same sectors and the same bytes
+// HBSD, whose heads lie far apart), no_allocate 1.00, cp.async 0.96 to 0.97; texels of floats 0.97 to 0.98 (linear),
+// 0.90 to 0.92 (array), 0.87 (pitch-linear; 0.39 in HBSD). Nsight Compute counts the same sectors and the same bytes
 // from memory for all.
 //
 // Grid:  (num_seqs * num_heads), head fastest.    Block: (THREADS).

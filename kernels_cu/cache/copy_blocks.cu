@@ -4,7 +4,7 @@
 //
 // A thread moves VECTORS vectors of 16 bytes, all on their way before the first is stored.
 //
-// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.csv), from 64 MB on: 91 to 96 % of a copy's
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.csv), from 64 MB on: 92 to 96 % of a copy's
 // speed, in any layout.
 //
 // Grid:  (blocks * runs * chunks, arrays), chunk fastest; a chunk is THREADS * VECTORS vectors.    Block: (THREADS).
