@@ -122,6 +122,18 @@ def test_when_a_sequence_is_sooner_swapped():
     sizes = sorted({size for _, size, _ in far if size >= 32})
     assert {(size, tokens) for _, size, tokens in far if size >= 32} == {(s, t) for s in sizes for t in lengths}
     assert sizes == [32, 64, 128, 256]
+    said = "scattered blocks of 16 and less lose from 512 tokens on, those of 32 and more win at every length"
+    assert said in README.replace("\n", " ")
+
+
+def test_what_variants_cost():
+    cost = {(row["kernel"], row["variant"]): 100 * row["cost"] for row in result("variants")["rows"] if "cost" in row}
+    v1, v2 = (cost[f"paged_attention_{name}", "soft cap"] for name in ("v1", "v2"))
+    said = f"v2 and v1 pay {v2:.0f} and {v1:.0f} % for a soft cap, and up to 2 % for the others"
+    assert said in README.replace("\n", " ")
+    others = [value for (name, variant), value in cost.items() if "v" in name[-2:] and variant != "soft cap"]
+    assert round(max(others)) == 2
+    assert max(value for (name, _), value in cost.items() if name.endswith("persistent")) < 0.5
 
 
 def test_what_paging_costs():
@@ -178,6 +190,9 @@ def test_decode_comes_as_close_to_the_memory_as_it_says():
     fastest = [row for row in rows if row["kernel"] == "paged_attention_persistent"]
     large = [100 * row["of_ceiling"] for row in fastest if row["kv_mb"] > 200]
     assert f"reads at {min(large):.0f} to {max(large):.0f} % of the read ceiling on every workload above" in text
+    small = {round(row["kv_mb"]): f"{100 * row['of_ceiling']:.0f} %" for row in fastest if row["kv_mb"] < 200}
+    assert sorted(small) == [34, 134]
+    assert f"at {small[134]} on one of 134 MB and at {small[34]} on one of 34 MB" in text
     longer = [100 * (row["apart_us"] / row["time_us"] - 1) for row in fastest]
     assert f"calls take {min(longer):.0f} to {max(longer):.0f} % longer" in text
 

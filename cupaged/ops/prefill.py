@@ -317,7 +317,8 @@ def paged_prefill(
         Tokens with keys and values in the cache, the new ones included. A new token at a position below 0 sees nothing:
         output 0 and log-sum-exp -inf, or its head's sink where there are sinks.
     query_start : array, int32 [num_seqs + 1]
-        Where each sequence's new tokens begin in `query`; from 0 to total_tokens. A sequence may have none.
+        Where each sequence's new tokens begin in `query`; from 0 to total_tokens. A sequence may have none,
+        but with a plan from `plan_decode`.
     scale : float, optional
         Factor of the logits; ``1 / sqrt(D)`` if not given.
     causal : bool
@@ -331,7 +332,8 @@ def paged_prefill(
     plan : PrefillPlan or DecodePlan, optional
         How to share the work out, from `plan_prefill` for lengths and starts as they are; without it each call plans
         for itself. Where every sequence has the same few new tokens, as in speculative decoding, a plan from
-        `plan_decode` for so many `query_tokens` has the decode kernel answer, which is quicker for them.
+        `plan_decode` for so many `query_tokens` has the decode kernel answer, which is quicker for them; what
+        `query_start` says is then only read to check it.
     validate : bool, optional
         Read `block_tables`, `seq_lens` and `query_start` and check them, which on a GPU waits for it. The default
         reads them on the host backend only, or everywhere if CUPAGED_VALIDATE is set to 1.
@@ -348,7 +350,8 @@ def paged_prefill(
     TypeError, ValueError
         Naming the argument, what was expected and what came; nothing was launched.
     UnsupportedError
-        If tensor cores do not serve the cache, or there is a window without causality; the message names it.
+        If tensor cores do not serve the cache, or there is a window without causality, or a plan from `plan_decode`
+        without it or with a shared prefix; the message names it.
 
     References
     ----------
@@ -356,7 +359,8 @@ def paged_prefill(
     """
     caller = query
     check_cache(cache)
-    _check_served(cache, causal, window)
+    if not isinstance(plan, DecodePlan):  # whose kernel asks for less shared memory
+        _check_served(cache, causal, window)
     query, block_tables, seq_lens, query_start = _checked_arrays(query, cache, block_tables, seq_lens, query_start)
     config, (total_tokens, num_heads, head_dim) = cache.config, query.shape
     scale = checked_scale(scale, head_dim)
@@ -532,6 +536,8 @@ def _check_few(plan: DecodePlan, query_start: Any, total_tokens: int, causal: bo
     """Raise unless every sequence of a call has the new tokens that a plan for decoding is made for."""
     if not causal:
         raise UnsupportedError("causal must be True where plan is a DecodePlan; got False")
+    if plan.shared_prefix:
+        raise UnsupportedError(f"plan must be for no shared prefix; it is for one of {plan.shared_prefix} tokens")
     num_seqs, new = plan.num_seqs, plan.query_tokens
     if query_start.shape[0] - 1 != num_seqs or total_tokens != num_seqs * new:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import cached_property
@@ -26,6 +27,7 @@ __all__ = ["HostBlocks", "SwapEngine", "swap_blocks"]
 # twenty-fifth of the link's time for as much; a copy takes some 25 us of Python and, on an H100, 300 us of the link.
 STAGING_BYTES = 16 * 2**20
 KEPT_LAUNCHES = 8
+UPLOADED_AT_ONCE = 64 * 1024  # bytes that the driver copies to its queue from memory that is not pinned
 
 
 class HostBlocks:
@@ -201,7 +203,7 @@ class _Mover:
             self._move_layers(caches, hosts, blocks)
             return
         self.streams.wait_for_current()
-        self.streams.wait_for([self.moved, *(host.moved for host in hosts)])  # the latter by this mover or another
+        self.streams.wait_for(host.moved for host in hosts)  # by this mover or another
         try:
             self._move_layers(caches, hosts, blocks)
         except BaseException:
@@ -328,7 +330,9 @@ class _Streams:
         cuda = array_module("cuda").cuda
         self.own = [cuda.Stream(non_blocking=True) for _ in range(2)]
         self._asked, self._uploaded, self._other_done = (cuda.Event(disable_timing=True) for _ in range(3))
-        self._ids: Any = None
+        self._ids: Any = None  # on the device
+        self._uploading: np.ndarray | None = None
+        self._kept: deque[tuple[Any, Any]] = deque()  # when swaps are done, and what may be read until then
         self._cuda = cuda
 
     def wait_for_current(self) -> None:
@@ -346,15 +350,20 @@ class _Streams:
     def upload(self, ids: np.ndarray) -> Any:
         """Return ids on the device, for both to read until the next swap.
 
-        The first stream writes them, which by then has waited for all that the other did for the swap before. The
-        driver has read `ids` when this returns: they need not be pinned, nor kept.
+        The first stream writes them, and the other waits for it: as the first waited for the other at the end of the
+        swap before, nothing on the device overtakes that. `ids` need not be pinned: a few KiB go into the driver's
+        queue, where more would make the host wait for the stream. CUDA does not promise to have read them when this
+        returns, so they are kept until the swap is done.
         """
         first, other = self.own
+        self._uploading = ids
         if self._ids is None or len(self._ids) < len(ids):
             with first:
                 self._ids = array_module("cuda").empty(len(ids), ids.dtype)
-        runtime = self._cuda.runtime
-        runtime.memcpyAsync(self._ids.data.ptr, ids.ctypes.data, ids.nbytes, runtime.memcpyHostToDevice, first.ptr)
+        runtime, to, source = self._cuda.runtime, self._ids.data.ptr, ids.ctypes.data
+        for at in range(0, ids.nbytes, UPLOADED_AT_ONCE):
+            nbytes = min(UPLOADED_AT_ONCE, ids.nbytes - at)
+            runtime.memcpyAsync(to + at, source + at, nbytes, runtime.memcpyHostToDevice, first.ptr)
         self._uploaded.record(first)
         other.wait_event(self._uploaded)
         return self._ids
@@ -377,6 +386,9 @@ class _Streams:
         first.wait_event(self._other_done)
         done = self._cuda.Event(disable_timing=True)
         done.record(first)
+        while self._kept and self._kept[0][0].done:
+            self._kept.popleft()
+        self._kept.append((done, self._uploading))
         return done
 
     def let_current_wait(self, event: Any) -> None:

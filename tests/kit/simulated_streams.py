@@ -28,6 +28,10 @@ class Event:
         self._streams = stream.streams
         stream.add(lambda: setattr(mark, "done", True))
 
+    @property
+    def done(self):
+        return self.recorded.done
+
     def synchronize(self):
         while not self.recorded.done:
             self._streams.step()
@@ -70,6 +74,8 @@ class Streams:
     ----------
     uploads, launches, copies : int
         Asked for so far.
+    copied_on : list of Stream
+        On which stream each copy was.
     """
 
     def __init__(self, monkeypatch, seed):
@@ -77,7 +83,8 @@ class Streams:
 
         self.all, self._rng = [], np.random.default_rng(seed)
         self.current = [Stream(self)]
-        self.uploads = self.launches = self.copies = 0
+        self.uploads = self.launches = 0
+        self.copied_on, self._made_on = [], {}
         self._memory, self._pinned, self._stub = {}, [], CudaStub(monkeypatch)
         for name in ("zeros", "empty"):
             monkeypatch.setattr(cupy, name, self.array)
@@ -94,7 +101,16 @@ class Streams:
         room = np.zeros(nbytes + 512, np.uint8)
         address = room.ctypes.data + -room.ctypes.data % 512
         self._memory[address] = room  # kept
+        self._made_on[address] = self.current[-1]
         return self._stub.array(shape, dtype, address)
+
+    @property
+    def copies(self):
+        return len(self.copied_on)
+
+    def made_on(self, array):
+        """Return the stream that an array was made on, which may give its memory to others once it is freed."""
+        return self._made_on[array.data.ptr]
 
     def pin(self, array):
         """Let copies to the device read a NumPy array when their turn comes."""
@@ -125,7 +141,7 @@ class Streams:
             self.uploads += 1
         else:
             self.all[stream].add(lambda: ctypes.memmove(to, source, nbytes))
-            self.copies += 1
+            self.copied_on.append(self.all[stream])
 
     def _raw_kernel(self, kernel):
         source = kernel.source

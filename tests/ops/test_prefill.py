@@ -292,6 +292,9 @@ def test_others_are_not_planned_as_decode(backend, xp):
         pg.paged_prefill(query, cache, tables, lens, uneven, plan=plan, validate=True)
     with pytest.raises(pg.UnsupportedError, match="causal must be True where plan is a DecodePlan"):
         pg.paged_prefill(*case.arguments, plan=plan, causal=False)
+    prefixed = pg.plan_decode(cache, lens, 8, query_tokens=4, shared_prefix=16)
+    with pytest.raises(pg.UnsupportedError, match="plan must be for no shared prefix; it is for one of 16 tokens"):
+        pg.paged_prefill(*case.arguments, plan=prefixed)
     for tokens, seqs in ((3, 3), (4, 2)):
         other = pg.plan_decode(cache, lens[:seqs], 8, query_tokens=tokens)
         with pytest.raises(ValueError, match=f"it is for {tokens} of each of {seqs} sequences, the call has 12 of 3"):

@@ -1,5 +1,6 @@
 """Swaps on streams of their own: whatever order streams and events permit, every block arrives."""
 
+import gc
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +112,10 @@ def test_what_layers_have_in_common_is_done_once(monkeypatch):
     assert (len(checked), streams.uploads) == (2, 2)
     assert len(prepared) == 2  # four blocks, and three; known the second time
     assert (streams.launches, streams.copies) == (2 * 5 * 2, 2 * 5 * runs)
+    turns = [stream for stream, before in zip(streams.copied_on, [None, *streams.copied_on], strict=False)
+             if stream is not before]  # fmt: skip
+    first, other = work.engine._mover.streams.own
+    assert turns == 10 * [first, other]  # gathers into one buffer, while the other is on the link
 
 
 def test_a_mistake_starts_nothing(monkeypatch):
@@ -172,6 +177,70 @@ def test_what_the_buffers_memory_held_before_is_done_with(waits, monkeypatch):
         return np.array_equal(engine.host[0].blocks[OUT[:, 1]], content[OUT[:, 0]])
 
     assert all(arrives(seed) for seed in range(200)) == waits
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_a_swap_follows_another_with_other_memory(at_once, monkeypatch):
+    """One mover, asked on two streams: blocks go to one place before others come over them from a second."""
+    monkeypatch.setattr(swap, "STAGING_BYTES", at_once * BLOCK_BYTES)
+    for seed in range(40):
+        streams = Streams(monkeypatch, seed)
+        cache = pg.KVCache(CONFIG, "cuda")
+        content = np.random.default_rng(0).random((12, 128)).astype(np.float16)
+        for array, half in zip(cache.storage, (content[:, :64], content[:, 64:]), strict=True):
+            streams.seen(array).reshape(12, 64)[...] = half
+        first, second = (pg.HostBlocks(CONFIG, 8, pinned=False) for _ in range(2))
+        for host in (first, second):
+            streams.pin(host.blocks)
+            host.blocks[...] = 2
+        with Stream(streams):
+            pg.swap_blocks(cache, first, OUT)
+        with Stream(streams):
+            pg.swap_blocks(second, cache, OUT[:, ::-1])
+        streams.run()
+        assert np.array_equal(first.blocks[OUT[:, 1]], content[OUT[:, 0]])
+        assert all((streams.seen(array).reshape(12, 64)[OUT[:, 0]] == 2).all() for array in cache.storage)
+
+
+def test_room_for_ids_grows_with_swaps(monkeypatch):
+    work = Work(monkeypatch, 0, layers=1)
+    streams = work.engine._mover.streams
+    for few in (2, 7, 3):
+        work.engine.swap_in(OUT[:few, ::-1])
+        assert len(streams._ids) >= few
+        assert work.streams.made_on(streams._ids) is streams.own[0]  # which may give it away, and waits for the other
+
+
+def test_more_ids_than_the_driver_takes_at_once(monkeypatch):
+    monkeypatch.setattr(swap, "UPLOADED_AT_ONCE", 12)
+    work = Work(monkeypatch, 0)
+    assert work.comes_back()
+    assert work.streams.uploads == 2 * 3  # of 28 bytes
+
+
+def test_ids_are_kept_until_the_swap_is_done(monkeypatch):
+    work = Work(monkeypatch, 0)
+    kept = work.engine._mover.streams._kept
+    work.engine.swap_out(OUT)
+    work.engine.swap_in(BACK)
+    assert [list(ids) for _, ids in kept] == [
+        OUT[np.argsort(OUT[:, 1]), 0].tolist(),
+        BACK[np.argsort(BACK[:, 0]), 1].tolist(),
+    ]
+    work.streams.run()
+    work.engine.swap_out(OUT)
+    assert len(kept) == 1
+
+
+def test_an_engine_that_goes_waits_for_its_copies(monkeypatch):
+    work = Work(monkeypatch, 0)
+    own, hosts = work.engine._mover.streams.own, work.engine.host  # which would wait too if they went
+    work.engine.swap_out(OUT)
+    assert all(stream.queue for stream in own)
+    work.engine = None
+    gc.collect()
+    assert len(hosts) == 2
+    assert not any(stream.queue for stream in own)
 
 
 @pytest.mark.parametrize("dtype", [np.uint64, np.int8])

@@ -152,7 +152,7 @@ def test_what_is_appended_is_seen_through_textures(path, slots_of, floats, backe
 
 
 @pytest.mark.parametrize("floats", [0, 1])
-def test_blocks_that_are_copied_or_scattered_are_seen_through_textures(floats, backend):
+def test_blocks_that_are_copied_scattered_or_swapped_in_are_seen_through_textures(floats, backend):
     case = decode_case(DecodeShape((40, 23)), backend)
     attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats)
     first, second = (int(row[0]) for row in to_numpy(case.block_tables))
@@ -160,6 +160,10 @@ def test_blocks_that_are_copied_or_scattered_are_seen_through_textures(floats, b
     assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
     pg.scatter_blocks(case.cache, [first], pg.gather_blocks(case.cache, [second]) * 2)
     pg.copy_blocks(case.cache, [])
+    assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
+    host = pg.HostBlocks(case.cache.config, 1)
+    pg.swap_blocks(case.cache, host, [[second, 0]])
+    pg.swap_blocks(host, case.cache, [[0, first]])
     assert_decode_matches_reference(case, *attend(case, "TEXTURE_ARRAY", TEXEL_FLOATS=floats), KERNEL)
 
 
