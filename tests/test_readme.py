@@ -94,36 +94,11 @@ def test_operations_and_prompts_run_as_fast_as_it_says():
     text = README.replace("\n", " ")
     timed = [row for row in result("cache_ops")["rows"] if "of_ceiling" in row and row["mb"] >= 64]
     moved = [row["of_ceiling"] for row in timed if row["operation"] in ("append", "copy", "gather", "scatter")]
-    swaps = [row for row in timed if row["operation"].startswith("swap")]
-    usual = statistics.median(row["link_gb_s"] for row in swaps)
-    swapped = [row["of_ceiling"] for row in swaps if row["link_gb_s"] > 0.9 * usual]
-    (slowed,) = (row["link_gb_s"] for row in swaps if row["link_gb_s"] <= 0.9 * usual)
-    assert f"one row of {len(swaps)} apart, where that copy ran at {100 * slowed / usual:.0f} % of its" in text
     assert f"run at {100 * min(moved):.0f} to {100 * max(moved):.0f} % of" in text
-    assert f"swapping at {100 * min(swapped):.0f} to {100 * max(swapped):.0f} % of one pinned" in text
     ours = {row["workload"]: row for row in result("prefill")["rows"] if row["peer"] == "cupaged"}
     long = [row["tflop_s"] for name, row in ours.items() if not name.startswith("spec") and not name.endswith("mha")]
     assert f"{min(long):.0f} to {max(long):.0f} TFLOP/s on long ones" in text
     assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
-
-
-def test_when_a_sequence_is_sooner_swapped():
-    rows = result("swap_or_recompute")["rows"]
-    quicker = defaultdict(list)
-    for row in rows:
-        cell = row["host_blocks"], row["block_size"], row["tokens"]
-        quicker[row["host_blocks"]] += [cell] if row["out_ms"] + row["in_ms"] < row["recompute_ms"] else []
-    near, far = quicker["neighbours"], quicker["scattered"]
-    cells = sum(row["host_blocks"] == "neighbours" for row in rows)
-    assert f"in {len(near)} of {cells} cells" in README.replace("\n", " ")
-    lengths = sorted({row["tokens"] for row in rows})
-    assert lengths[0] == 128 and lengths[-1] == 2048
-    assert not [cell for cell in far if cell[1] <= 16 and cell[2] >= 512]
-    sizes = sorted({size for _, size, _ in far if size >= 32})
-    assert {(size, tokens) for _, size, tokens in far if size >= 32} == {(s, t) for s in sizes for t in lengths}
-    assert sizes == [32, 64, 128, 256]
-    said = "scattered blocks of 16 and less lose from 512 tokens on, those of 32 and more win at every length"
-    assert said in README.replace("\n", " ")
 
 
 def test_what_variants_cost():
