@@ -29,7 +29,7 @@ from cupaged.bench.report import (
     save_figure,
     write_results,
 )
-from cupaged.bench.timing import time_graph, time_until_done
+from cupaged.bench.timing import time_graph, time_until_done_in_turns
 from cupaged.layouts import LAYOUTS
 from cupaged.runtime import choose_backend
 
@@ -182,15 +182,15 @@ def over_the_link(work: Work, out: bool) -> Row:
     if work.cache.backend == "host":
         return row
     asked = (lambda: engine.swap_out(pairs)) if out else (lambda: engine.swap_in(back))
-    link = link_time(gathered, engine.host[0].blocks, out)
-    taken = time_until_done(asked, engine.synchronise, **REPEATS)
+    one_copy = over_in_one(gathered, engine.host[0].blocks, out)
+    taken, link = time_until_done_in_turns([(asked, engine.synchronise), one_copy], **REPEATS)
     bandwidth = work.nbytes / taken / 1e9
     return {**row, "time_us": 1e6 * taken, "gb_s": bandwidth, "of_ceiling": link / taken,
             "link_gb_s": work.nbytes / link / 1e9}  # fmt: skip
 
 
-def link_time(device: Any, host: np.ndarray, out: bool) -> float:
-    """Return how long one copy of all bytes between the device and pinned memory takes."""
+def over_in_one(device: Any, host: np.ndarray, out: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return what starts one copy of all bytes between the device and pinned memory, and what waits for it."""
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
@@ -198,8 +198,7 @@ def link_time(device: Any, host: np.ndarray, out: bool) -> float:
     far, near = host.ctypes.data, device.data.ptr
     kind = runtime.memcpyDeviceToHost if out else runtime.memcpyHostToDevice
     ends = (far, near) if out else (near, far)
-    copy = partial(runtime.memcpyAsync, *ends, device.nbytes, kind, stream.ptr)
-    return time_until_done(copy, stream.synchronize, **REPEATS)
+    return partial(runtime.memcpyAsync, *ends, device.nbytes, kind, stream.ptr), stream.synchronize
 
 
 def conclusion(rows: Sequence[Row]) -> str:

@@ -21,6 +21,7 @@ __all__ = [
     "time_launches",
     "time_python",
     "time_until_done",
+    "time_until_done_in_turns",
 ]
 
 LAUNCHES_PER_GRAPH = 8
@@ -180,12 +181,35 @@ def time_until_done(
     times: list[float] = []
     slow = repeats if repeats_of_slow is None else repeats_of_slow
     while len(times) < warm_ups + (slow if times and min(times) > SLOW_CALL_S else repeats):
-        wait()
-        start = perf_counter()
-        call()
-        wait()
-        times.append(perf_counter() - start)
+        times.append(_until_done(call, wait))
     return float(np.median(times[warm_ups:]))
+
+
+def time_until_done_in_turns(
+    contenders: Sequence[tuple[Callable[[], Any], Callable[[], Any]]], *, repeats: int, warm_ups: int
+) -> list[float]:
+    """Return the median of seconds of each of several calls, one after the other in rounds.
+
+    What slows the machine for a while slows all of them.
+
+    Parameters
+    ----------
+    contenders : sequence of (callable, callable)
+        `call` and `wait` of each, as `time_until_done` takes them.
+    repeats, warm_ups : int
+        Rounds that are timed, and rounds before them that are not.
+    """
+    rounds = [[_until_done(*each) for each in contenders] for _ in range(warm_ups + repeats)]
+    return [float(median) for median in np.median(rounds[warm_ups:], axis=0)]
+
+
+def _until_done(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
+    """Return the seconds from a call until its work is done; work before it is done by then."""
+    wait()
+    start = perf_counter()
+    call()
+    wait()
+    return perf_counter() - start
 
 
 @contextmanager

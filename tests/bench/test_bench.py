@@ -235,3 +235,17 @@ def test_what_is_slow_is_called_less_often(seconds, calls, monkeypatch):
     monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
     taken = timing.time_until_done(lambda: made.append(1), wait, repeats=5, warm_ups=2, repeats_of_slow=3)
     assert taken == pytest.approx(seconds) and len(made) == calls
+
+
+def test_what_slows_the_machine_slows_all_contenders(monkeypatch):
+    clock, made = [0.0], []
+    monkeypatch.setattr(timing, "perf_counter", lambda: clock[0])
+
+    def call(name, seconds):
+        made.append(name)
+        clock[0] += seconds * (10 if len(made) in range(9, 13) else 1)  # two of seven rounds
+
+    contenders = [(lambda: call("a", 1.0), lambda: None), (lambda: call("b", 3.0), lambda: None)]
+    taken = timing.time_until_done_in_turns(contenders, repeats=5, warm_ups=2)
+    assert taken == pytest.approx([1.0, 3.0])
+    assert made == 7 * ["a", "b"]
