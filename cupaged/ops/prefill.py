@@ -363,28 +363,27 @@ def paged_prefill(
         _check_served(cache, causal, window)
     query, block_tables, seq_lens, query_start = _checked_arrays(query, cache, block_tables, seq_lens, query_start)
     config, (total_tokens, num_heads, head_dim) = cache.config, query.shape
-    scale = checked_scale(scale, head_dim)
-    capacity = block_tables.shape[1] * config.block_size
-    variants = checked_variants(
-        query, cache.backend, capacity, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks
-    )
+    num_seqs, must_read = seq_lens.shape[0], must_validate(validate, cache.backend)
+    options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
     result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
-    lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
-    num_seqs = seq_lens.shape[0]
-    must = must_validate(validate, cache.backend)
+    lse = None
     if isinstance(plan, DecodePlan):
-        _check_few(plan, query_start, total_tokens, causal, must)
+        _check_few(plan, query_start, total_tokens, causal, must_read)
         rows = (num_seqs, plan.query_tokens, num_heads)
-        answer = paged_attention(
-            query.reshape(*rows, head_dim), cache, block_tables, seq_lens, scale, window=window, softcap=softcap,
-            alibi_slopes=alibi_slopes, sinks=sinks, out=result.reshape(*rows, head_dim), return_lse=return_lse,
-            plan=plan, validate=validate,
-        )  # fmt: skip
-        lse = answer[1].reshape(total_tokens, num_heads) if return_lse else None
+        few, into = query.reshape(*rows, head_dim), result.reshape(*rows, head_dim)
+        common = {"out": into, "return_lse": return_lse, "plan": plan, "validate": validate}
+        answer = paged_attention(few, cache, block_tables, seq_lens, scale, **options, **common)
+        if return_lse:
+            lse = answer[1].reshape(total_tokens, num_heads)
     else:
+        scale = checked_scale(scale, head_dim)
+        capacity = block_tables.shape[1] * config.block_size
+        variants = checked_variants(query, cache.backend, capacity, **options)
+        if return_lse:
+            lse = cache.xp.empty(query.shape[:-1], dtype=np.float32)
         if plan is not None:
             _check_plan(plan, cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window, capacity)
-        if must:
+        if must_read:
             check_query_start(query_start, total_tokens)
             new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
             check_block_tables(cache, block_tables, seq_lens, new_tokens, variants.window)

@@ -210,7 +210,7 @@ class _Mover:
             self.synchronise()  # a copy may be on its way into a buffer that nobody will say is free
             raise
         finally:
-            self.moved = self.streams.join()
+            self.moved = self.streams.join(on_device)
             for host in hosts:
                 host.moved = self.moved
 
@@ -331,7 +331,6 @@ class _Streams:
         self.own = [cuda.Stream(non_blocking=True) for _ in range(2)]
         self._asked, self._uploaded, self._other_done = (cuda.Event(disable_timing=True) for _ in range(3))
         self._ids: Any = None  # on the device
-        self._uploading: np.ndarray | None = None
         self._kept: deque[tuple[Any, Any]] = deque()  # when swaps are done, and what may be read until then
         self._cuda = cuda
 
@@ -353,10 +352,9 @@ class _Streams:
         The first stream writes them, and the other waits for it: as the first waited for the other at the end of the
         swap before, nothing on the device overtakes that. `ids` need not be pinned: a few KiB go into the driver's
         queue, where more would make the host wait for the stream. CUDA does not promise to have read them when this
-        returns, so they are kept until the swap is done.
+        returns: `join` keeps them until the swap is done.
         """
         first, other = self.own
-        self._uploading = ids
         if self._ids is None or len(self._ids) < len(ids):
             with first:
                 self._ids = array_module("cuda").empty(len(ids), ids.dtype)
@@ -379,8 +377,8 @@ class _Streams:
             for near_at, far_at, nbytes in runs:
                 copy(near + near_at, far + far_at, nbytes, runtime.memcpyHostToDevice, stream)
 
-    def join(self) -> Any:
-        """Return an event: when all that was started so far on both is done."""
+    def join(self, ids: np.ndarray) -> Any:
+        """Return an event, when all that was started so far on both is done, and keep ids until then."""
         first, other = self.own
         self._other_done.record(other)
         first.wait_event(self._other_done)
@@ -388,7 +386,7 @@ class _Streams:
         done.record(first)
         while self._kept and self._kept[0][0].done:
             self._kept.popleft()
-        self._kept.append((done, self._uploading))
+        self._kept.append((done, ids))
         return done
 
     def let_current_wait(self, event: Any) -> None:
