@@ -46,7 +46,11 @@ __device__ constexpr int widest_divisor(int n, int width) { return n % width == 
 constexpr int ROW_LANES = VECTORS % 8 == 0 && VECTORS >= 16 ? 8 : VECTORS >= 8 ? 4 : 2;
 constexpr int GROUPS = THREADS / ROW_LANES;   // rows that the block reads at once
 using Row = TokenRow<STORAGE, HEAD_DIM, ROW_LANES>;
-constexpr int IN_FLIGHT = Row::COUNT < 8 ? 8 / Row::COUNT : 1;   // rows that a lane reads before it uses the first
+// Vectors of keys, and of values, that a lane reads before it uses the first, as whole rows: fewer where its share of the
+// sums takes many registers.
+constexpr int VECTORS_IN_FLIGHT = Row::SHARE <= 24 ? 16 : 8;
+constexpr int IN_FLIGHT = VECTORS_IN_FLIGHT < Row::COUNT ? 1 : VECTORS_IN_FLIGHT / power_of_two_from(Row::COUNT);   // rows
+using Products = ScatteredSums<ROW_LANES, IN_FLIGHT>;
 
 using KeyStrides = KvStrides<KEY_PACK>;
 using ValueStrides = KvStrides<VALUE_COLUMNS ? 1 : HEAD_DIM>;
@@ -88,16 +92,6 @@ struct QueryPlace {
   float slope;   // of its head
 };
 
-// An element of an array in registers, which cannot be indexed.
-template <typename T, int Count>
-__device__ __forceinline__ T element(const T (&array)[Count], int index) {
-  T found = array[0];
-#pragma unroll
-  for (int i = 1; i < Count; ++i)
-    if (i == index) found = array[i];
-  return found;
-}
-
 // Logits of the stretch, in units of log 2, to shared memory; returns the largest that this thread saw.
 __device__ __forceinline__ float compute_logits(float* logits,         // [stretch_tokens]
                                                 const float (&query)[Row::SHARE],   // this lane's share, scaled
@@ -108,16 +102,17 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
     RowsInFlight key;
     const int token = first + threadIdx.x / ROW_LANES;
     key.load(key_cache, strides, stretch, token);
-    float product[IN_FLIGHT];
+    float part[IN_FLIGHT];   // of the products
 #pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) product[r] = key.row[r].dot(query);
-    // All lanes of a row know its product: each makes logits of other rows than its neighbours do.
+    for (int r = 0; r < IN_FLIGHT; ++r)
+      part[r] = key.block_id[r] == kUnmapped ? minus_infinity() : key.row[r].part_of_dot(query);
+    const Products products(part);   // each lane of a row makes the logits of some of the rows in flight
 #pragma unroll
-    for (int r = 0; r < IN_FLIGHT; r += ROW_LANES) {
-      const int mine = r + threadIdx.x % ROW_LANES, token_of_mine = token + mine * GROUPS;
-      float logit = place.variants.logit(element(product, mine), token_of_mine, place.context, place.slope);
-      if (mine >= IN_FLIGHT || element(key.block_id, mine) == kUnmapped) logit = minus_infinity();
-      if (mine < IN_FLIGHT && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
+    for (int i = 0; i < Products::KEPT; ++i) {
+      const int token_of_mine = token + Products::index(i) * GROUPS;
+      float logit = products.sum[i];
+      if (logit != minus_infinity()) logit = place.variants.logit(logit, token_of_mine, place.context, place.slope);
+      if (Products::is_first() && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
       largest = fmaxf(largest, logit);
     }
   }

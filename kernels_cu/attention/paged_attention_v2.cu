@@ -53,30 +53,26 @@ struct __align__(16) QueryTile {
   }
 };
 
-// Logits of IN_FLIGHT tokens with every head of the tile. A vector of a query is read once for all of them.
-// `to_logit(product, head, r)` makes a logit of a head's product with key r.
-template <typename ToLogit>
-__device__ __forceinline__ void compute_logits(float (&logit)[HEADS][IN_FLIGHT], const QueryTile& query,
-                                               const Row (&key)[IN_FLIGHT], const int (&block_id)[IN_FLIGHT],
-                                               ToLogit to_logit) {
-  float product[HEADS][IN_FLIGHT] = {};   // this lane's part of it
+// Products of every head of the tile with IN_FLIGHT tokens, a head's side by side, shared out among the lanes of a row.
+using Products = ScatteredSums<Row::LANES, HEADS * IN_FLIGHT>;
+// Which of them this lane's i-th is of: past the last, the last.
+__device__ __forceinline__ int head_of(int i) { return min(Products::index(i) / IN_FLIGHT, HEADS - 1); }
+__device__ __forceinline__ int token_in_flight(int i) { return Products::index(i) % IN_FLIGHT; }
+
+// A vector of a query is read once for all tokens.
+__device__ __forceinline__ Products multiply(const QueryTile& query, const Row (&key)[IN_FLIGHT]) {
+  float part[HEADS * IN_FLIGHT] = {};
 #pragma unroll
   for (int i = 0; i < Row::COUNT; ++i)
 #pragma unroll
     for (int head = 0; head < HEADS; ++head) {
-      const float* part = query.value[head] + Row::dimension(i * Row::VEC);
+      const float* query_vector = query.value[head] + Row::dimension(i * Row::VEC);
 #pragma unroll
       for (int v = 0; v < Row::VEC; ++v)
 #pragma unroll
-        for (int r = 0; r < IN_FLIGHT; ++r) product[head][r] += part[v] * key[r][i * Row::VEC + v];
+        for (int r = 0; r < IN_FLIGHT; ++r) part[head * IN_FLIGHT + r] += query_vector[v] * key[r][i * Row::VEC + v];
     }
-#pragma unroll
-  for (int head = 0; head < HEADS; ++head)
-#pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r) {
-      const float whole = to_logit(warp_reduce<Sum, 1, Row::LANES>(product[head][r]), head, r);
-      logit[head][r] = block_id[r] == kUnmapped ? minus_infinity() : whole;
-    }
+  return Products(part);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_attention_v2(
@@ -121,9 +117,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
   for (int r = 0; r < IN_FLIGHT; ++r) next_block_id[r] = context.block_of(token + r * GROUPS);
   query_tile.load(query + first_row * HEAD_DIM, heads, scale * kLog2E);
   __syncthreads();
-  float slope[HEADS];
+  float slope[Products::KEPT];
 #pragma unroll
-  for (int head = 0; head < HEADS; ++head) slope[head] = variants.slope_of(first_head + min(head, heads - 1));
+  for (int i = 0; i < Products::KEPT; ++i) slope[i] = variants.slope_of(first_head + min(head_of(i), heads - 1));
 
   RunningAttention<Row::SHARE> attention[HEADS];
   for (int first = begin; first < context.end; first += GROUPS * IN_FLIGHT, token += GROUPS * IN_FLIGHT) {
@@ -138,12 +134,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
     }
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) next_block_id[r] = context.block_of(token + (IN_FLIGHT + r) * GROUPS);
-    float logit[HEADS][IN_FLIGHT];   // in units of log 2
-    compute_logits(logit, query_tile, key, block_id, [&](float product, int head, int r) {
-      return variants.logit(product, token + r * GROUPS, seen, slope[head]);
-    });
+    Products logits = multiply(query_tile, key);   // in units of log 2
 #pragma unroll
-    for (int head = 0; head < HEADS; ++head) attention[head].add(logit[head], value);
+    for (int i = 0; i < Products::KEPT; ++i)
+      logits.sum[i] = variants.logit(logits.sum[i], token + token_in_flight(i) * GROUPS, seen, slope[i]);
+#pragma unroll
+    for (int head = 0; head < HEADS; ++head) {
+      float logit[IN_FLIGHT];
+#pragma unroll
+      for (int r = 0; r < IN_FLIGHT; ++r) {
+        logit[r] = logits.gathered(head * IN_FLIGHT + r);
+        if (block_id[r] == kUnmapped) logit[r] = minus_infinity();
+      }
+      attention[head].add(logit, value);
+    }
   }
 
 #pragma unroll

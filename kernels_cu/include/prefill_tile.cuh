@@ -6,7 +6,7 @@
 // rounded to the storage type before they meet the values; sums are float32.
 #pragma once
 
-#include "exp2.cuh"
+#include "fast_math.cuh"
 #include "mma.cuh"
 #include "reduce.cuh"
 #include "softmax.cuh"

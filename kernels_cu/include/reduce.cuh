@@ -23,6 +23,56 @@ __device__ __forceinline__ float warp_reduce(float value) {
   return value;
 }
 
+// The smallest power of two that is n at least.
+__device__ constexpr int power_of_two_from(int n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// N sums over each `Lanes` neighbours of a warp, shared out among them: as every lane has a part of every sum, it hands half
+// of its parts over in each step and keeps the other half. For N = Lanes = 8, 7 shuffles instead of 24.
+template <int Lanes, int N>
+struct ScatteredSums {
+  static constexpr int PADDED = power_of_two_from(N);
+  static constexpr int KEPT = PADDED > Lanes ? PADDED / Lanes : 1;     // sums that a lane keeps
+  static constexpr int COPIES = Lanes > PADDED ? Lanes / PADDED : 1;   // neighbours that keep the same
+  float sum[KEPT];
+
+  // Every lane of the warp takes part, with its part of each sum.
+  __device__ __forceinline__ explicit ScatteredSums(const float (&part)[N]) {
+    float value[PADDED] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) value[i] = part[i];
+    int left = PADDED;
+#pragma unroll
+    for (int distance = Lanes / 2; distance > 0; distance /= 2) {
+      if (left == 1) {
+        value[0] += __shfl_xor_sync(kAllLanes, value[0], distance);
+        continue;
+      }
+      left /= 2;
+      const bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+      for (int i = 0; i < left; ++i) {
+        const float kept = upper ? value[i + left] : value[i], handed = upper ? value[i] : value[i + left];
+        value[i] = kept + __shfl_xor_sync(kAllLanes, handed, distance);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) sum[i] = value[i];
+  }
+
+  // Which of the N sums this lane's i-th is; N or more for none.
+  static __device__ __forceinline__ int index(int i) { return threadIdx.x % Lanes / COPIES * KEPT + i; }
+  // Whether this lane is the first that keeps its sums.
+  static __device__ __forceinline__ bool is_first() { return threadIdx.x % COPIES == 0; }
+  // The n-th sum, from the lane that keeps it. Every lane of the warp takes part.
+  __device__ __forceinline__ float gathered(int n) const {
+    return __shfl_sync(kAllLanes, sum[n % KEPT], n / KEPT * COPIES, Lanes);
+  }
+};
+
 // Combine over all Warps * 32 threads of the block; every thread gets the result. Holds one barrier, after which all
 // shared memory written before the call is visible. A call must not reuse the `scratch` [Warps] of the call before it.
 template <typename Operation, int Warps>

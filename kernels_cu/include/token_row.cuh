@@ -86,12 +86,15 @@ struct TokenRow {
   // The share's i-th value.
   __device__ __forceinline__ float operator[](int i) const { return to_float(vector[i / VEC].value[i % VEC]); }
 
-  // Product with a query's row, of which each lane has the same share; every lane of the row gets it. The whole warp
-  // takes part.
-  __device__ __forceinline__ float dot(const float (&query)[SHARE]) const {
+  // This lane's part of the product with a query's row, of which it has the same share.
+  __device__ __forceinline__ float part_of_dot(const float (&query)[SHARE]) const {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < SHARE; ++i) sum += query[i] * (*this)[i];
-    return warp_reduce<Sum, 1, LANES>(sum);
+    return sum;
+  }
+  // The product; every lane of the row gets it. The whole warp takes part.
+  __device__ __forceinline__ float dot(const float (&query)[SHARE]) const {
+    return warp_reduce<Sum, 1, LANES>(part_of_dot(query));
   }
 };

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "global_memory.cuh"
+#include "soft_cap.cuh"
 #include "softmax.cuh"
 
 #ifndef WINDOW
@@ -43,12 +44,10 @@ struct Variants {
   }
 
   // The logit of a scaled product of query and key: first the soft cap, then the bias by distance, 0 for the query's own
-  // token, which is the last of its context. tanhf and not tanh.approx, whose error, 2^-11 of a capped logit, would be
-  // many times that of a weight in half precision.
+  // token, which is the last of its context.
   __device__ __forceinline__ float logit(float product, int key_token, int context, float slope) const {
 #if SOFTCAP
-    const float cap = softcap * kLog2E;
-    product = cap * tanhf(product * (1.0f / cap));
+    product = soft_capped(product, softcap * kLog2E);
 #endif
 #if ALIBI
     product += slope * static_cast<float>(key_token - (context - 1));
