@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import ceil
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +25,8 @@ __all__ = [
     "time_until_done_in_turns",
 ]
 
-LAUNCHES_PER_GRAPH = 8
+REPLAY_US = 5_000  # as long as a graph's calls take by themselves: its own launch, some 10 us, is timed with them
+LAUNCHES_IN_A_ROW = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
 SLOW_CALL_S = 0.01
 
@@ -58,8 +60,9 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
     ----------
     calls : sequence of callable
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
-        than twice the L2 (`copies_for_cold_l2`). A few calls are captured several times over. The caller keeps them,
-        and what they use, for as long as they are replayed.
+        than twice the L2 (`copies_for_cold_l2`). They are captured so many times over that a replay lasts some
+        milliseconds, as the launch of a graph takes 10 us itself. The caller keeps them, and what they use, for as
+        long as they are replayed.
     """
     import cupy
 
@@ -69,9 +72,9 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
         for call in calls:  # compile, load and set attributes before the capture
             call()
         stream.synchronize()
-        slow = _elapsed_us(stream, calls[0]) > SLOW_US
-        rounds = 1 if slow else max(1, LAUNCHES_PER_GRAPH // len(calls))
-        return Replay(_capture(stream, calls, rounds), stream, rounds * len(calls), slow)
+        one_us = _elapsed_us(stream, calls[0])
+        rounds = ceil(REPLAY_US / (one_us * len(calls)))
+        return Replay(_capture(stream, calls, rounds), stream, rounds * len(calls), slow=one_us > SLOW_US)
 
 
 def time_in_turns(replays: Sequence[Replay], repeats: int = 7) -> list[Timing]:
@@ -128,7 +131,7 @@ def time_launches(calls: Sequence[Callable[[], Any]], repeats: int = 7) -> Timin
     import cupy
 
     stream = cupy.cuda.Stream(non_blocking=True)
-    rounds = max(1, LAUNCHES_PER_GRAPH // len(calls))
+    rounds = max(1, LAUNCHES_IN_A_ROW // len(calls))
 
     def launch() -> None:
         for _ in range(rounds):

@@ -93,11 +93,13 @@ def test_the_read_ceiling_is_plausible():
 def test_a_graph_of_calls_is_timed():
     import cupy
 
-    from cupaged.bench.timing import copies_for_cold_l2, time_graph
+    from cupaged.bench.timing import capture, copies_for_cold_l2, time_graph
 
     small, large = (cupy.zeros(n, dtype=cupy.float32) for n in (1 << 20, 1 << 26))
     short, long = (time_graph([lambda a=a: cupy.add(a, 1, out=a)]) for a in (small, large))
     assert 0 < short.median_us < long.median_us
+    replay = capture([lambda: cupy.add(small, 1, out=small)])
+    assert replay.calls > 8 and replay.elapsed_us() > 500  # so that the graph's own launch hardly counts
     assert copies_for_cold_l2(1 << 33) == 1
     assert copies_for_cold_l2(1 << 20) > 50
 
