@@ -98,7 +98,7 @@ def test_without_one_of_its_waits_some_order_goes_wrong(missing, monkeypatch):
 
 
 def test_what_layers_have_in_common_is_done_once(monkeypatch):
-    work = Work(monkeypatch, 0, layers=5, at_once=4)
+    work = Work(monkeypatch, 0, layers=4, at_once=4)
     checked = []
     plain = swap._checked
     monkeypatch.setattr(swap, "_checked", lambda *arguments: checked.append(arguments) or plain(*arguments))
@@ -107,15 +107,26 @@ def test_what_layers_have_in_common_is_done_once(monkeypatch):
     monkeypatch.setattr(swap, "prepare_move", lambda *a, **options: prepared.append(a) or prepare(*a, **options))
     for _ in range(2):
         work.engine.swap_out(OUT)
-    runs = 2 + 1  # host blocks 0, 1, 2, 4 and 5, 6, 7: four at a time
+    parts, runs = 3, 1 + 2 + 1  # host blocks 0, then 1, 2, 4, 5, then 6, 7: a quarter of a buffer first
     streams = work.streams
     assert (len(checked), streams.uploads) == (2, 2)
-    assert len(prepared) == 2  # four blocks, and three; known the second time
-    assert (streams.launches, streams.copies) == (2 * 5 * 2, 2 * 5 * runs)
+    assert len(prepared) == 3  # one block, four and two; known the second time
+    assert (streams.launches, streams.copies) == (2 * 4 * parts, 2 * 4 * runs)
     turns = [stream for stream, before in zip(streams.copied_on, [None, *streams.copied_on], strict=False)
              if stream is not before]  # fmt: skip
     first, other = work.engine._mover.streams.own
-    assert turns == 10 * [first, other]  # gathers into one buffer, while the other is on the link
+    assert turns == 4 * parts * [first, other]  # gathers into one buffer, while the other is on the link
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_the_link_waits_for_a_quarter_of_a_buffer(out, monkeypatch):
+    work = Work(monkeypatch, 0, layers=1, at_once=4)
+    sizes, plain = [], swap._Mover.launch
+    monkeypatch.setattr(
+        swap._Mover, "launch", lambda m, cache, ids, out: sizes.append(len(ids)) or plain(m, cache, ids, out)
+    )
+    (work.engine.swap_out if out else work.engine.swap_in)(OUT if out else OUT[:, ::-1])
+    assert sizes == ([1, 4, 2] if out else [4, 3])
 
 
 def test_a_mistake_starts_nothing(monkeypatch):
