@@ -93,10 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
     for why in dict.fromkeys(peer["why"] for peer in missing):
         console.print(f"not compared: {'; '.join(peer['peer'] for peer in missing if peer['why'] == why)}: {why}")
     ceiling = read_ceiling() if backend == "cuda" else None
-    rows = []
-    steps = workloads(backend, smoke=options.smoke, everything=options.all_shapes, dtype=options.dtype)
-    for step in tqdm(steps, desc="peers", unit="workload"):
-        rows += with_ratios(measure(step, peers, backend, ceiling))
+    rows: list[Row] = []
+    steps = []
+    asked = workloads(backend, smoke=options.smoke, everything=options.all_shapes, dtype=options.dtype)
+    try:
+        for step in tqdm(asked, desc="peers", unit="workload"):
+            rows += with_ratios(measure(step, peers, backend, ceiling))
+            steps.append(step)
+    except KeyboardInterrupt:  # peers compile for minutes: what was measured by then is kept
+        if not steps:
+            raise
+        console.print(f"stopped after {len(steps)} of {len(asked)} workloads\n")
     name = "peers_all_shapes" if options.all_shapes else "peers"
     name += "" if options.dtype == "bfloat16" else f"_{options.dtype}"
     print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Every contender")
@@ -111,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     draw(rows, stamp, folder / f"{name}.png")
     console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows if row["peer"] == OURS) else 1
+    return 0 if steps == asked and all(row["status"] == "ok" for row in rows if row["peer"] == OURS) else 1
 
 
 GPU_COLUMNS = {"workload": "workload", "peer": "contender", "time_us": "us|.1f", "gb_s": "GB/s|.0f",

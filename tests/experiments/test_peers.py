@@ -233,6 +233,28 @@ def test_a_smoke_run_checks_and_does_not_time(tmp_path):
     assert "not compared: FlashInfer, CUDA cores; FlashInfer, fa2;" in printed and "GB/s" not in printed
 
 
+@pytest.mark.parametrize("measured", [0, 1])
+def test_what_was_measured_before_a_stop_is_written(measured, script, tmp_path, monkeypatch):
+    plain, seen = script["measure"], []
+
+    def measure(step, *rest):
+        if len(seen) == measured:
+            raise KeyboardInterrupt
+        seen.append(step.name)
+        return plain(step, *rest)
+
+    monkeypatch.setitem(script["main"].__globals__, "measure", measure)
+    arguments = ["--backend", "host", "--peers", "none", "--out", str(tmp_path)]
+    if not measured:
+        with pytest.raises(KeyboardInterrupt):
+            script["main"](arguments)
+        return
+    assert script["main"](arguments) == 1
+    result = document(tmp_path, "peers", picture=False)
+    assert [step["name"] for step in result["workloads"]] == seen
+    assert {row["workload"] for row in result["rows"]} == set(seen)
+
+
 def test_help_tells_the_question():
     assert "How does decode attention here compare with what others ship?" in run("peers", "--help")[0]
 
