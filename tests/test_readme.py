@@ -51,7 +51,7 @@ def test_how_much_the_layout_matters_on_a_gpu():
         cell = row["head_dim"], row["dtype"], row["block_size"], row["placement"]
         figures[cell][row["layout"]] = row["of_ceiling"]
     assert sum(cell[0] == 128 for cell in figures) == 30
-    for dims, blocks, most in (((64, 128), (1, 7, 16, 64, 256), 4), ((72,), (7, 16, 64, 256), 9), ((72,), (1,), 16)):
+    for dims, blocks, most in (((64, 128), (1, 7, 16, 64, 256), 5), ((72,), (7, 16, 64, 256), 13), ((72,), (1,), 17)):
         cells = [cell for cell in figures if cell[0] in dims and cell[2] in blocks]
         plain = [[figures[cell][name] for name in PLAIN] for cell in cells]
         assert round(100 * max(1 - min(some) / max(some) for some in plain)) == most
@@ -61,9 +61,11 @@ def test_how_much_the_layout_matters_on_a_gpu():
         )
         for block in (1, 7, 16, 64, 256)
     }
-    assert {round(packed[block], 2) for block in (1, 16)} == {1.00, 1.01}
-    assert "level with the best or a hundredth ahead at block sizes 1 and 16" in README
-    assert sorted(round(100 * packed[block]) for block in (7, 64, 256)) == [82, 84, 84]
+    assert {round(packed[block], 2) for block in (1, 16)} == {0.99, 1.00}
+    text = README.replace("\n", " ")
+    assert "level with the best at block sizes 1 and 16, or a hundredth behind" in text
+    behind = [100 * packed[block] for block in (7, 64, 256)]
+    assert f"at 7, 64 and 256 it reaches {min(behind):.0f} to {max(behind):.0f} % in the median" in text
 
 
 def test_what_textures_do_is_what_was_measured():
@@ -73,6 +75,8 @@ def test_what_textures_do_is_what_was_measured():
               if row["part"] == "latency" and row["order"] == "random"}  # fmt: skip
     more = [value - cycles["plain", level] for (path, level), value in cycles.items() if path.startswith("tex")]
     assert f"takes {min(more):.0f} to {max(more):.0f} cycles more" in README
+    attention = re.search(r"([\d.]+) \(attention\)", document["verdicts"][0]["measured"]).group(1)
+    assert attention == "1.00" and "textures [at best as fast]" in README
 
 
 def test_the_ledgers_head_is_the_ledgers():
@@ -95,10 +99,36 @@ def test_operations_and_prompts_run_as_fast_as_it_says():
     timed = [row for row in result("cache_ops")["rows"] if "of_ceiling" in row and row["mb"] >= 64]
     moved = [row["of_ceiling"] for row in timed if row["operation"] in ("append", "copy", "gather", "scatter")]
     assert f"run at {100 * min(moved):.0f} to {100 * max(moved):.0f} % of" in text
+    swapped = defaultdict(list)
+    for row in timed:
+        if row["operation"].startswith("swap"):
+            swapped[round(row["mb"])].append(100 * row["of_ceiling"])
+    large, small = (f"{min(swapped[mb]):.0f} to {max(swapped[mb]):.0f} %" for mb in (256, 64))
+    assert f"Swapping reaches {large} of one pinned copy's at 256 MB, {small} at 64 MB" in text
     ours = {row["workload"]: row for row in result("prefill")["rows"] if row["peer"] == "cupaged"}
     long = [row["tflop_s"] for name, row in ours.items() if not name.startswith("spec") and not name.endswith("mha")]
     assert f"{min(long):.0f} to {max(long):.0f} TFLOP/s on long ones" in text
     assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
+
+
+def test_when_a_sequence_is_sooner_swapped():
+    rows = result("swap_or_recompute")["rows"]
+    quicker = defaultdict(list)
+    for row in rows:
+        cell = row["block_size"], row["tokens"]
+        quicker[row["host_blocks"]] += [cell] if row["out_ms"] + row["in_ms"] < row["recompute_ms"] else []
+    near, far = quicker["neighbours"], quicker["scattered"]
+    cells = sum(row["host_blocks"] == "neighbours" for row in rows)
+    assert f"in {len(near)} of {cells} cells" in README.replace("\n", " ")
+    lengths = sorted({row["tokens"] for row in rows})
+    assert lengths[0] == 128 and lengths[-1] == 2048
+    assert {size for size, tokens in far if tokens == 128} >= {8, 16}
+    assert not [size for size, tokens in far if size <= 16 and tokens >= 256]
+    sizes = sorted({row["block_size"] for row in rows if row["block_size"] >= 64})
+    assert {cell for cell in far if cell[0] >= 64} == {(size, tokens) for size in sizes for tokens in lengths}
+    assert (32, 2048) not in far
+    said = "scattered blocks of 16 and less lose from 256 tokens on, those of 64 and more win at every length"
+    assert said in README.replace("\n", " ")
 
 
 def test_what_variants_cost():
@@ -108,7 +138,9 @@ def test_what_variants_cost():
     assert said in README.replace("\n", " ")
     others = [value for (name, variant), value in cost.items() if "v" in name[-2:] and variant != "soft cap"]
     assert round(max(others)) == 2
-    assert max(value for (name, _), value in cost.items() if name.endswith("persistent")) < 0.5
+    fastest = {variant: value for (name, variant), value in cost.items() if name.endswith("persistent")}
+    said = f"a window of 1024 over 32k {fastest.pop('window'):.1f} % more than a context of 1024"
+    assert said in README.replace("\n", " ") and max(fastest.values()) < 0.5
 
 
 def test_what_paging_costs():

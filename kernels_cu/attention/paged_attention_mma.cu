@@ -9,7 +9,7 @@
 //
 // Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
 //
-// Measured: 56 to 95 % of the read ceiling (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
+// Measured: 55 to 95 % of the read ceiling (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
 //
 // Grid:  (num_seqs * num_kv_heads * tiles, partitions), tile of query heads fastest.    Block: (THREADS).
 // Dynamic shared memory: WARPS * sizeof(Chunk).

@@ -5,7 +5,7 @@
 // logits are not kept there is no stretch of them to fill. The price: keys are read twice, once for the largest logit
 // and once with the values, and a sequence has a single warp per head, which alone cannot keep much memory busy.
 //
-// Measured: 63 % of the read ceiling on MHA, 1 to 45 % elsewhere: behind v1 everywhere
+// Measured: 63 % of the read ceiling on MHA, 1 to 44 % elsewhere: behind v1 everywhere
 // (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
 //
 // Grid:  enough for a warp per (sequence, query head), head fastest.    Block: (THREADS).

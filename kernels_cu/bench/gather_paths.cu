@@ -4,8 +4,8 @@
 // A thread takes every `threads`-th 16-byte vector, eight at a time; neighbouring threads read one token's heads.
 // The words are combined by exclusive or, so that no load can be left out and the result can be tested.
 //
-// Measured on an H100, block sizes 1 to 256: plain loads 2898 to 2940 GB/s, 92 to 94 % of the ceiling; __ldg, no_allocate and
-// cp.async within 2 % of them, linear textures too; the array 7 to 13 % less, pitch-linear 12 to 15 % less.
+// Measured on an H100, block sizes 1 to 256: plain loads 2902 to 2928 GB/s, 93 % of the ceiling; __ldg, no_allocate and
+// cp.async within 2 % of them, linear textures too; the array 7 to 13 % less, pitch-linear 12 to 16 % less.
 //
 // Grid:  a few thread blocks per SM.    Block: (THREADS).
 //

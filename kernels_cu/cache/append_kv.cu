@@ -5,7 +5,7 @@
 // round in shared memory: if the tokens' slots are neighbours, as those of a prompt are, it writes whole sectors.
 //
 // Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.csv), from 64 MB on: 95 to 96 % of a copy's
-// speed in the plain layouts, 91 % in BHDSX.
+// speed in the plain layouts, 90 to 91 % in BHDSX.
 //
 // Grid:  enough for num_tokens * num_kv_heads * HEAD_DIM / VEC threads; in BHDSX, for as many warps as there are tiles,
 //        num_tokens / 16, up, * num_kv_heads * HEAD_DIM / VEC / 2, up.    Block: (a multiple of 32, THREADS at most).
