@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"stopped after {len(steps)} of {len(asked)} workloads\n")
     name = "peers_all_shapes" if options.all_shapes else "peers"
     name += "" if options.dtype == "bfloat16" else f"_{options.dtype}"
+    name += "" if steps == asked else "_stopped"
     print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Every contender")
     if ceiling:
         title = f"The best of each, {options.dtype}, beside a read ceiling of {ceiling:.0f} GB/s"

@@ -25,7 +25,7 @@ __all__ = [
     "time_until_done_in_turns",
 ]
 
-REPLAY_US = 5_000  # as long as a graph's calls take by themselves: its own launch, some 10 us, is timed with them
+REPLAY_US = 5_000  # of a graph's calls, launched one by one: its own launch, some 10 us, is timed with them
 LAUNCHES_IN_A_ROW = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
 SLOW_CALL_S = 0.01
@@ -60,9 +60,9 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
     ----------
     calls : sequence of callable
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
-        than twice the L2 (`copies_for_cold_l2`). They are captured so many times over that a replay lasts some
-        milliseconds, as the launch of a graph takes 10 us itself. The caller keeps them, and what they use, for as
-        long as they are replayed.
+        than twice the L2 (`copies_for_cold_l2`). They are captured as many times over as take some milliseconds when
+        launched one by one, since the launch of a graph takes 10 us itself. The caller keeps them, and what they use,
+        for as long as they are replayed.
     """
     import cupy
 

@@ -299,7 +299,7 @@ class _Blocks:
 
 
 class _Part:
-    """As many blocks as a buffer holds.
+    """As many blocks as a buffer holds, or less.
 
     All is worked out when it is first asked for: the first gather does not wait for the host's runs, nor the first copy
     to the device for ids there.

@@ -46,11 +46,12 @@ __device__ constexpr int widest_divisor(int n, int width) { return n % width == 
 constexpr int ROW_LANES = VECTORS % 8 == 0 && VECTORS >= 16 ? 8 : VECTORS >= 8 ? 4 : 2;
 constexpr int GROUPS = THREADS / ROW_LANES;   // rows that the block reads at once
 using Row = TokenRow<STORAGE, HEAD_DIM, ROW_LANES>;
-// Vectors of keys, and of values, that a lane reads before it uses the first, as whole rows: fewer where its share of the
-// sums takes many registers.
+// Vectors of keys, and of values, that a lane reads before it uses the first: fewer where its share of a row takes many
+// registers. They are whole rows, as many as are shared out among lanes without a rest.
 constexpr int VECTORS_IN_FLIGHT = Row::SHARE <= 24 ? 16 : 8;
 constexpr int IN_FLIGHT = VECTORS_IN_FLIGHT < Row::COUNT ? 1 : VECTORS_IN_FLIGHT / power_of_two_from(Row::COUNT);   // rows
 using Products = ScatteredSums<ROW_LANES, IN_FLIGHT>;
+static_assert(IN_FLIGHT == Products::PADDED, "");
 
 using KeyStrides = KvStrides<KEY_PACK>;
 using ValueStrides = KvStrides<VALUE_COLUMNS ? 1 : HEAD_DIM>;
@@ -110,7 +111,7 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
 #pragma unroll
     for (int i = 0; i < Products::KEPT; ++i) {
       const int token_of_mine = token + Products::index(i) * GROUPS;
-      float logit = products.sum[i];
+      float logit = products.kept[i];
       if (logit != minus_infinity()) logit = place.variants.logit(logit, token_of_mine, place.context, place.slope);
       if (Products::is_first() && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
       largest = fmaxf(largest, logit);

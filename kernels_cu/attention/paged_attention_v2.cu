@@ -134,16 +134,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
     }
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) next_block_id[r] = context.block_of(token + (IN_FLIGHT + r) * GROUPS);
-    Products logits = multiply(query_tile, key);   // in units of log 2
+    Products shared_out = multiply(query_tile, key);   // each lane makes logits of some, in units of log 2
 #pragma unroll
     for (int i = 0; i < Products::KEPT; ++i)
-      logits.sum[i] = variants.logit(logits.sum[i], token + token_in_flight(i) * GROUPS, seen, slope[i]);
+      shared_out.kept[i] = variants.logit(shared_out.kept[i], token + token_in_flight(i) * GROUPS, seen, slope[i]);
 #pragma unroll
     for (int head = 0; head < HEADS; ++head) {
       float logit[IN_FLIGHT];
 #pragma unroll
       for (int r = 0; r < IN_FLIGHT; ++r) {
-        logit[r] = logits.gathered(head * IN_FLIGHT + r);
+        logit[r] = shared_out.gathered(head * IN_FLIGHT + r);
         if (block_id[r] == kUnmapped) logit[r] = minus_infinity();
       }
       attention[head].add(logit, value);

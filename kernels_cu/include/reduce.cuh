@@ -30,20 +30,21 @@ __device__ constexpr int power_of_two_from(int n) {
   return power;
 }
 
-// N sums over each `Lanes` neighbours of a warp, shared out among them: as every lane has a part of every sum, it hands half
-// of its parts over in each step and keeps the other half. For N = Lanes = 8, 7 shuffles instead of 24.
-template <int Lanes, int N>
+// Sums over each `Lanes` neighbours of a warp, `Count` of them, shared out: as every lane has a part of every sum, it hands
+// half of its parts over in each step and keeps the other half. For 8 sums over 8 lanes, 7 shuffles instead of 24.
+template <int Lanes, int Count>
 struct ScatteredSums {
-  static constexpr int PADDED = power_of_two_from(N);
+  static_assert(Lanes == power_of_two_from(Lanes) && Lanes <= kWarpSize, "");
+  static constexpr int PADDED = power_of_two_from(Count);              // with zeros
   static constexpr int KEPT = PADDED > Lanes ? PADDED / Lanes : 1;     // sums that a lane keeps
   static constexpr int COPIES = Lanes > PADDED ? Lanes / PADDED : 1;   // neighbours that keep the same
-  float sum[KEPT];
+  float kept[KEPT];
 
   // Every lane of the warp takes part, with its part of each sum.
-  __device__ __forceinline__ explicit ScatteredSums(const float (&part)[N]) {
+  __device__ __forceinline__ explicit ScatteredSums(const float (&part)[Count]) {
     float value[PADDED] = {};
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] = part[i];
+    for (int i = 0; i < Count; ++i) value[i] = part[i];
     int left = PADDED;
 #pragma unroll
     for (int distance = Lanes / 2; distance > 0; distance /= 2) {
@@ -55,21 +56,21 @@ struct ScatteredSums {
       const bool upper = (threadIdx.x & distance) != 0;
 #pragma unroll
       for (int i = 0; i < left; ++i) {
-        const float kept = upper ? value[i + left] : value[i], handed = upper ? value[i] : value[i + left];
-        value[i] = kept + __shfl_xor_sync(kAllLanes, handed, distance);
+        const float own = upper ? value[i + left] : value[i], handed = upper ? value[i] : value[i + left];
+        value[i] = own + __shfl_xor_sync(kAllLanes, handed, distance);
       }
     }
 #pragma unroll
-    for (int i = 0; i < KEPT; ++i) sum[i] = value[i];
+    for (int i = 0; i < KEPT; ++i) kept[i] = value[i];
   }
 
-  // Which of the N sums this lane's i-th is; N or more for none.
+  // Which of the sums this lane's i-th is; `Count` or more for none.
   static __device__ __forceinline__ int index(int i) { return threadIdx.x % Lanes / COPIES * KEPT + i; }
   // Whether this lane is the first that keeps its sums.
   static __device__ __forceinline__ bool is_first() { return threadIdx.x % COPIES == 0; }
-  // The n-th sum, from the lane that keeps it. Every lane of the warp takes part.
+  // The n-th, from the lane that keeps it. Every lane of the warp takes part.
   __device__ __forceinline__ float gathered(int n) const {
-    return __shfl_sync(kAllLanes, sum[n % KEPT], n / KEPT * COPIES, Lanes);
+    return __shfl_sync(kAllLanes, kept[n % KEPT], n / KEPT * COPIES, Lanes);
   }
 };
 

@@ -4,7 +4,7 @@
 #include "fast_math.cuh"
 
 // tanh by an exponential errs by units in the last place of 1, too much for a small one: a polynomial serves there, of least
-// relative error, 9e-8. In all right to 6 units in the last place, in 14 instructions, where tanhf takes 18 with both
+// relative error, 9e-8. In all right to some 6 units in the last place, in 14 instructions, where tanhf takes 18 with both
 // factors. Not tanh.approx: its error, 2^-11 of a logit, would be many times that of a weight in half precision.
 __device__ __forceinline__ float soft_capped(float x, float cap) {
   const float inverse = 1.0f / cap;

@@ -250,7 +250,8 @@ def test_what_was_measured_before_a_stop_is_written(measured, script, tmp_path, 
             script["main"](arguments)
         return
     assert script["main"](arguments) == 1
-    result = document(tmp_path, "peers", picture=False)
+    assert not (tmp_path / "peers.json").exists()
+    result = document(tmp_path, "peers_stopped", picture=False)
     assert [step["name"] for step in result["workloads"]] == seen
     assert {row["workload"] for row in result["rows"]} == set(seen)
 

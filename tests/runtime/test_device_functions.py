@@ -18,7 +18,7 @@ extern "C" __global__ void scattered_sums(const float* parts,   // [32, COUNT]
   for (int n = 0; n < COUNT; ++n) part[n] = parts[threadIdx.x * COUNT + n];
   const Sums sums(part);
   for (int i = 0; i < Sums::KEPT; ++i) {
-    kept[threadIdx.x * Sums::KEPT + i] = sums.sum[i];
+    kept[threadIdx.x * Sums::KEPT + i] = sums.kept[i];
     index[threadIdx.x * Sums::KEPT + i] = Sums::index(i);
   }
   first[threadIdx.x] = Sums::is_first();
@@ -70,7 +70,6 @@ def test_a_soft_cap_is_right_to_units_in_the_last_place(cap, tmp_path, backend, 
     cap = float(np.float32(cap))
     expected = cap * np.tanh(values.astype(np.float64) / cap)
     units = np.spacing(np.abs(expected).astype(np.float32)).astype(np.float64)
-    assert np.abs(to_numpy(out) - expected).max() > 0 or cap == 1e30
     assert (np.abs(to_numpy(out) - expected) <= 6 * units).all()
 
 
