@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TEXT = README.replace("\n", " ")
 RESULTS = ROOT / "experiments" / "results" / "h100-80gb-hbm3"
 CPU_RESULTS = ROOT / "experiments" / "results" / "cpu"
 PLAIN = ("BSHD", "BHSD", "HBSD", "BS2HD")
@@ -23,20 +24,20 @@ def test_every_link_leads_somewhere():
 
 def test_what_layouts_use_of_the_bytes_they_fetch_is_what_the_table_says():
     document = json.loads((CPU_RESULTS / "layouts.json").read_text(encoding="utf-8"))
-    rows, text = document["rows"], README.replace("\n", " ")
-    assert len(rows) == 360 and all(row["status"] == "ok" for row in rows) and "all 360 cells" in text
+    rows = document["rows"]
+    assert len(rows) == 360 and all(row["status"] == "ok" for row in rows) and "all 360 cells" in TEXT
     used = defaultdict(list)  # in half precision, by a thread block
     for row in rows:
         if row["dtype"] != "float32":
             used[row["head_dim"], row["layout"], row["block_size"] > 1].append(row["used_fraction_per_block"])
     plain = [used[dim, name, many] for dim in (64, 128) for name in PLAIN for many in (False, True)]
-    assert min(map(min, plain)) == 1 and "at D = 64 and 128 the four plain layouts use every byte" in text
+    assert min(map(min, plain)) == 1 and "at D = 64 and 128 the four plain layouts use every byte" in TEXT
     assert {round(value, 2) for many in (False, True) for value in used[72, "BSHD", many]} == {0.9}
     assert min(used[72, "BHSD", True] + used[72, "HBSD", True]) >= 0.98
-    assert "uses 90 % in BSHD, and 98 % or more in BHSD and HBSD" in text
+    assert "uses 90 % in BSHD, and 98 % or more in BHSD and HBSD" in TEXT
     half = [row for row in rows if row["dtype"] != "float32"]
     packed = [row["used_fraction"] for row in half if (row["layout"], row["block_size"]) == ("BHDSX", 7)]
-    assert f"uses {100 * min(packed):.0f} to {100 * max(packed):.0f} % of what single requests fetch" in text
+    assert f"uses {100 * min(packed):.0f} to {100 * max(packed):.0f} % of what single requests fetch" in TEXT
 
 
 def result(name):
@@ -51,7 +52,6 @@ def test_how_much_the_layout_matters_on_a_gpu():
         cell = row["head_dim"], row["dtype"], row["block_size"], row["placement"]
         figures[cell][row["layout"]] = row["of_ceiling"]
     assert sum(cell[0] == 128 for cell in figures) == 30
-    text = README.replace("\n", " ")
     for dims, blocks, said in (
         ((64, 128), (1, 7, 16, 64, 256), "at most {:.0f} % less than the fastest in all 30"),
         ((72,), (7, 16, 64, 256), "whose rows are no whole sectors, {:.0f} %, and"),
@@ -59,7 +59,7 @@ def test_how_much_the_layout_matters_on_a_gpu():
     ):
         cells = [cell for cell in figures if cell[0] in dims and cell[2] in blocks]
         plain = [[figures[cell][name] for name in PLAIN] for cell in cells]
-        assert said.format(100 * max(1 - min(some) / max(some) for some in plain)) in text
+        assert said.format(100 * max(1 - min(some) / max(some) for some in plain)) in TEXT
     packed = {
         block: statistics.median(
             some["BHDSX"] / max(some[name] for name in PLAIN) for cell, some in figures.items() if cell[2] == block
@@ -67,9 +67,9 @@ def test_how_much_the_layout_matters_on_a_gpu():
         for block in (1, 7, 16, 64, 256)
     }
     assert {round(packed[block], 2) for block in (1, 16)} == {0.99, 1.00}
-    assert "level with the best at block sizes 1 and 16, or a hundredth behind" in text
+    assert "level with the best at block sizes 1 and 16, or a hundredth behind" in TEXT
     behind = [100 * packed[block] for block in (7, 64, 256)]
-    assert f"at 7, 64 and 256 it reaches {min(behind):.0f} to {max(behind):.0f} % in the median" in text
+    assert f"at 7, 64 and 256 it reaches {min(behind):.0f} to {max(behind):.0f} % in the median" in TEXT
 
 
 def test_what_textures_do_is_what_was_measured():
@@ -87,7 +87,7 @@ def test_the_ledgers_head_is_the_ledgers():
     rows = result("claims")["rows"]
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in {row["verdict"] for row in rows}}
     said = f"{counts['holds']} hold, {counts['holds partly']} hold partly, {counts['does not hold']} do not"
-    assert f"of {len(rows)} claims {said}" in README.replace("\n", " ")
+    assert f"of {len(rows)} claims {said}" in TEXT
     head = README[README.index("| claim | measured | verdict |") :].split("\n\n")[0].splitlines()[2:]
     verdicts = {row["statement"]: row for row in rows}
     for line in head:
@@ -99,20 +99,19 @@ def test_the_ledgers_head_is_the_ledgers():
 
 
 def test_operations_and_prompts_run_as_fast_as_it_says():
-    text = README.replace("\n", " ")
     timed = [row for row in result("cache_ops")["rows"] if "of_ceiling" in row and row["mb"] >= 64]
     moved = [row["of_ceiling"] for row in timed if row["operation"] in ("append", "copy", "gather", "scatter")]
-    assert f"run at {100 * min(moved):.0f} to {100 * max(moved):.0f} % of" in text
+    assert f"run at {100 * min(moved):.0f} to {100 * max(moved):.0f} % of" in TEXT
     swapped = defaultdict(list)
     for row in timed:
         if row["operation"].startswith("swap"):
             swapped[round(row["mb"])].append(100 * row["of_ceiling"])
     large, small = (f"{min(swapped[mb]):.0f} to {max(swapped[mb]):.0f} %" for mb in (256, 64))
-    assert f"Swapping reaches {large} of one pinned copy's at 256 MB, {small} at 64 MB" in text
+    assert f"Swapping reaches {large} of one pinned copy's at 256 MB, {small} at 64 MB" in TEXT
     ours = {row["workload"]: row for row in result("prefill")["rows"] if row["peer"] == "cupaged"}
     long = [row["tflop_s"] for name, row in ours.items() if not name.startswith("spec") and not name.endswith("mha")]
-    assert f"{min(long):.0f} to {max(long):.0f} TFLOP/s on long ones" in text
-    assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in text
+    assert f"{min(long):.0f} to {max(long):.0f} TFLOP/s on long ones" in TEXT
+    assert f"{100 * ours['spec 64x4 over 4k']['of_ceiling']:.0f} % of the read ceiling on speculative" in TEXT
 
 
 def test_when_a_sequence_is_sooner_swapped():
@@ -123,7 +122,7 @@ def test_when_a_sequence_is_sooner_swapped():
         quicker[row["host_blocks"]] += [cell] if row["out_ms"] + row["in_ms"] < row["recompute_ms"] else []
     near, far = quicker["neighbours"], quicker["scattered"]
     cells = sum(row["host_blocks"] == "neighbours" for row in rows)
-    assert f"in {len(near)} of {cells} cells" in README.replace("\n", " ")
+    assert f"in {len(near)} of {cells} cells" in TEXT
     lengths = sorted({row["tokens"] for row in rows})
     assert lengths[0] == 128 and lengths[-1] == 2048
     assert {size for size, tokens in far if tokens == 128} >= {8, 16}
@@ -132,62 +131,62 @@ def test_when_a_sequence_is_sooner_swapped():
     assert {cell for cell in far if cell[0] >= 64} == {(size, tokens) for size in sizes for tokens in lengths}
     assert (32, 2048) not in far
     said = "scattered blocks of 16 and less lose from 512 tokens on, those of 64 and more win at every length"
-    assert said in README.replace("\n", " ")
+    assert said in TEXT
 
 
 def test_what_variants_cost():
     cost = {(row["kernel"], row["variant"]): 100 * row["cost"] for row in result("variants")["rows"] if "cost" in row}
     v1, v2 = (cost[f"paged_attention_{name}", "soft cap"] for name in ("v1", "v2"))
     said = f"v2 and v1 pay {v2:.0f} and {v1:.0f} % for a soft cap, and up to 2 % for the others"
-    assert said in README.replace("\n", " ")
+    assert said in TEXT
     others = [value for (name, variant), value in cost.items() if "v" in name[-2:] and variant != "soft cap"]
     assert round(max(others)) == 2
     fastest = {variant: value for (name, variant), value in cost.items() if name.endswith("persistent")}
     said = f"a window of 1024 over 32k {fastest.pop('window'):.1f} % more than a context of 1024"
-    assert said in README.replace("\n", " ") and max(fastest.values()) < 0.5
+    assert said in TEXT and max(fastest.values()) < 0.5
 
 
 def test_what_paging_costs():
-    rows, text = result("paging_overhead")["rows"], README.replace("\n", " ")
+    rows = result("paging_overhead")["rows"]
     assert all(row["status"] == "ok" for row in rows)
     fastest = [row for row in rows if row["kernel"] == "paged_attention_persistent"]
     anywhere = {row["block_size"]: 100 * row["overhead"] for row in fastest if row["way"] == "random"}
     said = f"{anywhere[16]:.1f} % of the fastest kernel's time at block size 16, {max(anywhere.values()):.1f} % at most"
-    assert said in text
+    assert said in TEXT
     in_order = max(100 * row["overhead"] for row in fastest if row["way"] == "in order")
-    assert f"where they lie in order, {in_order:.1f} % at most" in text
+    assert f"where they lie in order, {in_order:.1f} % at most" in TEXT
 
 
 def test_prompts_beside_peers_run_as_it_says():
-    text, rows = README.replace("\n", " "), result("prefill")["rows"]
+    rows = result("prefill")["rows"]
     assert all(row["status"] == "ok" for row in rows)
     ratios = defaultdict(dict)
     for row in rows:
         ratios[row["peer"]][row["workload"]] = row["ratio"]
     (few,) = (row for row in rows if row["peer"] == "cupaged, planned as prefill")
-    assert f"planned as decode ({100 * few['of_ceiling']:.0f} % as prefill)" in text
+    assert f"planned as decode ({100 * few['of_ceiling']:.0f} % as prefill)" in TEXT
 
     def spread(peer, *names):
         found = [ratio for name, ratio in ratios[peer].items() if name in names]
         return f"{min(found):.2f} to {max(found):.2f}"
 
     long, short = ("prefill 4x4096", "prefill 1x16384", "chunk 8x512 over 8k"), "prefill 16x512 mha"
-    assert f"FlashInfer's fa2 takes {spread('FlashInfer, fa2', *long)} times as long on long ones" in text
-    assert f"{ratios['FlashInfer, fa2'][short]:.2f} times on many short ones" in text
-    assert f"{ratios['FlashInfer, fa2'][few['workload']]:.2f} times on speculative tokens" in text
-    assert f"in one piece, {spread('SDPA, flash', *long, short)} times." in text
-    assert f"FlashInfer's fa3 {spread('FlashInfer, fa3', *long, short)} times as long" in text
+    assert f"FlashInfer's fa2 takes {spread('FlashInfer, fa2', *long)} times as long on long ones" in TEXT
+    assert f"{ratios['FlashInfer, fa2'][short]:.2f} times on many short ones" in TEXT
+    assert f"{ratios['FlashInfer, fa2'][few['workload']]:.2f} times on speculative tokens" in TEXT
+    assert f"in one piece, {spread('SDPA, flash', *long, short)} times." in TEXT
+    assert f"FlashInfer's fa3 {spread('FlashInfer, fa3', *long, short)} times as long" in TEXT
     cudnn = spread("SDPA, cuDNN", long[0], long[1], short)
-    assert f"cuDNN's on one piece {cudnn}, but {ratios['SDPA, cuDNN'][long[2]]:.2f} on chunks" in text
+    assert f"cuDNN's on one piece {cudnn}, but {ratios['SDPA, cuDNN'][long[2]]:.2f} on chunks" in TEXT
 
 
 def test_a_call_costs_what_it_says():
-    text, rows = README.replace("\n", " "), {row["call"]: row for row in result("call_overhead")["rows"]}
+    rows = {row["call"]: row for row in result("call_overhead")["rows"]}
     over = {name: row["over_bare_us"] for name, row in rows.items()}
-    assert f"CuPy takes {rows['bare launch']['cpu_us']:.1f} us to launch" in text
-    assert f"has its plan takes {-over['planned']:.1f} us less" in text
-    assert f"lie ready for the driver, {-over['prepared']:.1f} us less" in text
-    assert f"plan for itself takes {over['unplanned']:.0f} us more" in text
+    assert f"CuPy takes {rows['bare launch']['cpu_us']:.1f} us to launch" in TEXT
+    assert f"has its plan takes {-over['planned']:.1f} us less" in TEXT
+    assert f"lie ready for the driver, {-over['prepared']:.1f} us less" in TEXT
+    assert f"plan for itself takes {over['unplanned']:.0f} us more" in TEXT
 
 
 def test_the_profile_says_what_it_says():
@@ -199,24 +198,24 @@ def test_the_profile_says_what_it_says():
 
 
 def test_decode_comes_as_close_to_the_memory_as_it_says():
-    text, rows = README.replace("\n", " "), result("decode")["rows"]
+    rows = result("decode")["rows"]
     fastest = [row for row in rows if row["kernel"] == "paged_attention_persistent"]
     large = [100 * row["of_ceiling"] for row in fastest if row["kv_mb"] > 200]
-    assert f"reads at {min(large):.0f} to {max(large):.0f} % of the read ceiling on every workload above" in text
+    assert f"reads at {min(large):.0f} to {max(large):.0f} % of the read ceiling on every workload above" in TEXT
     small = {round(row["kv_mb"]): f"{100 * row['of_ceiling']:.0f} %" for row in fastest if row["kv_mb"] < 200}
     assert sorted(small) == [34, 134]
-    assert f"at {small[134]} on one of 134 MB and at {small[34]} on one of 34 MB" in text
+    assert f"at {small[134]} on one of 134 MB and at {small[34]} on one of 34 MB" in TEXT
     longer = [100 * (row["apart_us"] / row["time_us"] - 1) for row in fastest]
-    assert f"calls take {min(longer):.0f} to {max(longer):.0f} % longer" in text
+    assert f"calls take {min(longer):.0f} to {max(longer):.0f} % longer" in TEXT
 
 
 def test_the_model_is_as_quick_and_serves_as_many_as_it_says():
-    text, rows = README.replace("\n", " "), {row["way"]: row for row in result("model_step")["rows"]}
+    rows = {row["way"]: row for row in result("model_step")["rows"]}
     graph = rows["one graph"]
-    assert f"[{graph['ms']:.2f} ms a step]" in text and f"{round(graph['tokens_per_s'], -2):,.0f} tokens" in text
-    assert f"{100 * rows['attention alone, one graph']['ms'] / graph['ms']:.0f} % of it attention" in text
+    assert f"[{graph['ms']:.2f} ms a step]" in TEXT and f"{round(graph['tokens_per_s'], -2):,.0f} tokens" in TEXT
+    assert f"{100 * rows['attention alone, one graph']['ms'] / graph['ms']:.0f} % of it attention" in TEXT
     without, with_it = (rows[name]["ms"] / graph["ms"] for name in ("transformers without cuDNN", "transformers"))
-    assert f"takes {without:.1f} times as long without cuDNN, and {with_it:.1f} times with it" in text
+    assert f"takes {without:.1f} times as long without cuDNN, and {with_it:.1f} times with it" in TEXT
     served = result("serving")
     assert served["model"] == "SmolLM2-135M-Instruct" and all(row["status"] == "ok" for row in served["rows"])
     for way, form in (
@@ -224,9 +223,9 @@ def test_the_model_is_as_quick_and_serves_as_many_as_it_says():
         ("paged, prefixes shared", "{:.1f} to {:.1f} times where"),
     ):
         gains = [row["at_once_gain"] for row in served["rows"] if row["way"] == way]
-        assert form.format(min(gains), max(gains)) in text
+        assert form.format(min(gains), max(gains)) in TEXT
     faster = [row["throughput_gain"] for row in served["rows"] if row["way"] != "contiguous"]
-    assert f"at {min(faster):.1f} to {max(faster):.1f} times the throughput" in text
+    assert f"at {min(faster):.1f} to {max(faster):.1f} times the throughput" in TEXT
 
 
 def test_the_recorder_agrees_with_nsight_compute():
@@ -283,14 +282,13 @@ def test_the_comparison_with_peers_is_what_was_measured():
         shown.append(f"{of['SDPA']['ratio']:.2f}" if "SDPA" in of else "–")
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert [cells[1], *cells[4:]] == shown
-    text = README.replace("\n", " ")
     flashinfer = [of["FlashInfer"]["ratio"] for of in best.values()]
     mean = math.exp(sum(map(math.log, flashinfer)) / len(flashinfer))
-    assert f"by {100 * (min(flashinfer) - 1):.0f} to {100 * (max(flashinfer) - 1):.0f} %" in text
-    assert f"in the geometric mean by {100 * (mean - 1):.0f} %" in text
+    assert f"by {100 * (min(flashinfer) - 1):.0f} to {100 * (max(flashinfer) - 1):.0f} %" in TEXT
+    assert f"in the geometric mean by {100 * (mean - 1):.0f} %" in TEXT
     contiguous = [of["SDPA"]["ratio"] for of in best.values() if "SDPA" in of]
     said = f"by {100 * (min(contiguous) - 1):.0f} to {100 * (max(contiguous) - 1):.0f} % faster than PyTorch's"
-    assert said in text
+    assert said in TEXT
 
 
 def test_the_table_of_prefill_is_what_was_measured():

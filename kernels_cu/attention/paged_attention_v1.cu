@@ -49,7 +49,7 @@ using Row = TokenRow<STORAGE, HEAD_DIM, ROW_LANES>;
 // Vectors of keys, and of values, that a lane reads before it uses the first: fewer where its share of a row takes many
 // registers. They are whole rows, as many as are shared out among lanes without a rest.
 constexpr int VECTORS_IN_FLIGHT = Row::SHARE <= 24 ? 16 : 8;
-constexpr int IN_FLIGHT = VECTORS_IN_FLIGHT < Row::COUNT ? 1 : VECTORS_IN_FLIGHT / power_of_two_from(Row::COUNT);   // rows
+constexpr int IN_FLIGHT = largest_power_of_2(VECTORS_IN_FLIGHT / Row::COUNT);   // rows
 using Products = ScatteredSums<ROW_LANES, IN_FLIGHT>;
 static_assert(IN_FLIGHT == Products::PADDED, "");
 

@@ -9,12 +9,6 @@
 #include "swizzled_rows.cuh"
 #include "types.cuh"
 
-__device__ constexpr int largest_power_of_2(int limit) {
-  int power = 1;
-  while (2 * power <= limit) power *= 2;
-  return power;
-}
-
 template <typename T, int HeadDim, int BlockSize, int Tokens, int Threads>
 struct TileLoader {
   using Rows = SwizzledRows<T, HeadDim>;

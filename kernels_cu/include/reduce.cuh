@@ -23,10 +23,10 @@ __device__ __forceinline__ float warp_reduce(float value) {
   return value;
 }
 
-// The smallest power of two that is n at least.
-__device__ constexpr int power_of_two_from(int n) {
+// The largest power of 2 up to a limit, 1 at least.
+__device__ constexpr int largest_power_of_2(int limit) {
   int power = 1;
-  while (power < n) power *= 2;
+  while (2 * power <= limit) power *= 2;
   return power;
 }
 
@@ -34,8 +34,8 @@ __device__ constexpr int power_of_two_from(int n) {
 // half of its parts over in each step and keeps the other half. For 8 sums over 8 lanes, 7 shuffles instead of 24.
 template <int Lanes, int Count>
 struct ScatteredSums {
-  static_assert(Lanes == power_of_two_from(Lanes) && Lanes <= kWarpSize, "");
-  static constexpr int PADDED = power_of_two_from(Count);              // with zeros
+  static_assert(Lanes == largest_power_of_2(Lanes) && Lanes <= kWarpSize, "");
+  static constexpr int PADDED = Count == 1 ? 1 : 2 * largest_power_of_2(Count - 1);   // with zeros, to a power of 2
   static constexpr int KEPT = PADDED > Lanes ? PADDED / Lanes : 1;     // sums that a lane keeps
   static constexpr int COPIES = Lanes > PADDED ? Lanes / PADDED : 1;   // neighbours that keep the same
   float kept[KEPT];

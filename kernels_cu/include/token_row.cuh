@@ -20,11 +20,7 @@ struct Context {
 };
 
 // How many lanes read a row together, as a rule: as few as leave each of them two vectors.
-__device__ constexpr int lanes_of_row(int vectors) {
-  int lanes = 1;
-  while (2 * lanes < vectors) lanes *= 2;
-  return lanes;
-}
+__device__ constexpr int lanes_of_row(int vectors) { return largest_power_of_2(vectors - 1); }
 
 // One lane's share of a row of HeadDim values.
 template <typename T, int HeadDim, int Lanes = lanes_of_row(HeadDim / kValuesPer16Bytes<T>)>

@@ -18,6 +18,19 @@ OUT = np.array([[2, 5], [7, 0], [4, 1], [8, 2], [0, 4], [11, 6], [9, 7]])
 BACK = np.array([[5, 6], [1, 3], [0, 10], [2, 1], [4, 2], [6, 7], [7, 5]])
 
 
+def keys_and_values(streams, cache):
+    """Return a cache's keys, and its values, as [blocks, elements] of a block."""
+    return [streams.seen(array).reshape(12, 64) for array in cache.storage]
+
+
+def fill(streams, cache, seed=0):
+    """Write some keys and values at once, and return them, [blocks, elements] of both."""
+    content = np.random.default_rng(seed).random((12, 128)).astype(np.float16)
+    for array, half in zip(keys_and_values(streams, cache), np.hsplit(content, 2), strict=True):
+        array[...] = half
+    return content
+
+
 class Work:
     """Layers that the current stream writes, swaps out, writes over, swaps in and reads."""
 
@@ -28,23 +41,17 @@ class Work:
         self.engine = pg.SwapEngine(self.caches, 8, pinned=False)
         for host in self.engine.host:
             self.streams.pin(host.blocks)
-        self.content = [np.random.default_rng(i).random((12, 128)).astype(np.float16) for i in range(layers)]
-
-    def keys_and_values(self, cache):
-        return [self.streams.seen(array).reshape(12, 64) for array in cache.storage]
 
     def write(self):
-        for cache, content in zip(self.caches, self.content, strict=True):
-            for array, half in zip(self.keys_and_values(cache), (content[:, :64], content[:, 64:]), strict=True):
-                array[...] = half
+        self.content = [fill(self.streams, cache, seed) for seed, cache in enumerate(self.caches)]
 
     def spoil(self):
         for cache in self.caches:
-            for array in self.keys_and_values(cache):
+            for array in keys_and_values(self.streams, cache):
                 array[...] = -1
 
     def read(self, into):
-        into += [np.concatenate(self.keys_and_values(cache), axis=1)[BACK[:, 1]] for cache in self.caches]
+        into += [np.concatenate(keys_and_values(self.streams, cache), axis=1)[BACK[:, 1]] for cache in self.caches]
 
     def comes_back(self, beside=True):
         """Swap out and in, beside other work or at once, and return whether all arrives."""
@@ -152,7 +159,9 @@ def test_what_others_move_is_waited_for(waits, monkeypatch):
             work.engine.host[0].moved = None
         with Stream(work.streams):
             pg.swap_blocks(work.engine.host[0], other, BACK)
-            work.streams.current[-1].add(lambda: found.append(np.concatenate(work.keys_and_values(other), axis=1)))
+            work.streams.current[-1].add(
+                lambda: found.append(np.concatenate(keys_and_values(work.streams, other), axis=1))
+            )
         work.streams.run()
         was = dict(OUT[:, ::-1].tolist())
         return np.array_equal(found[0][BACK[:, 1]], work.content[0][[was[place] for place in BACK[:, 0].tolist()]])
@@ -176,9 +185,7 @@ def test_what_the_buffers_memory_held_before_is_done_with(waits, monkeypatch):
         made.clear()
         streams = Streams(monkeypatch, seed)
         cache, buffers = pg.KVCache(CONFIG, "cuda"), []
-        content = np.random.default_rng(0).random((12, 128)).astype(np.float16)
-        for array, half in zip(cache.storage, (content[:, :64], content[:, 64:]), strict=True):
-            streams.seen(array).reshape(12, 64)[...] = half
+        content = fill(streams, cache)
         streams.current[-1].add(lambda: [streams.seen(buffer).fill(-1) for buffer in buffers])
         engine = pg.SwapEngine([cache], 8, pinned=False)
         buffers += engine._mover.buffers
@@ -197,9 +204,7 @@ def test_a_swap_follows_another_with_other_memory(at_once, monkeypatch):
     for seed in range(40):
         streams = Streams(monkeypatch, seed)
         cache = pg.KVCache(CONFIG, "cuda")
-        content = np.random.default_rng(0).random((12, 128)).astype(np.float16)
-        for array, half in zip(cache.storage, (content[:, :64], content[:, 64:]), strict=True):
-            streams.seen(array).reshape(12, 64)[...] = half
+        content = fill(streams, cache)
         first, second = (pg.HostBlocks(CONFIG, 8, pinned=False) for _ in range(2))
         for host in (first, second):
             streams.pin(host.blocks)
