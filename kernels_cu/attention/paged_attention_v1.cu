@@ -104,15 +104,18 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
     const int token = first + threadIdx.x / ROW_LANES;
     key.load(key_cache, strides, stretch, token);
     float part[IN_FLIGHT];   // of the products
+    unsigned mapped = 0;     // bit r: whether row r is a token's
 #pragma unroll
-    for (int r = 0; r < IN_FLIGHT; ++r)
-      part[r] = key.block_id[r] == kUnmapped ? minus_infinity() : key.row[r].part_of_dot(query);
+    for (int r = 0; r < IN_FLIGHT; ++r) {
+      part[r] = key.row[r].part_of_dot(query);
+      if (key.block_id[r] != kUnmapped) mapped |= 1u << r;
+    }
     const Products products(part);   // each lane of a row makes the logits of some of the rows in flight
 #pragma unroll
     for (int i = 0; i < Products::KEPT; ++i) {
-      const int token_of_mine = token + Products::index(i) * GROUPS;
-      float logit = products.kept[i];
-      if (logit != minus_infinity()) logit = place.variants.logit(logit, token_of_mine, place.context, place.slope);
+      const int r = Products::index(i), token_of_mine = token + r * GROUPS;
+      const float capped = place.variants.logit(products.kept[i], token_of_mine, place.context, place.slope);
+      const float logit = (mapped >> r & 1) != 0 ? capped : minus_infinity();
       if (Products::is_first() && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
       largest = fmaxf(largest, logit);
     }

@@ -55,8 +55,8 @@ struct __align__(16) QueryTile {
 
 // Products of every head of the tile with IN_FLIGHT tokens, a head's side by side, shared out among the lanes of a row.
 using Products = ScatteredSums<Row::LANES, HEADS * IN_FLIGHT>;
-// Which of them this lane's i-th is of: past the last, the last.
-__device__ __forceinline__ int head_of(int i) { return min(Products::index(i) / IN_FLIGHT, HEADS - 1); }
+// Which of them this lane's i-th is of; HEADS or more for none.
+__device__ __forceinline__ int head_of(int i) { return Products::index(i) / IN_FLIGHT; }
 __device__ __forceinline__ int token_in_flight(int i) { return Products::index(i) % IN_FLIGHT; }
 
 // A vector of a query is read once for all tokens.

@@ -61,6 +61,25 @@ def test_each_variant_changes_the_result(name, value):
         assert (np.abs(changed - plain).max(axis=tuple(range(1, changed.ndim))) > 0.02).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_product_of_minus_infinity_counts_as_the_cap(layout, backend):
+    """A token with such a key is there, unlike one whose block is not mapped: what it weighs is what any product far
+    below the cap does."""
+    results = {}
+    for key in (-np.inf, -6e4):
+        case = decode_case(DecodeShape((40, 33), softcap=3.0, layout=layout), backend)
+        xp, config = case.cache.xp, case.cache.config
+        row = xp.ones((1, config.num_kv_heads, config.head_dim), config.numpy_dtype)
+        slot = int(case.block_tables[0, 1]) * config.block_size + 3  # token 19 of the first sequence
+        pg.append_kv(case.cache, key * row, row, xp.asarray([slot]))
+        for kernel in serving_kernels(case):
+            out = pg.paged_attention(abs(case.query), *case.arguments[1:], kernel=kernel, **case.variants)
+            results.setdefault(kernel, []).append(to_numpy(out))
+    for kernel, (infinite, far_below) in results.items():
+        np.testing.assert_array_equal(infinite.view(np.uint16), far_below.view(np.uint16), err_msg=kernel)
+        assert np.isfinite(infinite).all()
+
+
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 @pytest.mark.parametrize("variant", ALONE, ids=lambda variant: next(iter(variant)))
 def test_what_a_kernel_does_not_take_is_named(kernel, variant, backend):
