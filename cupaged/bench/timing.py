@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil
+from threading import Event as Flag
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "Timing",
     "capture",
     "copies_for_cold_l2",
+    "time_behind_work",
     "time_graph",
     "time_in_turns",
     "time_launches",
@@ -25,10 +27,11 @@ __all__ = [
     "time_until_done_in_turns",
 ]
 
-REPLAY_US = 5_000  # of a graph's calls, launched one by one: its own launch, some 10 us, is timed with them
+REPLAY_US = 5_000  # of a graph's calls: its own launch, some 10 us, is timed with them
 LAUNCHES_IN_A_ROW = 8
 SLOW_US = 20_000  # a call that takes longer is replayed less often
 SLOW_CALL_S = 0.01
+HELD_S = 10.0  # at most: a call that waits for the stream that is held would wait for ever
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
     ----------
     calls : sequence of callable
         Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
-        than twice the L2 (`copies_for_cold_l2`). They are captured as many times over as take some milliseconds when
-        launched one by one, since the launch of a graph takes 10 us itself. The caller keeps them, and what they use,
-        for as long as they are replayed.
+        than twice the L2 (`copies_for_cold_l2`). They are captured as many times over as take some milliseconds, since
+        the launch of a graph takes 10 us itself. The caller keeps them, and what they use, for as long as they are
+        replayed.
     """
     import cupy
 
@@ -74,7 +77,12 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
         stream.synchronize()
         one_us = _elapsed_us(stream, calls[0])
         rounds = ceil(REPLAY_US / (one_us * len(calls)))
-        return Replay(_capture(stream, calls, rounds), stream, rounds * len(calls), slow=one_us > SLOW_US)
+        replay = _capture(stream, calls, rounds, slow=one_us > SLOW_US)
+        replay.elapsed_us()  # the first also moves the graph to the device
+        taken_us = replay.elapsed_us()
+        if taken_us < REPLAY_US / 2:  # one by one, it was the CPU that took the time
+            replay = _capture(stream, calls, ceil(rounds * REPLAY_US / taken_us), replay.slow)
+        return replay
 
 
 def time_in_turns(replays: Sequence[Replay], repeats: int = 7) -> list[Timing]:
@@ -167,6 +175,54 @@ def time_python(calls: Sequence[Callable[[], Any]], batches: int = 200, batch: i
     return [_timing(taken, batch) for taken in times]
 
 
+def time_behind_work(calls: Sequence[Callable[[], Any]], *, repeats: int, warm_ups: int) -> list[float]:
+    """Return the median of seconds that the GPU takes for each of several calls, asked for while it is busy.
+
+    A stream is held until all that a call launches is in its queue, and let go then: what is timed, by CUDA events, is
+    the work, and not how fast the CPU asks for it. The calls take turns, so that what slows the link for a while slows
+    all of them.
+
+    Parameters
+    ----------
+    calls : sequence of callable
+        Each launches its work behind what is on CuPy's current stream, and lets that stream wait for it. It must not
+        wait for the GPU itself.
+    repeats, warm_ups : int
+        Rounds that are timed, and rounds before them that are not.
+
+    Raises
+    ------
+    RuntimeError
+        If a call did not return while the stream was held, for ten seconds.
+    """
+    import cupy
+
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # what the calls read was written on other streams
+    with stream:
+        rounds = [[_behind_work_us(stream, call) for call in calls] for _ in range(warm_ups + repeats)]
+    return [1e-6 * float(median) for median in np.median(rounds[warm_ups:], axis=0)]
+
+
+def _behind_work_us(stream: Any, call: Callable[[], Any]) -> float:
+    all_asked, in_time = Flag(), []
+
+    def hold(_: Any) -> None:
+        in_time.append(all_asked.wait(HELD_S))
+
+    def asked_for() -> None:
+        try:
+            call()
+        finally:
+            all_asked.set()
+
+    stream.launch_host_func(hold, None)
+    elapsed_us = _elapsed_us(stream, asked_for)
+    if not in_time[0]:
+        raise RuntimeError(f"a call must return while the GPU is busy; it had not after {HELD_S:g} s")
+    return elapsed_us
+
+
 def time_until_done(
     call: Callable[[], Any], wait: Callable[[], Any], *, repeats: int, warm_ups: int, repeats_of_slow: int | None = None
 ) -> float:
@@ -226,8 +282,8 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int) -> Any:
-    """Return a graph of `calls`; the stream's capture is ended also if a call fails."""
+def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int, slow: bool) -> Replay:
+    """Return a graph of `calls`, some times over; the stream's capture is ended also if a call fails."""
     stream.begin_capture()
     try:
         for _ in range(rounds):
@@ -237,7 +293,7 @@ def _capture(stream: Any, calls: Sequence[Callable[[], Any]], rounds: int) -> An
         with suppress(Exception):  # what was captured is invalid, and says so once more
             stream.end_capture()
         raise
-    return stream.end_capture()
+    return Replay(stream.end_capture(), stream, rounds * len(calls), slow)
 
 
 def _elapsed_us(stream: Any, launch: Callable[[], Any]) -> float:

@@ -1,6 +1,7 @@
 """Error budgets, workloads and reports."""
 
 import json
+from time import sleep
 
 import numpy as np
 import pytest
@@ -102,6 +103,50 @@ def test_a_graph_of_calls_is_timed():
     assert replay.calls > 8 and replay.elapsed_us() > 500  # so that the graph's own launch hardly counts
     assert copies_for_cold_l2(1 << 33) == 1
     assert copies_for_cold_l2(1 << 20) > 50
+
+
+@pytest.mark.gpu
+def test_what_python_is_slow_to_launch_is_timed_over_as_long():
+    import cupy
+
+    from cupaged.bench.timing import capture
+
+    numbers = cupy.zeros(1 << 20, dtype=cupy.float32)
+
+    def slow_to_launch():
+        sleep(0.001)
+        cupy.add(numbers, 1, out=numbers)
+
+    assert capture([slow_to_launch]).elapsed_us() > 2500
+
+
+@pytest.mark.gpu
+def test_behind_work_the_time_of_the_cpu_does_not_count():
+    import cupy
+
+    from cupaged.bench.timing import time_behind_work
+
+    numbers = cupy.zeros(1 << 26, dtype=cupy.float32)
+
+    def add():
+        cupy.add(numbers, 1, out=numbers)
+
+    def slow_to_ask():
+        add()
+        sleep(0.02)
+        add()
+
+    once, twice = time_behind_work([add, slow_to_ask], repeats=5, warm_ups=1)
+    assert 1.8 < twice / once < 2.2
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_for_what_is_held_is_told_so(monkeypatch):
+    import cupy
+
+    monkeypatch.setattr(timing, "HELD_S", 0.05)
+    with pytest.raises(RuntimeError, match=r"a call must return while the GPU is busy; it had not after 0\.05 s"):
+        timing.time_behind_work([lambda: cupy.cuda.get_current_stream().synchronize()], repeats=1, warm_ups=0)
 
 
 @pytest.mark.parametrize("contenders", [1, 2, 3])
