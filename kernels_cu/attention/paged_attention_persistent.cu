@@ -55,8 +55,12 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
   __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
 };
 
-// That a warp fetches into L2 while the kernel before ends: 128 KiB a block.
+// What a warp fetches into L2 while the kernel before ends: 128 KiB a block. A block that has an SM for itself fetches half
+// as much again as soon as that kernel has ended, as no copies are under way yet, unless its piece is so short that its
+// copies would wait for that.
 constexpr int CHUNKS_AHEAD = (128 * 1024 / sizeof(Chunk) + WARPS - 1) / WARPS;
+constexpr int CHUNKS_LATER = WARPS == 8 ? CHUNKS_AHEAD / 2 : 0;
+constexpr int LONG_PIECE = 512 * 1024 / sizeof(Chunk);   // chunks
 
 using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
 
@@ -104,37 +108,62 @@ struct Call {
   }
 };
 
-// Fetch what a block reads first, while the kernel before may still be at work: its first piece's first chunks, queries and
-// length. Plan and table may not be written yet, so they are asked for no more than addresses, and those are held to the
-// arrays.
-__device__ __forceinline__ void fetch_ahead(const Call& call, const int* summary, const Piece* queue) {
-  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
-  const auto first_lanes = [](int field) { return __shfl_sync(kAllLanes, field, 0); };   // lanes may have seen different ones
-  const Piece piece{first_lanes(fields.x), first_lanes(fields.y), first_lanes(fields.z), first_lanes(fields.w)};
-  if (!in_range(piece.seq, call.prefix.table_rows()) || !in_range(piece.tile, call.num_kv_heads * call.row_tiles)) return;
-  const Rows rows = call.rows_of(piece.seq, piece.tile);
-  const BlockTable table(call.block_tables, piece.seq, call.max_blocks);
-#pragma unroll
-  for (int n = 0; n < CHUNKS_AHEAD; ++n) {
-    const unsigned chunk = static_cast<unsigned>(piece.begin) + n * WARPS + warp, first_token = chunk * CHUNK;
-    const int index = (first_token + lane % CHUNK) / BLOCK_SIZE;
-    int entry = kUnmapped;   // of token l % CHUNK of the chunk, by lane l
-    if (chunk < static_cast<unsigned>(piece.end) && in_range(index, call.max_blocks)) entry = table.peek_block(index);
+// What a block reads first, as plan and table say while the kernel before may still be at work. They may not be written yet,
+// so they are asked for no more than addresses to fetch, and those are held to the arrays.
+struct Guess {
+  Piece piece;                   // the same for all lanes of a warp
+  bool usable;
+  int later[CHUNKS_LATER + 1];   // entries of the chunks behind those that are fetched first
+
+  // A warp's n-th chunk.
+  __device__ __forceinline__ unsigned chunk_of(int n) const {
+    return static_cast<unsigned>(piece.begin) + n * WARPS + threadIdx.x / kWarpSize;
+  }
+  // The table's entry for token l % CHUNK of that chunk, by lane l.
+  __device__ __forceinline__ int entry_of(const Call& call, int n) const {
+    const unsigned chunk = chunk_of(n);
+    const int index = (chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
+    if (chunk >= static_cast<unsigned>(piece.end) || !in_range(index, call.max_blocks)) return kUnmapped;
+    return BlockTable(call.block_tables, piece.seq, call.max_blocks).peek_block(index);
+  }
+  // Fetch the chunk, whose entries are these.
+  __device__ __forceinline__ void fetch(const Call& call, int n, int entry) const {
+    const int lane = threadIdx.x % kWarpSize, kv_head = piece.tile / call.row_tiles;
 #pragma unroll
     for (int i = 0; i < FETCHES; ++i) {
       const int line = i * kWarpSize + lane, row = line / LINES % CHUNK, dim = line % LINES * (HEAD_DIM / LINES);
-      const int block_id = __shfl_sync(kAllLanes, entry, row), slot = (first_token + row) % BLOCK_SIZE;
+      const int block_id = __shfl_sync(kAllLanes, entry, row), slot = (chunk_of(n) * CHUNK + row) % BLOCK_SIZE;
       if (!in_range(block_id, call.num_blocks)) continue;
-      fetch_line(call.key_cache + call.key_strides.offset(block_id, rows.kv_head, slot, dim));
-      fetch_line(call.value_cache + call.value_strides.offset(block_id, rows.kv_head, slot, dim));
+      fetch_line(call.key_cache + call.key_strides.offset(block_id, kv_head, slot, dim));
+      fetch_line(call.value_cache + call.value_strides.offset(block_id, kv_head, slot, dim));
     }
   }
-  if (thread < rows.count * LINES)
-    fetch_line(call.query + rows.index(call.variants, thread / LINES) * HEAD_DIM + thread % LINES * (HEAD_DIM / LINES));
-  fetch_line(call.seq_lens + piece.seq);
-  fetch_line(summary);
-}
+
+  // Before the wait: first chunks, queries and length.
+  __device__ __forceinline__ void fetch_first(const Call& call, const int* summary, const Piece* queue) {
+    const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
+    const auto first_lanes = [](int field) { return __shfl_sync(kAllLanes, field, 0); };   // lanes may have seen different ones
+    piece = {first_lanes(fields.x), first_lanes(fields.y), first_lanes(fields.z), first_lanes(fields.w)};
+    usable = in_range(piece.seq, call.prefix.table_rows()) && in_range(piece.tile, call.num_kv_heads * call.row_tiles);
+    if (!usable) return;
+    const Rows rows = call.rows_of(piece.seq, piece.tile);
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int n = 0; n < CHUNKS_AHEAD; ++n) fetch(call, n, entry_of(call, n));
+    if (thread < rows.count * LINES)
+      fetch_line(call.query + rows.index(call.variants, thread / LINES) * HEAD_DIM + thread % LINES * (HEAD_DIM / LINES));
+    fetch_line(call.seq_lens + piece.seq);
+    fetch_line(summary);
+#pragma unroll
+    for (int n = 0; n < CHUNKS_LATER; ++n) later[n] = entry_of(call, CHUNKS_AHEAD + n);
+  }
+  // After it: the chunks behind them.
+  __device__ __forceinline__ void fetch_later(const Call& call) const {
+    if (!usable || piece.chunks() < LONG_PIECE) return;
+#pragma unroll
+    for (int n = 0; n < CHUNKS_LATER; ++n) fetch(call, CHUNKS_AHEAD + n, later[n]);
+  }
+};
 
 // Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
 struct Cursor {
@@ -271,11 +300,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
-  if constexpr (LAUNCH_OVERLAP) fetch_ahead(call, summary, queue);
+  Guess guess;
+  if constexpr (LAUNCH_OVERLAP) guess.fetch_first(call, summary, queue);
   wait_for_kernel_before();
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
   Piece piece = load_global(queue + number), next = {};
+  if constexpr (LAUNCH_OVERLAP && CHUNKS_LATER > 0) guess.fetch_later(call);
   if (number >= count) return;
   // Pieces too short to hide a question behind are dealt out in turns.
   const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;
