@@ -28,10 +28,16 @@ def test_logits_that_are_too_far_apart_are_seen():
 
 
 def test_logits_are_held_to_what_a_peer_of_the_same_precision_loses():
-    as_close, exact = functions("model_step")["as_close"], np.array([4.0, -8.0])
-    assert as_close(exact + 0.19, exact - 0.1, exact) == "ok"
-    assert as_close(exact + 0.21, exact - 0.1, exact) == "wrong: logits are 0.21 off, the peer's 0.1"
-    assert as_close(exact * np.nan, exact - 0.1, exact).startswith("wrong")
+    as_close = functions("model_step")["as_close"]
+    exact = np.tile([4.0, -8.0], (3, 1))
+
+    def off_by(*lost):
+        return as_close(exact + np.transpose([lost]), exact - 0.1, exact)
+
+    assert off_by(0.19, 0.19, 0.19) == off_by(0.9, 0.09, 0.09) == off_by(0.1, 0, 0.1) == "ok"
+    assert off_by(0.21, 0.21, 0.21) == "wrong: logits are 2.1 times as far off as the peer's, in a sequence 2.1 times"
+    assert off_by(1.1, 0.01, 0.01) == "wrong: logits are 0.479 times as far off as the peer's, in a sequence 11 times"
+    assert off_by(0.1, np.nan, 0.1).startswith("wrong")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
