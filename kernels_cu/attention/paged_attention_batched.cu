@@ -8,7 +8,7 @@
 //
 // Query heads of a KV head and queries of a sequence each read it for themselves.
 //
-// Measured: 95 % of the read ceiling on MHA, 5 to 60 % elsewhere (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
+// Measured: 94 % of the read ceiling on MHA, 5 to 60 % elsewhere (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
 // Against a launch a sequence: experiments/results/h100-80gb-hbm3/batching.csv.
 //
 // Grid:  any number of blocks.    Block: (THREADS).

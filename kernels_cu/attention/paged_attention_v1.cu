@@ -5,7 +5,7 @@
 // the softmax is block-wide. The logits of a context may outgrow shared memory, so the context is taken in stretches
 // of `stretch_tokens` that share one running softmax: there is no longest context.
 //
-// Measured (experiments/results/h100-80gb-hbm3/decode.csv): 95 % of the ceiling of an H100 on bfloat16 MHA, 6 to 68 %
+// Measured (experiments/results/h100-80gb-hbm3/decode.csv): 95 % of the ceiling of an H100 on bfloat16 MHA, 7 to 68 %
 // where heads share. Lost on the way there: 16 lanes a row, one vector each, spent as long on look-ups, addresses and
 // shuffles as on memory; 64-bit strides added to that; a loop over slots whose trip count differs between lanes made the
 // warp split and load twice.

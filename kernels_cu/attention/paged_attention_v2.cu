@@ -8,7 +8,7 @@
 // once. The host chooses the partitions from shapes alone and knows no length: those past a sequence's end stop at once.
 // Of a sliding window only what the query sees is cut up. Query tokens of a sequence have thread blocks of their own.
 //
-// Measured: 37 to 92 % of the read ceiling; 72 % on one sequence of 128k, where v1 has 6
+// Measured: 37 to 92 % of the read ceiling; 72 % on one sequence of 128k, where v1 has 7
 // (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
 //
 // Grid:  (rows * num_kv_heads * tiles, partitions), tile of query heads fastest; rows = num_seqs * query_tokens.

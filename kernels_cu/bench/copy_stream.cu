@@ -1,8 +1,8 @@
 // Copy an array once, in 16-byte vectors with several in flight, and nothing else: with the driver's copy, the ceiling for
 // every kernel that writes what it reads.
 //
-// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.json): the best copy moves 2913 GB/s at 64 MB and
-// 3004 at 256 MB, bytes read and written.
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.json): the best copy moves 2915 GB/s at 64 MB and
+// 3002 at 256 MB, bytes read and written.
 //
 // Grid:  any: thread blocks take chunks of blockDim.x * IN_FLIGHT vectors in turns.    Block: (any).
 //

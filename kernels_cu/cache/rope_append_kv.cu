@@ -6,7 +6,7 @@
 // far positions lose nothing. Where a layout keeps slots together and not dimensions (values in BHDSX), a block has a
 // tile's 16 tokens, whose values its warps turn round in shared memory, and shares their heads with others.
 //
-// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.csv), from 64 MB on: 88 to 91 % of a copy's
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/cache_ops.csv), from 64 MB on: 89 to 91 % of a copy's
 // speed in the plain layouts, 77 to 81 % in BHDSX.
 //
 // Grid:  (num_tokens), in BHDSX (num_tokens / 16, up; blocks that share the heads, any).    Block: (THREADS).
