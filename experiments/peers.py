@@ -46,6 +46,7 @@ Call = Callable[[], Any]
 
 OURS = "cupaged auto"
 WORKSPACE_BYTES = 256 << 20
+IN_A_LINE = 9  # workloads of the picture
 EXPECTATION = (
     "What to expect. Every contender reads the same bytes, so the read ceiling bounds them all, and large batches "
     "should come within some percent of it and of each other. PyTorch reads keys and values that lie in one piece: "
@@ -510,17 +511,22 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     if not families:
         return
     names = list(dict.fromkeys(row["workload"] for row in rows))
-    figure, axis = new_figure(width=max(10.0, 1.1 * len(names) + 2), height=5)
+    lines = [names[first : first + IN_A_LINE] for first in range(0, len(names), IN_A_LINE)]
+    figure, axes = new_figure(
+        rows=len(lines), width=max(10.0, 1.1 * len(lines[0]) + 2), height=5 + 3 * (len(lines) - 1)
+    )
+    axes = np.atleast_1d(axes)
     width = 0.8 / len(families)
-    for i, family in enumerate(families):
-        heights = [100 * best["of_ceiling"] if (best := best_of(rows, name, family)) else 0 for name in names]
-        places = [n + (i - (len(families) - 1) / 2) * width for n in range(len(names))]
-        bars = axis.bar(places, heights, width=0.95 * width, label=family)
-        axis.bar_label(bars, labels=[f"{h:.0f}" if h else "" for h in heights], fontsize=7)
-    axis.set_xticks(range(len(names)), [name.replace(" b", "\nb", 1) for name in names], fontsize=8)
-    axis.set_ylabel("percent of the read ceiling")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(families), frameon=False)
-    axis.set_title(f"Decode attention beside its peers, the best of each ({stamp['device']})", fontsize=11)
+    for axis, line in zip(axes, lines, strict=True):
+        for i, family in enumerate(families):
+            heights = [100 * best["of_ceiling"] if (best := best_of(rows, name, family)) else 0 for name in line]
+            places = [n + (i - (len(families) - 1) / 2) * width for n in range(len(line))]
+            bars = axis.bar(places, heights, width=0.95 * width, label=family)
+            axis.bar_label(bars, labels=[f"{h:.0f}" if h else "" for h in heights], fontsize=7)
+        axis.set_xticks(range(len(line)), [name.replace(" b", "\nb", 1) for name in line], fontsize=8)
+        axis.set_ylabel("percent of the read ceiling")
+    axes[-1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(families), frameon=False)
+    axes[0].set_title(f"Decode attention beside its peers, the best of each ({stamp['device']})", fontsize=11)
     save_figure(figure, path)
 
 
