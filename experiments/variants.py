@@ -133,7 +133,8 @@ def measure(config: Config, backend: str, kernel: str, variant: str) -> Row:
     told = {name: value for name, value in options.items() if name != "return_lse"}
     row |= verdict_on(decode_check(out[-1:], *work.some(slice(-1, None)), kernel, **told))
     if backend == "cuda":
-        seeds = range(1, copies_for_cold_l2(work.kv_bytes))
+        read = work.kv_bytes * options.get("window", config.context) // config.context  # nothing before a window
+        seeds = range(1, copies_for_cold_l2(read))
         copies = (decode_call(config.build(variant, backend, seed), kernel, out, **options) for seed in seeds)
         timing = time_graph([call, *copies])
         row |= {"time_us": timing.median_us, "spread_us": timing.spread_us}
@@ -165,7 +166,7 @@ def conclusion(rows: list[Row]) -> str:
             parts.append(f"{kernel}: a window costs {costs[WINDOW]:+.1%} over a context as short as it.")
         if others:
             most = max(others, key=lambda variant: others[variant])
-            parts.append(f"Of the others {most} costs most, {others[most]:+.1%}.")
+            parts.append(f"{kernel}: of the others {most} costs most, {others[most]:+.1%}.")
         over = [v for v, cost in costs.items() if cost > (AIM_WINDOW if v == WINDOW else AIM_OTHERS)]
         if over:
             parts.append(

@@ -142,8 +142,7 @@ def test_what_variants_cost():
     assert f"v2 pays {soft_cap:.0f} % for a soft cap, and neither it nor v1 anything for the others" in TEXT
     assert max(value for (name, _), value in cost.items() if name[-2:] in ("v1", "v2")) < 0.5
     fastest = {variant: value for (name, variant), value in cost.items() if name.endswith("persistent")}
-    said = f"a window of 1024 over 32k {-fastest.pop('window'):.1f} % less than a context of 1024"
-    assert said in TEXT and max(fastest.values()) < 0.5
+    assert max(fastest.values()) < 0.5 and "the fastest kernel [nothing that can be told from noise]" in TEXT
 
 
 def test_what_paging_costs():

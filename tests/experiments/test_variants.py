@@ -35,7 +35,7 @@ def test_a_window_is_held_to_a_short_context_and_the_others_to_the_plain_step(sc
     assert [r.get("cost") for r in rows] == [None, None, pytest.approx(0.05), pytest.approx(0.04)]
     text = script["conclusion"](rows)
     assert "paged_attention_v1: a window costs +5.0% over a context as short as it." in text
-    assert "Of the others soft cap costs most, +4.0%." in text
+    assert "paged_attention_v1: of the others soft cap costs most, +4.0%." in text
     assert "Above the aim of 10% for a window and 3% else: soft cap." in text and "CPU" not in text
 
 
