@@ -2,8 +2,9 @@
 
 Appending, rotating and appending, copying, gathering and scattering blocks read every byte once and write it once: they
 are held to the device's own copy, in every layout. Swapping is held to one pinned copy of the same bytes over the link,
-both asked for while the GPU is busy, as a server asks for them, and once more from an idle GPU, where the CPU's time
-counts. Each operation's result is checked first. Without a GPU results are checked and not timed.
+both asked for ahead, behind a stream that is held, as a server asks for them behind other work, and once more from an
+idle GPU, where the CPU's time counts. Each operation's result is checked first. Without a GPU results are checked and
+not timed.
 """
 
 from __future__ import annotations

@@ -166,7 +166,8 @@ def conclusion(rows: list[Row]) -> str:
             parts.append(f"{kernel}: a window costs {costs[WINDOW]:+.1%} over a context as short as it.")
         if others:
             most = max(others, key=lambda variant: others[variant])
-            parts.append(f"{kernel}: of the others {most} costs most, {others[most]:+.1%}.")
+            among = "of the others " if WINDOW in costs else ""
+            parts.append(f"{kernel}: {among}{most} costs most, {others[most]:+.1%}.")
         over = [v for v, cost in costs.items() if cost > (AIM_WINDOW if v == WINDOW else AIM_OTHERS)]
         if over:
             parts.append(

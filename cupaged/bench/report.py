@@ -38,6 +38,7 @@ __all__ = [
 
 Row = Mapping[str, Any]
 FAILURES = (RuntimeError, ValueError, MemoryError)
+FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.+~-]+/)+(?=\w)")  # of an absolute path
 COULD_NOT_RUN = 69  # EX_UNAVAILABLE: the status of an experiment that something on the machine kept from running
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 console = Console(highlight=False)
@@ -108,11 +109,14 @@ def device_folder(stamp: Mapping[str, str]) -> str:
 def measured_row(
     what: Row, measure: Callable[[], Row], errors: tuple[type[Exception], ...] = FAILURES
 ) -> dict[str, Any]:
-    """Return a row: `what` was measured and what `measure` found, or, if it raises one of `errors`, that it failed."""
+    """Return a row: `what` was measured and what `measure` found, or, if it raises one of `errors`, that it failed.
+
+    Of a path in an error's message the file's name is left: folders are the machine's own.
+    """
     try:
         return {**what, **measure()}
     except errors as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = " ".join(FOLDERS.sub("", str(error)).split()) or type(error).__name__
         return {**what, "status": f"failed: {text[:300]}"}
 
 

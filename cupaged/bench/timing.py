@@ -176,11 +176,12 @@ def time_python(calls: Sequence[Callable[[], Any]], batches: int = 200, batch: i
 
 
 def time_behind_work(calls: Sequence[Callable[[], Any]], *, repeats: int, warm_ups: int) -> list[float]:
-    """Return the median of seconds that the GPU takes for each of several calls, asked for while it is busy.
+    """Return the median of seconds that the GPU takes for each of several calls, asked for ahead.
 
-    A stream is held until all that a call launches is in its queue, and let go then: what is timed, by CUDA events, is
-    the work, and not how fast the CPU asks for it. The calls take turns, so that what slows the link for a while slows
-    all of them.
+    A stream is held, as by work before, until all that a call launches is in its queue, and let go then: what is timed,
+    by CUDA events, is the work, and not how fast the CPU asks for it. The calls take turns, so that what slows the link
+    for a while slows all of them. Python's garbage collector pauses: what it frees on the thread that holds the stream
+    must not wait for the GPU.
 
     Parameters
     ----------
@@ -199,7 +200,7 @@ def time_behind_work(calls: Sequence[Callable[[], Any]], *, repeats: int, warm_u
 
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()  # what the calls read was written on other streams
-    with stream:
+    with stream, _collector_paused():
         rounds = [[_behind_work_us(stream, call) for call in calls] for _ in range(warm_ups + repeats)]
     return [1e-6 * float(median) for median in np.median(rounds[warm_ups:], axis=0)]
 
@@ -216,10 +217,10 @@ def _behind_work_us(stream: Any, call: Callable[[], Any]) -> float:
         finally:
             all_asked.set()
 
-    stream.launch_host_func(hold, None)
+    stream.launch_host_func(hold, None)  # what is launched on it waits
     elapsed_us = _elapsed_us(stream, asked_for)
     if not in_time[0]:
-        raise RuntimeError(f"a call must return while the GPU is busy; it had not after {HELD_S:g} s")
+        raise RuntimeError(f"a call must not wait for the GPU; this one had not returned after {HELD_S:g} s")
     return elapsed_us
 
 

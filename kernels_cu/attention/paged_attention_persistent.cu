@@ -55,9 +55,9 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
   __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
 };
 
-// What a warp fetches into L2 while the kernel before ends: 128 KiB a block. A block that has an SM for itself fetches half
-// as much again as soon as that kernel has ended, as no copies are under way yet, unless its piece is so short that its
-// copies would wait for that.
+// What a warp fetches into L2 while the kernel before ends: 128 KiB a block. A block of eight warps, which has an SM for
+// itself, fetches up to half as much again as soon as that kernel has ended, as no copies are under way yet, unless its piece
+// is so short that its copies would wait for that.
 constexpr int CHUNKS_AHEAD = (128 * 1024 / sizeof(Chunk) + WARPS - 1) / WARPS;
 constexpr int CHUNKS_LATER = WARPS == 8 ? CHUNKS_AHEAD / 2 : 0;
 constexpr int LONG_PIECE = 512 * 1024 / sizeof(Chunk);   // chunks
@@ -159,7 +159,8 @@ struct Guess {
   }
   // After it: the chunks behind them.
   __device__ __forceinline__ void fetch_later(const Call& call) const {
-    if (!usable || piece.chunks() < LONG_PIECE) return;
+    const unsigned chunks = static_cast<unsigned>(piece.end) - static_cast<unsigned>(piece.begin);   // these may be anything
+    if (!usable || static_cast<int>(chunks) < LONG_PIECE) return;
 #pragma unroll
     for (int n = 0; n < CHUNKS_LATER; ++n) fetch(call, CHUNKS_AHEAD + n, later[n]);
   }

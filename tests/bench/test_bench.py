@@ -145,7 +145,7 @@ def test_a_call_that_waits_for_what_is_held_is_told_so(monkeypatch):
     import cupy
 
     monkeypatch.setattr(timing, "HELD_S", 0.05)
-    with pytest.raises(RuntimeError, match=r"a call must return while the GPU is busy; it had not after 0\.05 s"):
+    with pytest.raises(RuntimeError, match=r"must not wait for the GPU; this one had not returned after 0\.05 s"):
         timing.time_behind_work([lambda: cupy.cuda.get_current_stream().synchronize()], repeats=1, warm_ups=0)
 
 
@@ -215,6 +215,21 @@ def test_a_measurement_that_fails_is_a_row():
         report.measured_row({}, lambda: {"time_us": 1 / 0})
     assert verdict_on(0.5) == {"status": "ok", "error_of_budget": 0.5}
     assert verdict_on(np.inf) == {"status": "wrong: error is inf times the budget", "error_of_budget": None}
+
+
+@pytest.mark.parametrize(
+    ("message", "left"),
+    [
+        ("refused at /home/someone/.cache/jit-1/decode.cu:63: group_size: 5", "refused at decode.cu:63: group_size: 5"),
+        ("'/opt/x/libcuda.so.1' is missing", "'libcuda.so.1' is missing"),
+        ("see https://example.org/a/b and 32/8 heads, a/b/c", "see https://example.org/a/b and 32/8 heads, a/b/c"),
+    ],
+)
+def test_a_machines_folders_stay_out_of_results(message, left):
+    def broken():
+        raise RuntimeError(message)
+
+    assert report.measured_row({}, broken) == {"status": f"failed: {left}"}
 
 
 def test_the_roofline_draws_what_went_well(tmp_path):

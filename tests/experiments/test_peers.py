@@ -271,3 +271,18 @@ def test_on_a_gpu_every_right_result_is_timed(tmp_path):
     run("peers", "--smoke", "--backend", "cuda", "--out", str(tmp_path))
     for row in document(tmp_path, "peers")["rows"]:
         assert row["status"] != "ok" or 0 < row["of_ceiling"] < 1.1
+
+
+def test_many_workloads_are_drawn_in_several_lines(script, tmp_path):
+    from matplotlib.image import imread
+
+    heights = []
+    for count in (8, 20):
+        rows = [
+            {"workload": f"w{n}", "family": family, "status": "ok", "time_us": 1.0, "of_ceiling": 0.9}
+            for n in range(count)
+            for family in ("cupaged", "FlashInfer")
+        ]
+        script["draw"](rows, {"device": "a GPU"}, tmp_path / f"{count}.png")
+        heights.append(imread(tmp_path / f"{count}.png").shape[0])
+    assert heights[1] == pytest.approx(2.2 * heights[0])  # 5 inches, and 3 for each further line

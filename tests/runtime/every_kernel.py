@@ -158,6 +158,14 @@ def every_path(backend):
         assert_decode_matches_reference(case, *result, "paged_attention_texture")
 
 
+def guesses(backend):
+    """Plan and attend again and again: what the host guesses before a plan is written depends on where it lies."""
+    case = decode_case(DecodeShape((70,), num_heads=2, num_kv_heads=1, head_dim=128), backend)
+    plans = [pg.plan_decode(case.cache, case.seq_lens, 2) for _ in range(60)]
+    for plan in plans:
+        assert_decode_matches_reference(case, pg.paged_attention(*case.arguments, plan=plan))
+
+
 def run_broken(folder):
     """Read one element past an array: the sanitizer must end the process."""
     text = 'extern "C" __global__ void past(int* out, const int* data, const int n) { out[0] = data[n]; }'
@@ -169,6 +177,7 @@ PARTS = {
     "layouts": lambda backend: decode(backend, SHAPES[:5]),
     "variants": lambda backend: decode(backend, SHAPES[5:9]),
     "groups": lambda backend: decode(backend, SHAPES[9:]),
+    "guesses": guesses,
     "prefill": prefill,
     "paths": every_path,
     "norm_and_gate": norm_and_gate,
