@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXT = README.replace("\n", " ")
+LADDER = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8")
+LADDER_TEXT = " ".join(LADDER.split())
 RESULTS = ROOT / "experiments" / "results" / "h100-80gb-hbm3"
 CPU_RESULTS = ROOT / "experiments" / "results" / "cpu"
 PLAIN = ("BSHD", "BHSD", "HBSD", "BS2HD")
@@ -245,11 +247,10 @@ def test_the_second_command_is_what_ci_runs():
 
 
 def test_the_ladder_shows_what_was_measured():
-    ladder = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8")
     rows = json.loads((RESULTS / "decode.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 64 and all(row["status"] == "ok" for row in rows)
-    (heads,) = (line.split(" | ") for line in ladder.splitlines() if line.startswith("| workload (H/Hkv"))
-    ladder, showed = ladder.split("What each rung showed")
+    (heads,) = (line.split(" | ") for line in LADDER.splitlines() if line.startswith("| workload (H/Hkv"))
+    ladder, showed = LADDER.split("What each rung showed")
     speed = {(row["kernel"].removeprefix("paged_attention_"), row["workload"]): row["gb_s"] for row in rows}
     one, long = (speed["v2", name] / speed["v1", name] for name in ("gqa 32/8 b1 128k", "gqa 32/8 b32 one long"))
     said = f"worth a factor of {one:.0f} on one sequence of 128k, and of {long:.0f} on one long among short ones"
@@ -261,7 +262,7 @@ def test_the_ladder_shows_what_was_measured():
 
 
 def test_the_comparison_with_peers_is_what_was_measured():
-    table = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split("Beside its peers")[1]
+    table = LADDER.split("Beside its peers")[1]
     best = defaultdict(dict)  # by workload and family
     for row in json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))["rows"]:
         assert row["status"] == "ok" or row["family"] == "SDPA"
@@ -285,7 +286,6 @@ def test_the_comparison_with_peers_is_what_was_measured():
 
 
 def test_more_shapes_beside_peers_are_what_was_measured():
-    ladder = " ".join((ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split())
     least = defaultdict(dict)  # of a family's times over ours, by workload
     for row in result("peers_all_shapes")["rows"]:
         if row["status"] == "ok":
@@ -296,40 +296,38 @@ def test_more_shapes_beside_peers_are_what_was_measured():
     mean = math.exp(sum(map(math.log, ratios["FlashInfer"])) / 27)
     low, high = ratios["FlashInfer"][0], ratios["FlashInfer"][-1]
     assert f"[27 workloads of more shapes](kernels_cu/README.md) FlashInfer takes {low:.2f} to {high:.2f} times" in TEXT
-    assert f"FlashInfer takes {low:.2f} to {high:.2f} times as long, in the geometric mean {mean:.2f}" in ladder
+    assert f"FlashInfer takes {low:.2f} to {high:.2f} times as long, in the geometric mean {mean:.2f}" in LADDER_TEXT
     for dim in ("D 64", "D 256"):
         mine = [ratio for name, ratio in least["SDPA"].items() if dim in name]
-        assert f"{min(mine):.2f} to {max(mine):.2f} times at {dim.replace(' ', ' = ')}" in ladder
+        assert f"{min(mine):.2f} to {max(mine):.2f} times at {dim.replace(' ', ' = ')}" in LADDER_TEXT
     assert min(ratio for name, ratio in least["SDPA"].items() if "D 64" not in name and "D 256" not in name) > 1
     assert [name for name, ratio in least["FlashInfer"].items() if ratio < 0.99] == ["32/8 b1 8k"]
 
 
 def test_half_precision_of_either_kind_takes_as_long():
-    ladder = " ".join((ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split())
     ours = [
         {row["workload"]: row["time_us"] for row in result(name)["rows"] if row["family"] == "cupaged"}
         for name in ("peers", "peers_float16")
     ]
     differ = [abs(ours[1][name] / taken - 1) for name, taken in ours[0].items()]
     assert len(differ) == 8 and max(differ) < 0.01
-    assert "In float16 `persistent` takes" in ladder and "as in bfloat16, within a percent" in ladder
+    assert "In float16 `persistent` takes" in LADDER_TEXT and "as in bfloat16, within a percent" in LADDER_TEXT
 
 
 def test_with_another_kernel_between_calls_take_as_much_longer_as_it_says():
-    ladder = " ".join((ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split())
     rows = [row for row in result("decode")["rows"] if "apart_us" in row]
     longer = [row["apart_us"] - row["time_us"] for row in rows]
-    assert f"takes {min(longer):.0f} to {max(longer):.0f} us longer" in ladder
+    assert f"takes {min(longer):.0f} to {max(longer):.0f} us longer" in LADDER_TEXT
     smallest = min(rows, key=lambda row: row["kv_mb"])
     others = [row["apart_us"] / row["time_us"] - 1 for row in rows if row is not smallest]
     share = smallest["apart_us"] / smallest["time_us"] - 1
-    assert f"{100 * share:.0f} % of the smallest call, at most {100 * max(others):.0f} % of others" in ladder
+    assert f"{100 * share:.0f} % of the smallest call, at most {100 * max(others):.0f} % of others" in LADDER_TEXT
     parts = {row["workload"]: f"{100 * row['of_ceiling']:.1f}" for row in rows}
-    assert f"read at {parts['gqa 32/8 b1 128k']} and {parts['gqa 32/8 b32 one long']} %" in ladder
+    assert f"read at {parts['gqa 32/8 b1 128k']} and {parts['gqa 32/8 b32 one long']} %" in LADDER_TEXT
 
 
 def test_the_table_of_prefill_is_what_was_measured():
-    table = (ROOT / "kernels_cu" / "README.md").read_text(encoding="utf-8").split("## Prefill")[1]
+    table = LADDER.split("## Prefill")[1]
     rows = [row for row in result("prefill")["rows"] if row["peer"] != "cupaged, planned as prefill"]
     names = list(dict.fromkeys(row["workload"] for row in rows))
     peers = ("cupaged", "FlashInfer, fa2", "FlashInfer, fa3", "SDPA, flash", "SDPA, cuDNN")

@@ -10,7 +10,7 @@ Why that also covers what a call can ask for besides plain decode:
 
 - A logit l matters as far as its weight exp(l - lse), so the logits that matter are about as large as |lse|.
 - Soft cap: cap * tanh(x / cap) is at most |x| and at most cap, its slope is at most 1, and kernels have it right to
-  some six units in the last place, less than one on average: an error of the logit's own size, no larger one.
+  four units in the last place, less than one on average: an error of the logit's own size, no larger one.
 - ALiBi: logit = x + bias, and the two may cancel, so that each errs by units in a last place larger than the sum's.
   |bias| is at most |logit| + |x|: the size of the logits without bias, seen in their log-sum-exp, is added.
 - A sink is one more logit of the log-sum-exp; a window and several query tokens only choose which tokens take part.

@@ -307,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
   Piece piece = load_global(queue + number), next = {};
-  if constexpr (LAUNCH_OVERLAP && CHUNKS_LATER > 0) guess.fetch_later(call);
+  if constexpr (LAUNCH_OVERLAP) guess.fetch_later(call);
   if (number >= count) return;
   // Pieces too short to hide a question behind are dealt out in turns.
   const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;

@@ -114,8 +114,8 @@ __device__ __forceinline__ float compute_logits(float* logits,         // [stret
 #pragma unroll
     for (int i = 0; i < Products::KEPT; ++i) {
       const int r = Products::index(i), token_of_mine = token + r * GROUPS;
-      const float capped = place.variants.logit(products.kept[i], token_of_mine, place.context, place.slope);
-      const float logit = (mapped >> r & 1) != 0 ? capped : minus_infinity();
+      const float if_mapped = place.variants.logit(products.kept[i], token_of_mine, place.context, place.slope);
+      const float logit = (mapped >> r & 1) != 0 ? if_mapped : minus_infinity();
       if (Products::is_first() && token_of_mine < stretch.end) logits[token_of_mine - stretch.begin] = logit;
       largest = fmaxf(largest, logit);
     }
