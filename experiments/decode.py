@@ -96,7 +96,8 @@ COLUMNS = {
 def measure(step: DecodeStep, ceiling: float) -> list[dict[str, Any]]:
     """Check and time every kernel on a workload."""
     copies = [step.build("cuda")]
-    copies += [step.build("cuda", seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
+    seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=True))
+    copies += [step.build("cuda", seed) for seed in seeds]
     what = {"workload": step.name}
     return [
         measured_row({**what, "kernel": kernel}, lambda kernel=kernel: measure_kernel(kernel, step, copies, ceiling))

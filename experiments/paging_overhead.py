@@ -133,7 +133,7 @@ def attend(kernel: str, step: DecodeStep, way: str, backend: str, ceiling: float
             row = counted(call)
         error = work.error_of(out, kernel)
         if backend == "cuda":
-            seeds = range(1, copies_for_cold_l2(work.kv_bytes))
+            seeds = range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True))
             copies = (step.build(backend, seed, placement=placement) for seed in seeds)
             calls = [call, *(decode_call(as_given(copy, way), kernel, out) for copy in copies)]
             row = timed(calls, work.kv_bytes, ceiling)

@@ -347,7 +347,8 @@ def measure(step: DecodeStep, peers: Sequence[Peer], backend: str, ceiling: floa
     """Return a row for each contender, the toolkit first; whatever goes wrong in a peer is a row."""
     copies = [step.build(backend)]
     if backend == "cuda":
-        copies += [step.build(backend, seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
+        seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=True))
+        copies += [step.build(backend, seed) for seed in seeds]
     what = {"workload": step.name, "kv_mb": copies[0].kv_bytes / 1e6}
     rows = [measured_row({**what, "peer": OURS, "family": "cupaged"}, lambda: measure_ours(copies, ceiling))]
     for peer in peers:

@@ -178,7 +178,8 @@ def measure(step: PrefillStep, peers: Sequence[Peer], backend: str, ceiling: flo
     """Return a row for each contender, the toolkit first; whatever goes wrong in a peer is a row."""
     copies = [step.build(backend)]
     if backend == "cuda":
-        copies += [step.build(backend, seed) for seed in range(1, copies_for_cold_l2(copies[0].kv_bytes))]
+        seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=True))
+        copies += [step.build(backend, seed) for seed in seeds]
     what = {"workload": step.name, "gflop": copies[0].flop / 1e9, "kv_mb": copies[0].kv_bytes / 1e6}
     few = step.new <= FEW
     contenders = [Contender(OURS, ours(partial(prefill_call, few=few)))]

@@ -159,7 +159,7 @@ def measure(config: Config, backend: str, ceiling: float | None, prefix: int, se
         row["asked"] = asked_bytes(plan, prefix, config.suffix)
     row = {**verdict_on(work.error_of(out, KERNEL)), **row}
     if ceiling is not None:
-        seeds = range(1, copies_for_cold_l2(work.kv_bytes))
+        seeds = range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True))
         copies = (build(config, prefix, sequences, way, backend, seed) for seed in seeds)
         timing = time_graph([call, *(attention_call(copy, shared, out)[0] for copy in copies)])
         row |= {"time_us": timing.median_us, "spread_us": timing.spread_us}

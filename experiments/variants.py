@@ -134,7 +134,7 @@ def measure(config: Config, backend: str, kernel: str, variant: str) -> Row:
     row |= verdict_on(decode_check(out[-1:], *work.some(slice(-1, None)), kernel, **told))
     if backend == "cuda":
         read = work.kv_bytes * options.get("window", config.context) // config.context  # nothing before a window
-        seeds = range(1, copies_for_cold_l2(read))
+        seeds = range(1, copies_for_cold_l2(read, fetched_ahead=True))
         copies = (decode_call(config.build(variant, backend, seed), kernel, out, **options) for seed in seeds)
         timing = time_graph([call, *copies])
         row |= {"time_us": timing.median_us, "spread_us": timing.spread_us}
