@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["device_attribute", "dynamic_shared_bytes", "resident_blocks"]
+__all__ = ["device_attribute", "dynamic_shared_bytes", "resident_blocks", "shared_bytes_for_at_most"]
 
 STATIC_SHARED_BYTES = 4096  # of a block, at most
 SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
+SHARED_GRANULE = 128
 REGISTERS_PER_SM = 65536
 UNLIMITED = 2**30  # what the host backend gives
 
@@ -30,7 +31,16 @@ def dynamic_shared_bytes(backend: str) -> int:
 def resident_blocks(kernel: Any, threads: int, shared_bytes: int) -> int:
     """Return how many blocks of so many threads and dynamic shared bytes a multiprocessor of the GPU runs at once."""
     raw = kernel.raw_kernel()
-    shared = shared_bytes + raw.shared_size_bytes + SYSTEM_SHARED_BYTES
-    by_shared = device_attribute("cuda", "MaxSharedMemoryPerMultiprocessor", 0) // shared
+    by_shared = _shared_bytes_per_sm() // (shared_bytes + raw.shared_size_bytes + SYSTEM_SHARED_BYTES)
     by_registers = REGISTERS_PER_SM // (threads * raw.num_regs)
     return max(1, min(by_shared, by_registers))
+
+
+def shared_bytes_for_at_most(blocks: int, kernel: Any) -> int:
+    """Return the dynamic shared bytes that a block must ask for so that the GPU runs no more than so many at once."""
+    share = _shared_bytes_per_sm() // (blocks + 1) + SHARED_GRANULE
+    return share - share % SHARED_GRANULE - kernel.raw_kernel().shared_size_bytes - SYSTEM_SHARED_BYTES
+
+
+def _shared_bytes_per_sm() -> int:
+    return device_attribute("cuda", "MaxSharedMemoryPerMultiprocessor", 0)

@@ -21,7 +21,7 @@ from cupaged.ops.checks import (
     check_shape,
     checked_shared_prefix,
 )
-from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
+from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks, shared_bytes_for_at_most
 from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -152,7 +152,8 @@ class DecodePlan:
         self.shape = _fitting(shape, config, cache.backend)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
         self.kernel = attention_kernel(config, self.shape, cache.backend, self.defines)
-        self.num_sms, self.num_blocks = sms, sms * _resident_blocks(self)
+        blocks_per_sm, self.shared_bytes = self._residency()
+        self.num_sms, self.num_blocks = sms, sms * blocks_per_sm
         xp, rows, max_slots = cache.xp, self.shape.rows, 4 * self.num_blocks
         max_pieces = max(self.num_blocks, num_seqs * self.tiles) + max_slots
         self.summary = xp.zeros(2, dtype=np.int32)
@@ -191,6 +192,18 @@ class DecodePlan:
         from cupaged.ops.attention import prepare_attention  # which itself takes plans
 
         return prepare_attention(self, query, cache, block_tables, seq_lens, scale=scale, **options)
+
+    def _residency(self) -> tuple[int, int]:
+        """Return how many thread blocks an SM runs at once, and a block's dynamic shared memory.
+
+        Where calls overlap, that is so much that no block of the next call finds room before one of this leaves: it
+        would fetch what it reads first long before its time.
+        """
+        shape, needed = self.shape, self.shape.shared_bytes(self.config)
+        if self.backend == "host":
+            return 1, needed
+        blocks = min(shape.blocks_per_sm, resident_blocks(self.kernel, 32 * shape.warps, needed))
+        return blocks, max(needed, shared_bytes_for_at_most(blocks, self.kernel)) if self.overlap else needed
 
     def _plan_prefix(self, cache: KVCache) -> None:
         """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""
@@ -366,11 +379,3 @@ def _fitting(shape: TileShape, config: CacheConfig, backend: str) -> TileShape:
     while shape.shared_bytes(config) > most and shape.warps > 2:
         shape = replace(shape, warps=shape.warps // 2)
     return shape
-
-
-def _resident_blocks(plan: DecodePlan) -> int:
-    """Return how many thread blocks an SM runs at once."""
-    if plan.backend == "host":
-        return 1
-    shape = plan.shape
-    return min(shape.blocks_per_sm, resident_blocks(plan.kernel, 32 * shape.warps, shape.shared_bytes(plan.config)))

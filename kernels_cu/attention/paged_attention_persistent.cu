@@ -38,8 +38,9 @@ constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 constexpr int VECTORS = HEAD_DIM / VEC;        // 16-byte vectors in a token's row
 constexpr int COPIES = CHUNK * VECTORS / kWarpSize;   // of a key's vector and a value's, that a lane makes of a chunk
 constexpr int COPIES_AT_ONCE = HEAD_DIM > 128 ? 4 : COPIES;   // of more the registers do not hold the addresses
-constexpr int LINES = (HEAD_DIM + 63) / 64;    // of 128 bytes, in a row
-constexpr int FETCHES = (CHUNK * LINES + kWarpSize - 1) / kWarpSize;   // of a line of keys and one of values, by a lane
+constexpr int LINE = 64;                       // values in 128 bytes
+constexpr int LINES = (HEAD_DIM + LINE - 1) / LINE;   // in a row
+constexpr int FETCHES = (CHUNK * LINES + kWarpSize - 1) / kWarpSize;   // of a line of a chunk's keys, by a lane
 constexpr int QUADS = HEAD_DIM / 4;            // groups of 4 dimensions: what a thread merges at once
 constexpr int LOOKAHEAD = 6 * WARPS;           // chunks before its end at which a block asks for the next piece
 constexpr int MERGED_AT_ONCE = 16;             // parts of a tile that a thread reads side by side
@@ -55,12 +56,8 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
   __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
 };
 
-// What a warp fetches into L2 while the kernel before ends: 128 KiB a block. A block of eight warps, which has an SM for
-// itself, fetches up to half as much again as soon as that kernel has ended, as no copies are under way yet, unless its piece
-// is so short that its copies would wait for that.
-constexpr int CHUNKS_AHEAD = (128 * 1024 / sizeof(Chunk) + WARPS - 1) / WARPS;
-constexpr int CHUNKS_LATER = WARPS == 8 ? CHUNKS_AHEAD / 2 : 0;
-constexpr int LONG_PIECE = 512 * 1024 / sizeof(Chunk);   // chunks
+// Whose keys a block fetches into L2 at most while the kernel before ends: 256 KiB an SM and less.
+constexpr int CHUNKS_AHEAD = WARPS * 64 * 1024 / sizeof(Chunk);
 
 using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
 
@@ -108,63 +105,87 @@ struct Call {
   }
 };
 
-// What a block reads first, as plan and table say while the kernel before may still be at work. They may not be written yet,
-// so they are asked for no more than addresses to fetch, and those are held to the arrays.
+// What the warps of a block tell each other.
+struct Exchange {
+  float max[WARPS][ROWS], sum[WARPS][ROWS];
+  unsigned int mapped[WARPS][STAGES];   // of each chunk in a ring: bit t says whether token t is there
+  int used_stage[WARPS];                // whose memory holds a warp's result
+  unsigned int taken;                   // number of the next piece
+  unsigned int alone;                   // whether the kernel before has ended
+  bool last;                            // whether all other parts of a tile are there
+};
+
+// A block's first piece, as the plan says while the kernel before may still be at work. Neither the plan nor the table may be
+// written yet, so they are asked for no more than addresses to fetch, and those are held to the arrays.
 struct Guess {
-  Piece piece;                   // the same for all lanes of a warp
+  Piece piece;   // the same for all lanes of a warp
   bool usable;
-  int later[CHUNKS_LATER + 1];   // entries of the chunks behind those that are fetched first
 
-  // A warp's n-th chunk.
-  __device__ __forceinline__ unsigned chunk_of(int n) const {
-    return static_cast<unsigned>(piece.begin) + n * WARPS + threadIdx.x / kWarpSize;
-  }
-  // The table's entry for token l % CHUNK of that chunk, by lane l.
-  __device__ __forceinline__ int entry_of(const Call& call, int n) const {
-    const unsigned chunk = chunk_of(n);
-    const int index = (chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
-    if (chunk >= static_cast<unsigned>(piece.end) || !in_range(index, call.max_blocks)) return kUnmapped;
-    return BlockTable(call.block_tables, piece.seq, call.max_blocks).peek_block(index);
-  }
-  // Fetch the chunk, whose entries are these.
-  __device__ __forceinline__ void fetch(const Call& call, int n, int entry) const {
-    const int lane = threadIdx.x % kWarpSize, kv_head = piece.tile / call.row_tiles;
-#pragma unroll
-    for (int i = 0; i < FETCHES; ++i) {
-      const int line = i * kWarpSize + lane, row = line / LINES % CHUNK, dim = line % LINES * (HEAD_DIM / LINES);
-      const int block_id = __shfl_sync(kAllLanes, entry, row), slot = (chunk_of(n) * CHUNK + row) % BLOCK_SIZE;
-      if (!in_range(block_id, call.num_blocks)) continue;
-      fetch_line(call.key_cache + call.key_strides.offset(block_id, kv_head, slot, dim));
-      fetch_line(call.value_cache + call.value_strides.offset(block_id, kv_head, slot, dim));
-    }
-  }
-
-  // Before the wait: first chunks, queries and length.
-  __device__ __forceinline__ void fetch_first(const Call& call, const int* summary, const Piece* queue) {
+  __device__ __forceinline__ Guess(const Call& call, const Piece* queue) {
     const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
     const auto first_lanes = [](int field) { return __shfl_sync(kAllLanes, field, 0); };   // lanes may have seen different ones
     piece = {first_lanes(fields.x), first_lanes(fields.y), first_lanes(fields.z), first_lanes(fields.w)};
     usable = in_range(piece.seq, call.prefix.table_rows()) && in_range(piece.tile, call.num_kv_heads * call.row_tiles);
-    if (!usable) return;
+  }
+  // Fetch what is read besides keys and values.
+  __device__ __forceinline__ void fetch_queries(const Call& call, const int* summary) const {
     const Rows rows = call.rows_of(piece.seq, piece.tile);
-    const int thread = threadIdx.x;
-#pragma unroll
-    for (int n = 0; n < CHUNKS_AHEAD; ++n) fetch(call, n, entry_of(call, n));
-    if (thread < rows.count * LINES)
-      fetch_line(call.query + rows.index(call.variants, thread / LINES) * HEAD_DIM + thread % LINES * (HEAD_DIM / LINES));
+    for (int line = threadIdx.x % kWarpSize; line < rows.count * LINES; line += kWarpSize)
+      fetch_line(call.query + rows.index(call.variants, line / LINES) * HEAD_DIM + line % LINES * LINE);
     fetch_line(call.seq_lens + piece.seq);
     fetch_line(summary);
-#pragma unroll
-    for (int n = 0; n < CHUNKS_LATER; ++n) later[n] = entry_of(call, CHUNKS_AHEAD + n);
   }
-  // After it: the chunks behind them.
-  __device__ __forceinline__ void fetch_later(const Call& call) const {
-    const unsigned chunks = static_cast<unsigned>(piece.end) - static_cast<unsigned>(piece.begin);   // these may be anything
-    if (!usable || static_cast<int>(chunks) < LONG_PIECE) return;
+  // The table's entry for token l % CHUNK of the piece's n-th chunk, by lane l.
+  __device__ __forceinline__ int entry_of(const Call& call, int n) const {
+    const unsigned chunk = static_cast<unsigned>(piece.begin) + n;
+    const int index = (chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
+    if (chunk >= static_cast<unsigned>(piece.end) || !in_range(index, call.max_blocks)) return kUnmapped;
+    return BlockTable(call.block_tables, piece.seq, call.max_blocks).peek_block(index);
+  }
+  // Fetch that chunk's keys, and wait until they are there. Its entries are these.
+  __device__ __forceinline__ void fetch_keys(const Call& call, int n, int entry, Chunk& scratch) const {
+    const int kv_head = piece.tile / call.row_tiles;
 #pragma unroll
-    for (int n = 0; n < CHUNKS_LATER; ++n) fetch(call, CHUNKS_AHEAD + n, later[n]);
+    for (int i = 0; i < FETCHES; ++i) {
+      const int line = i * kWarpSize + threadIdx.x % kWarpSize, row = line / LINES % CHUNK, dim = line % LINES * LINE;
+      const int block_id = __shfl_sync(kAllLanes, entry, row);
+      const int slot = ((static_cast<unsigned>(piece.begin) + n) * CHUNK + row) % BLOCK_SIZE;
+      if (in_range(block_id, call.num_blocks))
+        start_fetch_line(scratch.key + line * VEC, call.key_cache + call.key_strides.offset(block_id, kv_head, slot, dim));
+    }
+    wait_for_fetches();
   }
 };
+
+// Wait until the kernel before has ended. One warp does; the others meanwhile fetch keys that the block will read first into
+// L2, each a chunk's at a time, as whoever is still at work in that kernel is not to wait for many of them. Their values
+// come from further away in the end, while the keys come from L2: both memories are at work then.
+__device__ __forceinline__ void fetch_until_alone(const Call& call, const int* summary, const Piece* queue, Exchange& exchange,
+                                                  Chunk* ring) {
+  constexpr int FETCHING = WARPS - 1;
+  const int warp = threadIdx.x / kWarpSize;
+  const Guess guess(call, queue);
+  if (threadIdx.x == 0) exchange.alone = 0;
+  __syncthreads();
+  if (warp == FETCHING) {
+    if (guess.usable) guess.fetch_queries(call, summary);
+    wait_for_kernel_before();
+    atomicExch(&exchange.alone, 1);
+    return;
+  }
+  if (guess.usable) {
+    Chunk& scratch = ring[warp * STAGES];
+    int entry = guess.entry_of(call, warp);
+    for (int n = warp; n < CHUNKS_AHEAD; n += FETCHING) {
+      const int next_entry = guess.entry_of(call, n + FETCHING);
+      guess.fetch_keys(call, n, entry, scratch);
+      entry = next_entry;
+      if (__any_sync(kAllLanes, atomicOr(&exchange.alone, 0) != 0)) break;
+    }
+    __syncwarp();   // all lanes are done with the ring
+  }
+  wait_for_kernel_before();
+}
 
 // Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
 struct Cursor {
@@ -218,15 +239,6 @@ __device__ __forceinline__ void wait_for_all_but(int left) {
   }
   wait_for_copies<Most>();
 }
-
-// What the warps of a block tell each other.
-struct Exchange {
-  float max[WARPS][ROWS], sum[WARPS][ROWS];
-  unsigned int mapped[WARPS][STAGES];   // of each chunk in a ring: bit t says whether token t is there
-  int used_stage[WARPS];                // whose memory holds a warp's result
-  unsigned int taken;                   // number of the next piece
-  bool last;                            // whether all other parts of a tile are there
-};
 
 // Merge the parts of a tile, in their order. Where there are few rows, neighbouring lanes share the parts of one.
 __device__ __forceinline__ void merge_parts(STORAGE* out, float* lse, const Variants& variants, const Rows& rows, int parts,
@@ -301,17 +313,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
-  Guess guess;
-  if constexpr (LAUNCH_OVERLAP) guess.fetch_first(call, summary, queue);
-  wait_for_kernel_before();
+  if constexpr (LAUNCH_OVERLAP) fetch_until_alone(call, summary, queue, exchange, chunks);
+  start_kernel_after();   // whose blocks find room as blocks of this one leave
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
   Piece piece = load_global(queue + number), next = {};
-  if constexpr (LAUNCH_OVERLAP) guess.fetch_later(call);
   if (number >= count) return;
   // Pieces too short to hide a question behind are dealt out in turns.
   const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;
-  if (!queued) start_kernel_after();
 
   // The warp's ring: copies of `issued` chunks have been started, `used` of them used.
   Cursor load;
@@ -376,7 +385,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
         if (threadIdx.x == 0) exchange.taken = taken;
         __syncthreads();
         next = load_global_if(exchange.taken < static_cast<unsigned>(count), queue + exchange.taken);
-        if (next.chunks() == 0) start_kernel_after();
       }
     }
 

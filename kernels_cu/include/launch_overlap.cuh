@@ -5,6 +5,8 @@
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH   // the host build has included its twin by now
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
+#include "async_copy.cuh"
+
 #ifndef LAUNCH_OVERLAP
 #define LAUNCH_OVERLAP 0
 #endif
@@ -32,6 +34,13 @@ __device__ __forceinline__ T peek(const T* address) {
 // Fetch the line of 128 bytes around an address into the L2 cache, where writes of others reach it.
 __device__ __forceinline__ void fetch_line(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
+}
+// The same by a copy of 16 bytes, a multiple of which the address must be, to shared memory that nobody reads: unlike a
+// prefetch, a copy can be waited for.
+__device__ __forceinline__ void start_fetch_line(void* shared, const void* address) { start_copy_16(shared, address, true); }
+__device__ __forceinline__ void wait_for_fetches() {
+  close_copy_group();
+  wait_for_copies<0>();
 }
 
 #endif

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.ops.occupancy import resident_blocks
 from cupaged.runtime.driver import can_overlap_launches
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
@@ -145,6 +146,19 @@ def test_threads_share_a_plan_and_each_keeps_its_stream(monkeypatch):
     cupy.cuda.Device().synchronize()
     assert not failed
     assert_decode_matches_reference(case, out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_seqs", [1, 200], ids=["one sequence", "many"])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+def test_blocks_of_the_next_call_find_no_room_before_one_of_this_leaves(head_dim, num_seqs):
+    """They would fetch what they read first too early: it took D = 80 a third longer."""
+    case = decode_case(DecodeShape((5,) * num_seqs, head_dim=head_dim, dtype="bfloat16"), "cuda")
+    plan = pg.plan_decode(case.cache, case.seq_lens, 4)
+    assert plan.overlap == can_overlap_launches("cuda", 0)
+    if plan.overlap:
+        at_once = resident_blocks(plan.kernel, 32 * plan.shape.warps, plan.shared_bytes)
+        assert at_once * plan.num_sms == plan.num_blocks
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -36,5 +36,10 @@ inline T peek(const T* address) {
   return value;
 }
 inline void fetch_line(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
+inline void start_fetch_line(void* shared, const void* address) {
+  fetch_line(address);
+  std::memset(shared, -1, 16);
+}
+inline void wait_for_fetches() {}
 
 #endif
