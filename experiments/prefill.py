@@ -176,12 +176,11 @@ PEERS = (
 
 def measure(step: PrefillStep, peers: Sequence[Peer], backend: str, ceiling: float | None) -> list[Row]:
     """Return a row for each contender, the toolkit first; whatever goes wrong in a peer is a row."""
-    copies = [step.build(backend)]
+    copies, few = [step.build(backend)], step.new <= FEW  # which the decode kernel answers
     if backend == "cuda":
-        seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=True))
+        seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=few))
         copies += [step.build(backend, seed) for seed in seeds]
     what = {"workload": step.name, "gflop": copies[0].flop / 1e9, "kv_mb": copies[0].kv_bytes / 1e6}
-    few = step.new <= FEW
     contenders = [Contender(OURS, ours(partial(prefill_call, few=few)))]
     if few:
         contenders.append(Contender(OURS_AS_PREFILL, ours(prefill_call)))

@@ -118,7 +118,7 @@ class DecodePlan:
         Of the launch that reads these for all sequences at once; None: each sequence reads its own.
     overlap : bool
         Whether a call starts while the kernel before it on the stream ends: it waits by itself, and meanwhile fetches
-        what it will read first into the L2 cache.
+        keys that it will read first into the L2 cache.
     """
 
     def __init__(

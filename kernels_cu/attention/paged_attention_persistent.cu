@@ -5,11 +5,11 @@
 // earlier ones are used, across the borders of sequences and pieces; a thread block lives as long as the kernel and
 // takes pieces of the work from a queue (decode_plan.cuh). Where a sequence is cut into parts, the last of them to be
 // done merges their results, in their order: the same plan gives the same bits. On Hopper a call starts while the kernel
-// before it ends, and fetches what it will read first into the L2 cache (launch_overlap.cuh).
+// before it ends, and fetches keys that it will read first into the L2 cache (launch_overlap.cuh).
 //
 // Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
 //
-// Measured: 95 to 98 % of the read ceiling of an H100 above 200 MB, 73 % on 34 MB, where 4 us are spent besides reading
+// Measured: 95 to 98 % of the read ceiling of an H100 above 200 MB, 74 % on 34 MB, where 4 us are spent besides reading
 // (experiments/results/h100-80gb-hbm3/decode.csv); what it took and what did not help: kernels_cu/TUNING.md.
 //
 // Grid:  as many blocks as the plan was made for; any number up to max_pieces is right, if not as fast.    Block: (WARPS * 32).
