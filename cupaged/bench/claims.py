@@ -381,8 +381,8 @@ def checklist(document: Document) -> Finding:
     missed = [name.replace("_", " ") for name in names if fastest[f"{name}_verdict"] != "met"]
     measured = f"all four are met by {', '.join(keeping) or 'none'}, of {len(rows)} attention kernels"
     reason = (
-        f"the fastest, {fastest['kernel']}, misses {', '.join(missed) or 'none'}; the slowest is {slowest['kernel']}. "
-        "Copies that run on their own keep memory busy with few warps"
+        f"the fastest of them, {fastest['kernel']}, misses {', '.join(missed) or 'none'}; "
+        f"the slowest is {slowest['kernel']}. Copies that run on their own keep memory busy with few warps"
     )
     verdict = HOLDS if keeping == [fastest["kernel"]] else PARTLY if fastest["kernel"] in keeping else FAILS
     return Finding(measured, verdict, reason)

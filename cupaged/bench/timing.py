@@ -62,10 +62,10 @@ def capture(calls: Sequence[Callable[[], Any]]) -> Replay:
     Parameters
     ----------
     calls : sequence of callable
-        Each launches the same work on CuPy's current stream, on memory of its own: together they should touch more
-        than twice the L2 (`copies_for_cold_l2`). They are captured as many times over as take some milliseconds, since
-        the launch of a graph takes 10 us itself. The caller keeps them, and what they use, for as long as they are
-        replayed.
+        Each launches the same work on CuPy's current stream, on memory of its own: together they should touch so much
+        that the L2 holds nothing of it (`copies_for_cold_l2`). They are captured as many times over as take some
+        milliseconds, since the launch of a graph takes 10 us itself. The caller keeps them, and what they use, for as
+        long as they are replayed.
     """
     import cupy
 
@@ -321,9 +321,9 @@ def copies_for_cold_l2(bytes_per_call: int, fetched_ahead: bool = False) -> int:
     bytes_per_call : int
         That a call reads; together the copies are more than twice the L2.
     fetched_ahead : bool
-        Whether a kernel fetches lines into the L2 before it reads them, marked to be let go of first. Lines that were
-        fetched outlive what is marked so, until as many others have been fetched: of one copy of 300 MB, six times the
-        L2, the next call finds enough to take 2 % less time. So copies are 32 times the L2 then, or 16; with more,
+        Whether a kernel fetches lines into the L2 ahead of a stream that is marked to be let go of first. The lines
+        are not marked, and outlive it until as many others have been fetched: of one copy of 300 MB, six times the L2,
+        the next call finds enough to take 2 to 4 % less time. So copies are 32 times the L2 then, or 16; with more,
         times change no more.
     """
     import cupy

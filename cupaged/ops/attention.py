@@ -569,7 +569,7 @@ def _planned_launch(
     return kernel.prepare(
         (plan.num_blocks,),
         (32 * plan.shape.warps,),
-        shared_bytes=plan.shared_bytes,
+        shared_bytes=plan.block_shared_bytes,
         out=out,
         lse=lse,
         partial_out=plan.partial_out,

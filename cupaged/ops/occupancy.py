@@ -8,7 +8,7 @@ __all__ = ["device_attribute", "dynamic_shared_bytes", "resident_blocks", "share
 
 STATIC_SHARED_BYTES = 4096  # of a block, at most
 SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
-SHARED_GRANULE = 128
+SHARED_GRANULE = 128  # in which it is given out
 REGISTERS_PER_SM = 65536
 UNLIMITED = 2**30  # what the host backend gives
 
@@ -30,16 +30,27 @@ def dynamic_shared_bytes(backend: str) -> int:
 
 def resident_blocks(kernel: Any, threads: int, shared_bytes: int) -> int:
     """Return how many blocks of so many threads and dynamic shared bytes a multiprocessor of the GPU runs at once."""
-    raw = kernel.raw_kernel()
-    by_shared = _shared_bytes_per_sm() // (shared_bytes + raw.shared_size_bytes + SYSTEM_SHARED_BYTES)
-    by_registers = REGISTERS_PER_SM // (threads * raw.num_regs)
+    by_shared = _shared_bytes_per_sm() // (shared_bytes + _shared_bytes_unasked(kernel))
+    by_registers = REGISTERS_PER_SM // (threads * kernel.raw_kernel().num_regs)
     return max(1, min(by_shared, by_registers))
 
 
-def shared_bytes_for_at_most(blocks: int, kernel: Any) -> int:
-    """Return the dynamic shared bytes that a block must ask for so that the GPU runs no more than so many at once."""
-    share = _shared_bytes_per_sm() // (blocks + 1) + SHARED_GRANULE
-    return share - share % SHARED_GRANULE - kernel.raw_kernel().shared_size_bytes - SYSTEM_SHARED_BYTES
+def shared_bytes_for_at_most(blocks: int, kernel: Any, other: Any = None, shared_bytes_of_other: int = 0) -> int:
+    """Return the dynamic shared bytes that a block must ask for so that an SM has room for so many of them and no more.
+
+    With another kernel: room for so many, and besides for none of the other's blocks, which ask for
+    `shared_bytes_of_other`.
+    """
+    if other is None:
+        share = _shared_bytes_per_sm() // (blocks + 1)
+    else:
+        share = (_shared_bytes_per_sm() - shared_bytes_of_other - _shared_bytes_unasked(other)) // blocks
+    share += SHARED_GRANULE
+    return share - share % SHARED_GRANULE - _shared_bytes_unasked(kernel)
+
+
+def _shared_bytes_unasked(kernel: Any) -> int:
+    return int(kernel.raw_kernel().shared_size_bytes) + SYSTEM_SHARED_BYTES
 
 
 def _shared_bytes_per_sm() -> int:

@@ -110,8 +110,8 @@ class DecodePlan:
     ----------
     num_seqs, num_heads : int
         What it was made for.
-    num_blocks : int
-        Thread blocks that the work is shared out over.
+    num_blocks, block_shared_bytes : int
+        Thread blocks that the work is shared out over, and the dynamic shared memory that each asks for.
     shared_prefix : int
         Tokens that all sequences share.
     prefix : DecodePlan or None
@@ -152,7 +152,9 @@ class DecodePlan:
         self.shape = _fitting(shape, config, cache.backend)
         self.tiles = config.num_kv_heads * -(-rows_of_kv_head // self.shape.rows)
         self.kernel = attention_kernel(config, self.shape, cache.backend, self.defines)
-        blocks_per_sm, self.shared_bytes = self._residency()
+        blocks_per_sm, self.block_shared_bytes = self._residency()
+        if self.overlap and self.prefix is not None and self.backend != "host":
+            self.prefix._keep_out(self)
         self.num_sms, self.num_blocks = sms, sms * blocks_per_sm
         xp, rows, max_slots = cache.xp, self.shape.rows, 4 * self.num_blocks
         max_pieces = max(self.num_blocks, num_seqs * self.tiles) + max_slots
@@ -196,14 +198,22 @@ class DecodePlan:
     def _residency(self) -> tuple[int, int]:
         """Return how many thread blocks an SM runs at once, and a block's dynamic shared memory.
 
-        Where calls overlap, that is so much that no block of the next call finds room before one of this leaves: it
-        would fetch what it reads first long before its time.
+        Where calls overlap, that is so much that no block of the plan's next call finds room before one of this leaves:
+        it would fetch what it reads first long before its time.
         """
         shape, needed = self.shape, self.shape.shared_bytes(self.config)
         if self.backend == "host":
             return 1, needed
         blocks = min(shape.blocks_per_sm, resident_blocks(self.kernel, 32 * shape.warps, needed))
-        return blocks, max(needed, shared_bytes_for_at_most(blocks, self.kernel)) if self.overlap else needed
+        if not self.overlap:
+            return blocks, needed
+        return blocks, max(needed, shared_bytes_for_at_most(blocks, self.kernel))
+
+    def _keep_out(self, follower: DecodePlan) -> None:
+        """Let no block of the plan whose calls follow this one's find room before one of this leaves, either."""
+        at_once = self.num_blocks // self.num_sms
+        enough = shared_bytes_for_at_most(at_once, self.kernel, follower.kernel, follower.block_shared_bytes)
+        self.block_shared_bytes = max(self.block_shared_bytes, enough)
 
     def _plan_prefix(self, cache: KVCache) -> None:
         """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""

@@ -13,7 +13,7 @@
 // (experiments/results/h100-80gb-hbm3/decode.csv); what it took and what did not help: kernels_cu/TUNING.md.
 //
 // Grid:  as many blocks as the plan was made for; any number up to max_pieces is right, if not as fast.    Block: (WARPS * 32).
-// Dynamic shared memory: WARPS * STAGES * sizeof(Chunk).
+// Dynamic shared memory: WARPS * STAGES * sizeof(Chunk) at least; more keeps blocks of the next call out (cupaged/ops/plan.py).
 //
 // Defines
 //   STORAGE       __half or __nv_bfloat16
@@ -56,7 +56,7 @@ struct __align__(128) Chunk {   // whole lines, so that no sector is torn apart
   __device__ __forceinline__ float* as_result() { return reinterpret_cast<float*>(key); }
 };
 
-// Whose keys a block fetches into L2 at most while the kernel before ends: 256 KiB an SM and less.
+// Chunks whose keys a block fetches into L2 at most while the kernel before ends: 256 KiB an SM and less.
 constexpr int CHUNKS_AHEAD = WARPS * 64 * 1024 / sizeof(Chunk);
 
 using Part = RunningAttention<4>;   // attention over some of the context, of 4 neighbouring dimensions of a query row
@@ -111,7 +111,7 @@ struct Exchange {
   unsigned int mapped[WARPS][STAGES];   // of each chunk in a ring: bit t says whether token t is there
   int used_stage[WARPS];                // whose memory holds a warp's result
   unsigned int taken;                   // number of the next piece
-  unsigned int alone;                   // whether the kernel before has ended
+  unsigned int before_ended;            // whether the kernel before has ended
   bool last;                            // whether all other parts of a tile are there
 };
 
@@ -142,7 +142,8 @@ struct Guess {
     if (chunk >= static_cast<unsigned>(piece.end) || !in_range(index, call.max_blocks)) return kUnmapped;
     return BlockTable(call.block_tables, piece.seq, call.max_blocks).peek_block(index);
   }
-  // Fetch that chunk's keys, and wait until they are there. Its entries are these.
+  // Fetch that chunk's keys, and wait until they are there. Its entries are these. Not marked to be let go of first, as keys
+  // are that are copied to be used: they would be gone before that.
   __device__ __forceinline__ void fetch_keys(const Call& call, int n, int entry, Chunk& scratch) const {
     const int kv_head = piece.tile / call.row_tiles;
 #pragma unroll
@@ -157,30 +158,31 @@ struct Guess {
   }
 };
 
-// Wait until the kernel before has ended. One warp does; the others meanwhile fetch keys that the block will read first into
-// L2, each a chunk's at a time, as whoever is still at work in that kernel is not to wait for many of them. Their values
-// come from further away in the end, while the keys come from L2: both memories are at work then.
-__device__ __forceinline__ void fetch_until_alone(const Call& call, const int* summary, const Piece* queue, Exchange& exchange,
-                                                  Chunk* ring) {
-  constexpr int FETCHING = WARPS - 1;
+// Wait until the kernel before has ended; every thread must, for itself. The last warp does so at once and tells the others,
+// which until then fetch keys that the block will read first into L2: each a chunk's at a time, as whoever is still at work in
+// that kernel is not to wait for many of them. The values come from the memory behind L2 when the keys come from L2: both are
+// at work then.
+__device__ __forceinline__ void fetch_until_kernel_before_ends(const Call& call, const int* summary, const Piece* queue,
+                                                               Exchange& exchange, Chunk* ring) {
+  constexpr int FETCHING_WARPS = WARPS - 1;
   const int warp = threadIdx.x / kWarpSize;
   const Guess guess(call, queue);
-  if (threadIdx.x == 0) exchange.alone = 0;
-  __syncthreads();
-  if (warp == FETCHING) {
+  if (threadIdx.x == 0) exchange.before_ended = 0;
+  __syncthreads();   // nobody asks before
+  if (warp == WARPS - 1) {
     if (guess.usable) guess.fetch_queries(call, summary);
     wait_for_kernel_before();
-    atomicExch(&exchange.alone, 1);
+    atomicExch(&exchange.before_ended, 1);   // atomic, as no barrier stands between it and those who read it
     return;
   }
   if (guess.usable) {
     Chunk& scratch = ring[warp * STAGES];
     int entry = guess.entry_of(call, warp);
-    for (int n = warp; n < CHUNKS_AHEAD; n += FETCHING) {
-      const int next_entry = guess.entry_of(call, n + FETCHING);
+    for (int n = warp; n < CHUNKS_AHEAD; n += FETCHING_WARPS) {
+      const int next_entry = guess.entry_of(call, n + FETCHING_WARPS);
       guess.fetch_keys(call, n, entry, scratch);
       entry = next_entry;
-      if (__any_sync(kAllLanes, atomicOr(&exchange.alone, 0) != 0)) break;
+      if (__any_sync(kAllLanes, atomicOr(&exchange.before_ended, 0) != 0)) break;
     }
     __syncwarp();   // all lanes are done with the ring
   }
@@ -313,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
-  if constexpr (LAUNCH_OVERLAP) fetch_until_alone(call, summary, queue, exchange, chunks);
+  if constexpr (LAUNCH_OVERLAP) fetch_until_kernel_before_ends(call, summary, queue, exchange, chunks);
   start_kernel_after();   // whose blocks find room as blocks of this one leave
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece

@@ -104,7 +104,7 @@ def test_a_graph_of_calls_is_timed():
     assert copies_for_cold_l2(1 << 33) == 1
     assert copies_for_cold_l2(1 << 20) > 50
     ahead = [copies_for_cold_l2(mb << 20, fetched_ahead=True) for mb in (8192, 300, 32, 1)]
-    assert ahead == sorted(ahead) and ahead[0] == 2 and 4 <= ahead[1] < ahead[2] == 16 and ahead[3] > 50
+    assert ahead[0] == 2 < ahead[1] <= ahead[2] == 16 and ahead[3] > 50
 
 
 @pytest.mark.gpu

@@ -29,8 +29,9 @@ KERNEL_OF_FILE = {
     "cache/rope_append_kv.cu": "rope_append_kv",
     "include/column_tile.cuh": "rope_append_kv",
 }
-# Not the one that blocks rely on which run at the same time: here they run one behind the other for the most part.
-BARRIER = r"__syncthreads\(\);(?!   // this part is there)"
+# Not the one that blocks rely on which run at the same time: here they run one behind the other for the most part. Nor
+# the one before a flag is asked which says how much to fetch: no result depends on that.
+BARRIER = r"__syncthreads\(\);(?!   // (this part is there|nobody asks before))"
 BARRIERS_OF_WARPS = {"include/column_tile.cuh": r"__syncwarp\(\);"}
 BARRIERS = [
     (file, match.start())

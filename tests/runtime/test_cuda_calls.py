@@ -142,4 +142,23 @@ def test_a_plan_fits_the_shared_memory_of_the_gpu(stub, monkeypatch, limit, warp
     monkeypatch.setitem(cuda_stub.H100, "MaxSharedMemoryPerMultiprocessor", limit + 1024)
     plan = Step(stub).plan
     assert plan.shape.warps == warps
-    assert plan.shape.shared_bytes(plan.config) <= plan.shared_bytes <= limit
+    assert plan.shape.shared_bytes(plan.config) <= plan.block_shared_bytes <= limit
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("num_seqs", [1, 40], ids=["few tiles", "many"])
+def test_blocks_of_the_next_call_find_no_room_before_one_of_this_leaves(stub, num_seqs, head_dim):
+    per_sm, system = cuda_stub.H100["MaxSharedMemoryPerMultiprocessor"], 1024
+    cache = pg.KVCache(pg.CacheConfig(64, 16, 8, head_dim), "cuda")
+    lens = stub.array((num_seqs,), np.int32)
+    plan = pg.plan_decode(cache, lens, 32)
+    at_once, taken = plan.num_blocks // plan.num_sms, plan.block_shared_bytes + system
+    assert at_once * taken <= per_sm < (at_once + 1) * taken
+    if head_dim in (32, 80):  # whose chunks alone leave room
+        assert plan.block_shared_bytes > plan.shape.shared_bytes(plan.config)
+    shared = pg.plan_decode(cache, lens, 32, shared_prefix=64)
+    if shared.prefix is not None:
+        before, at_once = shared.prefix.block_shared_bytes + system, shared.prefix.num_blocks // shared.prefix.num_sms
+        assert at_once * before <= per_sm < at_once * before + shared.block_shared_bytes + system
+    free = pg.plan_decode(cache, lens, 32, overlap=False)
+    assert free.block_shared_bytes == free.shape.shared_bytes(free.config)

@@ -1,9 +1,10 @@
 // The host's twin of kernels_cu/include/launch_overlap.cuh. Here kernels run one after the other; what is peeked at is
 // right at some addresses and nonsense at others, likely and unlikely, as on a GPU where it is still being written, and a
-// line that is fetched must be memory.
+// line that is fetched must be memory. What a fetch writes to shared memory is nonsense, and as late as the GPU may write it.
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
+#include "async_copy.cuh"
 #include "cuda_host.h"
 
 #ifndef LAUNCH_OVERLAP
@@ -36,10 +37,17 @@ inline T peek(const T* address) {
   return value;
 }
 inline void fetch_line(const void* address) { static_cast<void>(*static_cast<const volatile char*>(address)); }
-inline void start_fetch_line(void* shared, const void* address) {
+inline void start_fetch_line(void* shared, const void* address, CUPAGED_CALLER) {
+  static constexpr uint64_t nonsense[2] = {~uint64_t{0}, ~uint64_t{0}};
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(address)) % 16 != 0)
+    cupaged::fail({file, line}, "start_fetch_line takes addresses that are multiples of 16");
   fetch_line(address);
-  std::memset(shared, -1, 16);
+  fetch_line(static_cast<const char*>(address) + 15);
+  cupaged::note_copy(shared, nonsense);
 }
-inline void wait_for_fetches() {}
+inline void wait_for_fetches() {
+  close_copy_group();
+  wait_for_copies<0>();
+}
 
 #endif
