@@ -116,16 +116,22 @@ struct Exchange {
 };
 
 // A block's first piece, as the plan says while the kernel before may still be at work. Neither the plan nor the table may be
-// written yet, so they are asked for no more than addresses to fetch, and those are held to the arrays.
+// written yet, so they are asked for no more than addresses, and those are held to the arrays.
 struct Guess {
-  Piece piece;   // the same for all lanes of a warp
-  bool usable;
+  Piece piece = {};   // the same for all lanes of a warp
+  bool usable = false;
 
+  Guess() = default;
   __device__ __forceinline__ Guess(const Call& call, const Piece* queue) {
     const int4 fields = peek(reinterpret_cast<const int4*>(queue + blockIdx.x));
     const auto first_lanes = [](int field) { return __shfl_sync(kAllLanes, field, 0); };   // lanes may have seen different ones
     piece = {first_lanes(fields.x), first_lanes(fields.y), first_lanes(fields.z), first_lanes(fields.w)};
-    usable = in_range(piece.seq, call.prefix.table_rows()) && in_range(piece.tile, call.num_kv_heads * call.row_tiles);
+    usable = in_range(piece.seq, call.prefix.table_rows()) && in_range(piece.tile, call.num_kv_heads * call.row_tiles) &&
+             in_range(piece.begin, call.max_blocks * BLOCK_SIZE / CHUNK + 1);
+  }
+  // Whether the piece, as it is now, reads the same tokens.
+  __device__ __forceinline__ bool is_right(const Piece& now) const {
+    return usable && piece.seq == now.seq && piece.tile == now.tile && piece.begin == now.begin && piece.end == now.end;
   }
   // Fetch what is read besides keys and values.
   __device__ __forceinline__ void fetch_queries(const Call& call, const int* summary) const {
@@ -137,9 +143,8 @@ struct Guess {
   }
   // The table's entry for token l % CHUNK of the piece's n-th chunk, by lane l.
   __device__ __forceinline__ int entry_of(const Call& call, int n) const {
-    const unsigned chunk = static_cast<unsigned>(piece.begin) + n;
-    const int index = (chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
-    if (chunk >= static_cast<unsigned>(piece.end) || !in_range(index, call.max_blocks)) return kUnmapped;
+    const int chunk = piece.begin + n, index = static_cast<unsigned>(chunk * CHUNK + threadIdx.x % CHUNK) / BLOCK_SIZE;
+    if (chunk >= piece.end || !in_range(index, call.max_blocks)) return kUnmapped;
     return BlockTable(call.block_tables, piece.seq, call.max_blocks).peek_block(index);
   }
   // Fetch that chunk's keys, and wait until they are there. Its entries are these. Not marked to be let go of first, as keys
@@ -150,7 +155,7 @@ struct Guess {
     for (int i = 0; i < FETCHES; ++i) {
       const int line = i * kWarpSize + threadIdx.x % kWarpSize, row = line / LINES % CHUNK, dim = line % LINES * LINE;
       const int block_id = __shfl_sync(kAllLanes, entry, row);
-      const int slot = ((static_cast<unsigned>(piece.begin) + n) * CHUNK + row) % BLOCK_SIZE;
+      const int slot = static_cast<unsigned>((piece.begin + n) * CHUNK + row) % BLOCK_SIZE;
       if (in_range(block_id, call.num_blocks))
         start_fetch_line(scratch.key + line * VEC, call.key_cache + call.key_strides.offset(block_id, kv_head, slot, dim));
     }
@@ -161,9 +166,9 @@ struct Guess {
 // Wait until the kernel before has ended; every thread must, for itself. The last warp does so at once and tells the others,
 // which until then fetch keys that the block will read first into L2: each a chunk's at a time, as whoever is still at work in
 // that kernel is not to wait for many of them. The values come from the memory behind L2 when the keys come from L2: both are
-// at work then.
-__device__ __forceinline__ void fetch_until_kernel_before_ends(const Call& call, const int* summary, const Piece* queue,
-                                                               Exchange& exchange, Chunk* ring) {
+// at work then. Returns what was guessed, to be held against what is.
+__device__ __forceinline__ Guess fetch_until_kernel_before_ends(const Call& call, const int* summary, const Piece* queue,
+                                                                Exchange& exchange, Chunk* ring) {
   constexpr int FETCHING_WARPS = WARPS - 1;
   const int warp = threadIdx.x / kWarpSize;
   const Guess guess(call, queue);
@@ -173,7 +178,7 @@ __device__ __forceinline__ void fetch_until_kernel_before_ends(const Call& call,
     if (guess.usable) guess.fetch_queries(call, summary);
     wait_for_kernel_before();
     atomicExch(&exchange.before_ended, 1);   // atomic, as no barrier stands between it and those who read it
-    return;
+    return guess;
   }
   if (guess.usable) {
     Chunk& scratch = ring[warp * STAGES];
@@ -187,6 +192,7 @@ __device__ __forceinline__ void fetch_until_kernel_before_ends(const Call& call,
     __syncwarp();   // all lanes are done with the ring
   }
   wait_for_kernel_before();
+  return guess;
 }
 
 // Where a warp copies from next: a chunk of a piece. Lane l looks after the table entry of token l % CHUNK.
@@ -315,18 +321,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_persistent
                   Strides{key_block_stride, key_head_stride, key_slot_stride, 0},
                   Strides{value_block_stride, value_head_stride, value_slot_stride, 0}, variants, prefix};
   const Piece* const queue = reinterpret_cast<const Piece*>(pieces);
-  if constexpr (LAUNCH_OVERLAP) fetch_until_kernel_before_ends(call, summary, queue, exchange, chunks);
+  Guess guess;
+  if constexpr (LAUNCH_OVERLAP) guess = fetch_until_kernel_before_ends(call, summary, queue, exchange, chunks);
   start_kernel_after();   // whose blocks find room as blocks of this one leave
   const int count = load_global(summary), largest = load_global(summary + 1);
   int number = blockIdx.x;   // of the piece
   Piece piece = load_global(queue + number), next = {};
+  Cursor load;
+  if (guess.usable) load.start(call, guess.piece);   // while the piece is on its way
   if (number >= count) return;
   // Pieces too short to hide a question behind are dealt out in turns.
   const bool queued = count > static_cast<int>(gridDim.x) && largest > LOOKAHEAD;
 
   // The warp's ring: copies of `issued` chunks have been started, `used` of them used.
-  Cursor load;
-  load.start(call, piece);
+  if (!guess.is_right(piece)) load.start(call, piece);
   int issued = 0, used = 0;
   bool in_next = false;   // whether the cursor is in the next piece by now
   const auto fill_ring = [&](int chunks_in_flight) {
