@@ -156,10 +156,12 @@ def test_blocks_of_the_next_call_find_no_room_before_one_of_this_leaves(head_dim
     plan = pg.plan_decode(case.cache, case.seq_lens, 4)
     assert plan.overlap == can_overlap_launches("cuda", 0)
     if plan.overlap:
-        from cupy.cuda.driver import occupancyMaxActiveBlocksPerMultiprocessor as fits  # as the driver reckons
+        from cupy.cuda import driver
 
-        pointer = plan.kernel.raw_kernel().kernel.ptr
-        assert fits(pointer, 32 * plan.shape.warps, plan.block_shared_bytes) * plan.num_sms == plan.num_blocks
+        kernel, fits = plan.kernel.raw_kernel(), driver.occupancyMaxActiveBlocksPerMultiprocessor
+        kernel.max_dynamic_shared_size_bytes = plan.block_shared_bytes  # as a call does
+        at_once = fits(kernel.kernel.ptr, 32 * plan.shape.warps, plan.block_shared_bytes)
+        assert at_once * plan.num_sms == plan.num_blocks
 
 
 @pytest.mark.parametrize("overlap", [False, True])
