@@ -8,7 +8,7 @@
 //
 // Each query head still reads its KV head for itself, and a sequence has one thread block per head, however long it is.
 //
-// Measured: 95 % of the read ceiling on MHA, 5 to 67 % elsewhere: within 5 points of v1
+// Measured: 94 % of the read ceiling on MHA, 6 to 66 % elsewhere: within 5 points of v1
 // (experiments/results/h100-80gb-hbm3/decode.csv, an H100).
 //
 // Grid:  (num_seqs * num_heads), head fastest.    Block: (THREADS).

@@ -9,7 +9,7 @@
 //
 // Weights are rounded to the storage type before they meet the values, as in FlashAttention; sums are float32.
 //
-// Measured: 95 to 98 % of the read ceiling of an H100 above 200 MB, 74 % on 34 MB, where 4 us are spent besides reading
+// Measured: 95 to 98 % of the read ceiling of an H100 above 200 MB, 75 % on 34 MB, where 4 us are spent besides reading
 // (experiments/results/h100-80gb-hbm3/decode.csv); what it took and what did not help: kernels_cu/TUNING.md.
 //
 // Grid:  as many blocks as the plan was made for; any number up to max_pieces is right, if not as fast.    Block: (WARPS * 32).

@@ -10,8 +10,8 @@
 // work from a queue (prefill_plan.cuh), and start to copy the next before they write the result of the last. A context
 // cut into parts is merged by whoever is done last, in the parts' order: the same plan gives the same bits.
 //
-// Measured on an H100 (experiments/results/h100-80gb-hbm3/prefill.csv): 336 to 353 TFLOP/s on long prompts and chunks,
-// 200 on many of 512 tokens without shared heads, 92 % of the read ceiling on four tokens over 4k. What it took and what
+// Measured on an H100 (experiments/results/h100-80gb-hbm3/prefill.csv): 330 to 350 TFLOP/s on long prompts and chunks,
+// 198 on many of 512 tokens without shared heads, 92 % of the read ceiling on four tokens over 4k. What it took and what
 // did not help: kernels_cu/TUNING.md.
 //
 // Grid:  any; as many blocks as run at once is fastest.    Block: (THREADS).
