@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
-from cupaged.memory.manager import NO_PAIRS, BlockManager
+from cupaged.memory.manager import NO_PAIRS, BlockManager, Mark
 from cupaged.ops.arrays import as_backend_array, like_caller
 from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
@@ -23,6 +23,23 @@ from cupaged.ops.swap import SwapEngine
 __all__ = ["PagedAttention", "PagedStep"]
 
 SeqId = Hashable
+
+
+@dataclass
+class Growth:
+    """What a step made room for, to be taken back if it is not computed."""
+
+    marks: list[Mark] = field(default_factory=list)
+    admitted: list[SeqId] = field(default_factory=list)
+    undone: bool = False
+
+    def undo(self, manager: BlockManager) -> list[SeqId]:
+        """Take it back, the last first; returns sequences that could not be brought back whole."""
+        self.undone = True
+        for name in reversed(self.admitted):
+            if name in manager:
+                manager.free(name, written=False)
+        return manager.undo(self.marks)
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,7 @@ class PagedStep:
     block_tables: np.ndarray
     seq_lens: np.ndarray
     query_start: np.ndarray
+    growth: Growth = field(default_factory=Growth, repr=False, compare=False)
 
 
 class PagedAttention:
@@ -158,6 +176,11 @@ class PagedAttention:
             Naming the argument, what was expected and what came.
         OutOfBlocksError
             If there is no room; nothing has changed then.
+
+        Notes
+        -----
+        A call that raises, whatever failed, looks as if it had never been made: no sequence is longer, no slot is
+        taken, and no block can be found that was not written.
         """
         self._check_rows(query, key, value)
         return self.attend(query, key, value, self.step(sequence_ids, is_prompt, query.shape[0], tokens=tokens))
@@ -171,10 +194,41 @@ class PagedAttention:
         names = list(sequence_ids)
         if len(set(names)) != len(names):
             raise ValueError("sequence_ids must name each sequence once")
-        return self._prompt_step(names, num_rows, tokens) if is_prompt else self._decode_step(names, num_rows, tokens)
+        growth = Growth()
+        try:
+            place = self._place_prompts if is_prompt else self._place_tokens
+            step = place(names, num_rows, tokens, growth)
+            self._make_moves()
+        except BaseException as error:
+            self._undo(growth, error)
+            raise
+        return step
+
+    def undo(self, step: PagedStep) -> None:
+        """Take a step back that will not be computed by all layers: no sequence is longer than before it.
+
+        `attend` does so itself where it fails. No other step of these sequences may have been made since.
+        """
+        self._undo(step.growth)
 
     def attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
-        """Write a step's keys and values to this layer's cache, and attend with its queries."""
+        """Write a step's keys and values to this layer's cache, and attend with its queries.
+
+        If that fails, the step is taken back for all layers, and must be asked for again.
+        """
+        if step.growth.undone:
+            raise ValueError("step must not have been taken back, as it is once a layer failed; ask for a new one")
+        try:
+            return self._attend(query, key, value, step)
+        except BaseException as error:
+            self._undo(step.growth, error)
+            raise
+
+    def free(self, sequence_id: SeqId, *, written: bool = True) -> None:
+        """Forget a sequence; see `BlockManager.free`."""
+        self.manager.free(sequence_id, written=written)
+
+    def _attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
         cache, xp = self.cache, self.cache.xp
         if len(step.copies):
             copy_blocks(cache, step.copies)
@@ -186,11 +240,17 @@ class PagedAttention:
             return paged_prefill(query, cache, tables, lens, xp.asarray(step.query_start), **self.options)
         return self._attend_one_by_one(query, step)
 
-    def free(self, sequence_id: SeqId) -> None:
-        """Forget a sequence."""
-        self.manager.free(sequence_id)
+    def _undo(self, growth: Growth, error: BaseException | None = None) -> None:
+        for name in growth.undo(self.manager):
+            if error is not None:
+                error.add_note(
+                    f"sequence {name!r} was cut to {self.manager.num_tokens(name)} tokens: the block that its last "
+                    "tokens were to be copied from was freed by its other readers"
+                )
 
-    def _prompt_step(self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None) -> PagedStep:
+    def _place_prompts(
+        self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None, growth: Growth
+    ) -> PagedStep:
         manager = self.manager
         if tokens is None:
             if len(names) != 1:
@@ -203,27 +263,22 @@ class PagedAttention:
         if len(continued) > 1:  # so that a call without room changes nothing
             raise UnsupportedError(f"a call may continue one prompt; got {[names[i] for i in continued]}")
         fresh = [i for i in range(len(names)) if i not in continued]
-        copies, admitted = NO_PAIRS, []
+        copies = NO_PAIRS
         starts = [0] * len(names)
-        try:
-            for i in fresh:
-                manager.allocate(names[i], tokens[i])
-                admitted.append(names[i])
-            cached = [0 if i in continued else manager.cached_tokens(names[i]) for i in range(len(names))]
-            whole = sum(counts) == num_rows
-            if not whole and sum(counts) - sum(cached) != num_rows:
-                raise ValueError(
-                    f"query must have a row for each of {sum(counts)} tokens, or for the {sum(counts) - sum(cached)} "
-                    f"that are not cached; got {num_rows}"
-                )
-            for i in continued:
-                starts[i] = manager.num_tokens(names[i])
-                copies = manager.append(names[i], tokens[i]).copies
-        except Exception:
-            for name in reversed(admitted):
-                manager.free(name, written=False)
-            raise
-        self._carry_out_transfers()
+        for i in fresh:
+            manager.allocate(names[i], tokens[i])
+            growth.admitted.append(names[i])
+        cached = [0 if i in continued else manager.cached_tokens(names[i]) for i in range(len(names))]
+        whole = sum(counts) == num_rows
+        if not whole and sum(counts) - sum(cached) != num_rows:
+            raise ValueError(
+                f"query must have a row for each of {sum(counts)} tokens, or for the {sum(counts) - sum(cached)} "
+                f"that are not cached; got {num_rows}"
+            )
+        for i in continued:
+            starts[i] = manager.num_tokens(names[i])
+            growth.marks = manager.mark([names[i]])
+            copies = manager.append(names[i], tokens[i]).copies
         slots = []
         for name, start, count, there in zip(names, starts, counts, cached, strict=True):
             first = 0 if whole else there
@@ -233,22 +288,30 @@ class PagedAttention:
         rows = [len(mine) for mine in slots]
         return PagedStep(
             True, copies, np.concatenate([np.empty(0, np.int64), *slots]), manager.block_tables(names),
-            manager.seq_lens(names), np.cumsum([0, *rows]).astype(np.int32),
+            manager.seq_lens(names), np.cumsum([0, *rows]).astype(np.int32), growth,
         )  # fmt: skip
 
-    def _decode_step(self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None) -> PagedStep:
+    def _place_tokens(
+        self, names: list[SeqId], num_rows: int, tokens: Sequence[Any] | None, growth: Growth
+    ) -> PagedStep:
         manager = self.manager
         if num_rows != len(names):
             raise ValueError(f"query must have one row for each of {len(names)} sequences; got {num_rows}")
-        slots, copies = manager.append_batch(names, None if tokens is None else np.asarray(tokens))
-        self._carry_out_transfers()
+        text = None if tokens is None else np.asarray(tokens)
+        growth.marks = manager.mark(names)
+        slots, copies = manager.append_batch(names, text)
         starts = np.arange(len(names) + 1, dtype=np.int32)
-        return PagedStep(False, copies, slots, manager.block_tables(names), manager.seq_lens(names), starts)
+        return PagedStep(False, copies, slots, manager.block_tables(names), manager.seq_lens(names), starts, growth)
 
-    def _carry_out_transfers(self) -> None:
-        if self.swaps is not None and (transfers := self.manager.take_transfers()):
-            self.swaps.carry_out(transfers)
-            self.swaps.wait()
+    def _make_moves(self) -> None:
+        """Move what the manager offloads and restores; what fails is left to the next call."""
+        moves = self.manager.moves
+        if self.swaps is not None:
+            for move in moves.pending:
+                (self.swaps.swap_out if move.kind == "out" else self.swaps.swap_in)(move.pairs)
+                self.swaps.wait()
+                moves.done([move])
+            moves.done([])
 
     def _check_rows(self, query: Any, key: Any, value: Any) -> None:
         """Raise by name what would be refused once the tokens have their places."""

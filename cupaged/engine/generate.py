@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cupaged import reference
 from cupaged.engine.decode_step import DecodeStep, ShapeClass, shape_class
 from cupaged.engine.model import Llama, ModelInput
-from cupaged.engine.scheduler import Move, Scheduler, Step
+from cupaged.engine.scheduler import Scheduler, Step
 from cupaged.engine.sequence import SamplingParams, State
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
@@ -23,6 +23,7 @@ from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.metrics import snapshot
+from cupaged.memory.moves import Move
 from cupaged.memory.preemption import CostModel
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.sampling import sample
@@ -490,7 +491,7 @@ class LLM:
         return nullcontext() if self._stream is None else self._stream
 
     def _carry_out(self, moves: Sequence[Move]) -> None:
-        """Move blocks of every layer, in order."""
+        """Move blocks of every layer, in order; what fails, and all behind it, is left to the next step."""
         for move in moves:
             if move.kind == "copy":
                 for cache in self.caches:
@@ -499,6 +500,7 @@ class LLM:
                 assert self._swapping is not None, "only a manager with CPU blocks moves blocks there"
                 (self._swapping.swap_out if move.kind == "out" else self._swapping.swap_in)(move.pairs)
                 self._swapping.wait()  # what follows may read these blocks, or write what they were read from
+            self.manager.moves.done([move])
 
     def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
         """Return the next token of each sequence of a step that samples, and, to `keep`, their logits."""

@@ -19,21 +19,13 @@ import numpy as np
 from cupaged.engine.sequence import Sequence, State
 from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
-from cupaged.memory.manager import BlockManager, Pairs
+from cupaged.memory.manager import BlockManager
+from cupaged.memory.moves import Move
 from cupaged.memory.preemption import CostModel, make_room
 
 __all__ = ["Move", "Scheduler", "Step", "Work"]
 
 ALWAYS_SWAP = CostModel(prefill_tokens_per_s=1.0, link_bytes_per_s=float("inf"), bytes_per_block=0.0)
-
-
-@dataclass(frozen=True)
-class Move:
-    """Blocks to copy before the step: "copy" within the GPU, "out" from GPU to CPU, or "in" from CPU to GPU."""
-
-    kind: str
-    pairs: Pairs
-    """int32 [num_blocks, 2]: (source, destination)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,10 @@ class Work:
 
 @dataclass
 class Step:
-    """What to do in a step: the moves in order, then all of the work together."""
+    """What to do in a step: the moves in order, then all of the work together.
+
+    Moves of an earlier step that were not made, because something failed, come first.
+    """
 
     work: list[Work] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
@@ -80,7 +75,7 @@ class Scheduler:
     Parameters
     ----------
     manager : BlockManager
-        Whose blocks; nobody else admits sequences to it.
+        Whose blocks; nobody else admits sequences to it, or makes its moves.
     max_batch_tokens : int
         The budget: tokens that a step computes at most. At least `max_num_seqs`, so that all that run can decode.
     max_num_seqs : int
@@ -113,8 +108,8 @@ class Scheduler:
         self.spare_blocks = whole_number("spare_blocks", spare_blocks, at_least=0)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self._moves: list[Move] = []
         self._preempted: list[int] = []
+        manager.moves.collect_all()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
 
@@ -146,9 +141,9 @@ class Scheduler:
         if sequence.state is not State.RUNNING:
             raise ValueError(f"sequence must be running; {sequence.seq_id} is {sequence.state.value}")
         if swap:
-            self._move("out", self.manager.swap_out(sequence.seq_id))
+            self.manager.swap_out(sequence.seq_id)
         else:
-            self.manager.free(sequence.seq_id)
+            self.manager.drop(sequence.seq_id)
         self.manager.counters.preemptions += 1
         self._wait_again(sequence, swapped=swap)
 
@@ -197,12 +192,12 @@ class Scheduler:
                 budget -= work[-1].count
         if len(self._preempted) == preempted_before:
             self._admit(work, budget)
-        step = Step(work, self._moves, self._preempted)
-        self._moves, self._preempted = [], []
+        step = Step(work, list(self.manager.moves.pending), self._preempted)
+        self._preempted = []
         return step
 
     def complete(self, step: Step, tokens: Iterable[int], end_token: int | None = None) -> None:
-        """Note that a step was computed.
+        """Note that a step was computed, its moves before it.
 
         Parameters
         ----------
@@ -213,6 +208,7 @@ class Scheduler:
         end_token : int, optional
             The token that ends an answer.
         """
+        self.manager.moves.done(step.moves)
         chosen = iter(tokens)
         for work in step.work:
             sequence, block_size = work.sequence, self.manager.block_size
@@ -236,10 +232,9 @@ class Scheduler:
         """Give each sequence that decodes a slot for its next token, by preempting others if need be."""
         tokens = np.array([sequence.output[-1] for sequence in decoding], np.int32)
         try:
-            appended = self.manager.append_batch([sequence.seq_id for sequence in decoding], tokens)
+            self.manager.append_batch([sequence.seq_id for sequence in decoding], tokens)
         except OutOfBlocksError:
             return self._decode_one_by_one(decoding)
-        self._move("copy", appended.copies)
         return [Work(sequence, sequence.num_computed, 1) for sequence in decoding]
 
     def _decode_one_by_one(self, decoding: list[Sequence]) -> list[Work]:
@@ -250,7 +245,7 @@ class Scheduler:
         return work
 
     def _append(self, sequence: Sequence) -> Work:
-        self._move("copy", self.manager.append(sequence.seq_id, sequence.tokens(sequence.num_computed)).copies)
+        self.manager.append(sequence.seq_id, sequence.tokens(sequence.num_computed))
         return Work(sequence, sequence.num_computed, 1)
 
     def _decodes(self, sequence: Sequence) -> bool:
@@ -268,7 +263,6 @@ class Scheduler:
         except OutOfBlocksError:
             self.preempt(sequence, swap=self._swaps(sequence))
             return False
-        self._move("out", victims.pairs)
         for ids, swapped in ((victims.swapped, True), (victims.dropped, False)):
             for seq_id in ids:
                 self._wait_again(by_id[seq_id], swapped=swapped)
@@ -307,12 +301,14 @@ class Scheduler:
         if not alone and not self.manager.can_allocate(np.concatenate([tokens, np.zeros(spare, np.int32)])):
             return False
         try:
-            self.manager.allocate(sequence.seq_id, tokens, priority=sequence.priority, publish=False)
+            self.manager.allocate(
+                sequence.seq_id, tokens, priority=sequence.priority, publish=False,
+                readmitted=sequence.num_preemptions > 0,
+            )  # fmt: skip
         except OutOfBlocksError:
             if alone:
                 raise
             return False
-        self._transfers()
         sequence.num_computed = self.manager.cached_tokens(sequence.seq_id)
         if not sequence.num_preemptions:
             sequence.num_cached = sequence.num_computed
@@ -323,8 +319,7 @@ class Scheduler:
         blocks = len(self.manager.blocks(sequence.seq_id))
         if not alone and self.manager.gpu.num_available < blocks + 1 + self.spare_blocks:
             return False
-        pairs = self.manager.swap_in(sequence.seq_id)
-        self._move("in", pairs)
+        self.manager.swap_in(sequence.seq_id)
         return True
 
     def _wait_again(self, sequence: Sequence, *, swapped: bool) -> None:
@@ -341,13 +336,3 @@ class Scheduler:
             self.manager.free(sequence.seq_id)
         (self.running if sequence.state is State.RUNNING else self.waiting).remove(sequence)
         sequence.state, sequence.finish_reason = State.FINISHED, reason
-
-    def _move(self, kind: str, pairs: Pairs) -> None:
-        """Note blocks to copy, behind what the manager offloads and restores."""
-        self._transfers()
-        if len(pairs):
-            self._moves.append(Move(kind, pairs))
-
-    def _transfers(self) -> None:
-        for transfer in self.manager.take_transfers():
-            self._moves.append(Move({"offload": "out", "restore": "in"}[transfer.direction], transfer.pairs))

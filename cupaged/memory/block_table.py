@@ -109,6 +109,22 @@ class BlockTables:
         self.changed[row] = True
         return blocks
 
+    def cut(self, row: int, num_blocks: int, room: int) -> Ids:
+        """Leave a row its first `num_blocks` blocks, with this room in the last; return the blocks that it had."""
+        blocks = self.blocks(row)
+        self.ids[row, num_blocks:] = UNMAPPED
+        self.num_blocks[row], self.room[row] = num_blocks, room
+        self.changed[row] = True
+        if num_blocks:
+            self.set_tail(row, int(blocks[num_blocks - 1]))
+        return blocks
+
+    def set_tail(self, row: int, block: int) -> None:
+        """Let a row's last block be another one."""
+        self.ids[row, self.num_blocks[row] - 1] = block
+        self.tail_end[row] = (block + 1) * self.block_size
+        self.changed[row] = True
+
     def push(self, rows: Rows, blocks: Ids) -> None:
         """Map one more block for each of `rows`, whose last block is full; ``blocks[i]`` goes to ``rows[i]``."""
         column = self.num_blocks[rows]

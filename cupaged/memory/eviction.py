@@ -182,13 +182,13 @@ class KeyedPolicy:
         raise NotImplementedError
 
     def add(self, blocks: Ids) -> None:
-        """Queue `blocks` by their keys of now."""
-        self._size += len(blocks) - int(np.count_nonzero(self._ticket[blocks]))
+        """Queue `blocks` by their keys of now; if a key raises, or cannot be compared, nothing is queued."""
         tickets = np.arange(self._issued + 1, self._issued + len(blocks) + 1)
         self._issued += len(blocks)
-        self._ticket[blocks] = tickets
         for entry in zip(self.key(blocks), tickets.tolist(), blocks.tolist(), strict=True):
-            heapq.heappush(self._heap, entry)
+            heapq.heappush(self._heap, entry)  # an entry whose ticket no block has is passed over
+        self._size += len(blocks) - int(np.count_nonzero(self._ticket[blocks]))
+        self._ticket[blocks] = tickets
         if len(self._heap) > 2 * self._size + 64:
             self._compact()
 

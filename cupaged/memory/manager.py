@@ -3,17 +3,17 @@
 Every operation reads the same way: find out how many blocks it needs, make sure that they can be had, and only then
 change anything. What cannot be satisfied raises `OutOfBlocksError` and leaves the manager as it was.
 
-The manager moves no bytes. It returns what must be moved: the (src, dst) copies of copy-on-write from `append`, the
-pairs of a swap from `swap_out` and `swap_in`, and, with ``on_evict="offload"``, the transfers of cached blocks from
-`take_transfers`. Carry them out in the order in which the calls were made, transfers before the pairs that the call
-itself returned, and all of them before a kernel reads or writes the blocks.
+The manager moves no bytes. What must be moved is in `BlockManager.moves`, in order; `cupaged.memory.moves` says how to
+work through it. A program of one thread may instead move what each call returns, right after the call: the (src, dst)
+copies of copy-on-write from `append`, the pairs of a swap from `swap_out` and `swap_in`, and before these, with
+``on_evict="offload"``, what `take_transfers` returns. A background evictor may run beside it.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +24,11 @@ from cupaged.memory.allocator import INT32, whole_number
 from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
 from cupaged.memory.eviction import BlockStats, EvictionPolicy
 from cupaged.memory.metrics import Counters
+from cupaged.memory.moves import Move, MoveList, Transfer
 from cupaged.memory.pool import NO_BLOCKS, BlockPool
 from cupaged.memory.prefix_cache import ExtraKeys, Transcripts, chain, root_digest
 
-__all__ = ["Appended", "Batch", "BlockManager", "Transfer"]
+__all__ = ["Appended", "Batch", "BlockManager", "Mark", "Transfer"]
 
 SeqId = Hashable
 Slots = NDArray[np.int64]
@@ -47,15 +48,6 @@ class Appended(NamedTuple):
     """int32 [num_copies, 2]: (source, destination) blocks."""
 
 
-class Transfer(NamedTuple):
-    """Cached blocks that change place."""
-
-    direction: str
-    """"offload" is GPU to CPU, "restore" is CPU to GPU."""
-    pairs: Pairs
-    """int32 [num_blocks, 2]: (source, destination) blocks."""
-
-
 @dataclass(slots=True)
 class SequenceState:
     """What the arrays of `BlockTables` and `Transcripts` do not say about a sequence."""
@@ -64,8 +56,23 @@ class SequenceState:
     num_cached: int  # tokens that a cached prefix held when it was admitted
     num_published: int  # leading blocks that can be found by others, as far as we are concerned
     publishes: bool  # whether blocks are published as soon as they are full
+    placed: tuple[int, int]  # the positions that the last call for it alone made room for
     cpu_blocks: Ids | None = None  # where it lies while it is swapped out,
     cpu_tokens: int = 0  # and how long it is
+    left_blocks: Ids = field(default_factory=lambda: NO_BLOCKS)  # GPU blocks that it had before it was swapped out
+
+
+@dataclass(slots=True)
+class Mark:
+    """Where a sequence stood before it grew; see `BlockManager.mark`."""
+
+    seq_id: SeqId
+    num_tokens: int
+    room: int  # as in `BlockTables`, with its sign
+    tail: int  # its last block
+    num_published: int
+    placed: tuple[int, int]
+    text: tuple[int, int, NDArray[np.int32]]  # as `Transcripts.mark` returns it
 
 
 class Batch:
@@ -118,6 +125,8 @@ class BlockManager:
         The block tables, whose dense form kernels index.
     counters : Counters
         What was counted so far.
+    moves : MoveList
+        What must be moved, in order, whichever thread asked for it.
     """
 
     def __init__(
@@ -150,9 +159,10 @@ class BlockManager:
         self._no_extra = root_digest(block_size, salt)
         self._transcripts = Transcripts(block_size, max_seqs)
         self._sequences: dict[SeqId, SequenceState] = {}
-        self._transfers: list[Transfer] = []
+        self.moves = MoveList(self.lock, self.cpu.release)
+        self._offloads = on_evict == "offload"
         self._epoch = 0  # grows whenever a sequence may have lost its row, or the row its blocks
-        if on_evict == "offload":
+        if self._offloads:
             self.gpu.on_evict = self._offload
 
     # ---- admit and release ------------------------------------------------------------------------------------------
@@ -173,6 +183,7 @@ class BlockManager:
         extra: ExtraKeys = (),
         priority: int = 0,
         publish: bool = True,
+        readmitted: bool = False,
     ) -> Ids:
         """Admit a sequence with its prompt, and share the longest prefix of it that is cached.
 
@@ -192,6 +203,9 @@ class BlockManager:
         publish : bool
             Whether the blocks can be found by the next `allocate` at once, as is right when prompts are computed in
             the order of their admission. With False, say by `publish` which of them have been computed.
+        readmitted : bool
+            Whether the sequence was here before and gave way. What it finds again of its own is no hit: counters, and
+            so the hit rate, leave it out.
 
         Returns
         -------
@@ -215,15 +229,20 @@ class BlockManager:
 
             if len(hits):
                 self.gpu.share(hits, priority)
-            fresh = self._acquire_and_restore(num_fresh, on_cpu)
+            try:
+                fresh = self._acquire_and_restore(num_fresh, on_cpu)
+            except BaseException:
+                self.gpu.release(hits)
+                raise
             blocks = np.concatenate([hits, fresh])
 
             num_found = len(hits) + len(on_cpu)
             row = self.tables.open(blocks, num_tokens, priority)
             self._transcripts.start(row, root, text if self.prefix_caching else None, digests)
-            self._sequences[seq_id] = SequenceState(row, num_found * self.block_size, len(hits), publish)
+            num_cached = num_found * self.block_size
+            self._sequences[seq_id] = SequenceState(row, num_cached, len(hits), publish, (num_cached, num_tokens))
             self._publish(seq_id, len(digests) if publish else num_found)
-            if text is not None and self.prefix_caching:
+            if text is not None and self.prefix_caching and not readmitted:
                 self.counters.prompt_tokens += num_tokens
                 self.counters.cached_tokens += num_found * self.block_size
             return blocks
@@ -241,17 +260,25 @@ class BlockManager:
         """
         with self.lock:
             sequence = self._known(seq_id)
-            if not written and sequence.cpu_blocks is None:
-                own = self.tables.blocks(sequence.row)[sequence.num_cached // self.block_size :]
-                self.gpu.unpublish(own)
+            if not written:
+                self._unpublish(sequence, sequence.num_cached // self.block_size)
             del self._sequences[seq_id]
+            self._epoch += 1
             self._transcripts.digests[sequence.row] = []
             blocks = self.tables.close(sequence.row)
             if sequence.cpu_blocks is None:
                 self.gpu.release(blocks)
             else:
                 self.cpu.release(sequence.cpu_blocks)
-            self._epoch += 1
+
+    def drop(self, seq_id: SeqId) -> None:
+        """Forget a sequence that gives way: what it may not have written yet cannot be found any more.
+
+        That is what its last `allocate` or `append` made room for, unless `publish` said that it was computed.
+        """
+        with self.lock:
+            self._unpublish_unwritten(self._known(seq_id))
+            self.free(seq_id)
 
     def fork(self, parent_id: SeqId, child_id: SeqId) -> None:
         """Let a new sequence continue another's tokens. They share every block until one of them writes to it."""
@@ -262,7 +289,9 @@ class BlockManager:
             self._transcripts.fork(parent.row, row)
             self.gpu.share(self.tables.blocks(row), int(self.tables.priority[row]))
             num_cached = self.tables.num_tokens(row)
-            self._sequences[child_id] = SequenceState(row, num_cached, parent.num_published, parent.publishes)
+            self._sequences[child_id] = SequenceState(
+                row, num_cached, parent.num_published, parent.publishes, parent.placed
+            )
 
     # ---- grow -------------------------------------------------------------------------------------------------------
 
@@ -294,15 +323,22 @@ class BlockManager:
         """
         count, text = self._text("n", n)
         with self.lock:
-            row = self._resident(seq_id).row
-            self.gpu.require(self._blocks_to_append(row, count))
+            sequence = self._resident(seq_id)
+            row, tables = sequence.row, self.tables
+            length = tables.num_tokens(row)
+            missing = self._blocks_to_append(row, count)
+            blocks = self.gpu.acquire(missing) if missing else NO_BLOCKS  # all at once: what raises changes nothing
 
-            length = self.tables.num_tokens(row)
-            copies = self._open_tails(np.array([row])) if self.tables.room[row] <= 0 else NO_PAIRS
-            missing = self._num_blocks(length + count) - int(self.tables.num_blocks[row])
-            if missing:
-                self.tables.push_run(row, self.gpu.acquire(missing))
-            slots = self.tables.advance(row, count)
+            copies = NO_PAIRS
+            if tables.room[row] < 0:
+                if self._copies_tail(row):
+                    copies, blocks = self._copy_tails(np.array([row]), blocks[:1]), blocks[1:]
+                else:
+                    tables.unguard(np.array([row]))
+            if len(blocks):
+                tables.push_run(row, blocks)
+            slots = tables.advance(row, count)
+            sequence.placed = (length, length + count)
             if text is not None:
                 self._transcripts.extend(row, length, text)
                 self._publish_if_wanted(seq_id)
@@ -353,14 +389,42 @@ class BlockManager:
                     self._publish_if_wanted(batch.seq_ids[i])
             return Appended(tables.tail_end[rows] - room, copies)
 
+    def mark(self, seq_ids: Iterable[SeqId]) -> list[Mark]:
+        """Return where sequences stand, so that `undo` can take back what they grow by, should it not be computed."""
+        with self.lock:
+            return [self._mark(seq_id, self._resident(seq_id)) for seq_id in seq_ids]
+
+    def undo(self, marks: Iterable[Mark]) -> list[SeqId]:
+        """Take back what sequences grew by since they were marked, as if it had never been asked for.
+
+        Their lengths and slots are those of before; blocks that they took are free again, in their order; what was
+        published can no longer be found; and a copy that an append made is given up for the block that it was made of.
+        A sequence that was freed or swapped out in the meantime is passed over.
+
+        Parameters
+        ----------
+        marks : iterable of Mark
+            As `mark` returned them, with no other call for these sequences but appends in between.
+
+        Returns
+        -------
+        list of hashables
+            Sequences whose last block's original has been freed by its other readers in the meantime: they end at the
+            block before.
+        """
+        with self.lock:
+            return [mark.seq_id for mark in reversed(list(marks)) if not self._undo(mark)]
+
     # ---- share ------------------------------------------------------------------------------------------------------
 
     def publish(self, seq_id: SeqId, num_tokens: int) -> None:
         """Let the full blocks among a sequence's first `num_tokens` tokens, all computed now, be found by others."""
         with self.lock:
-            self._resident(seq_id)
+            sequence = self._resident(seq_id)
             num_tokens = whole_number("num_tokens", num_tokens, at_least=0)
             self._publish(seq_id, num_tokens // self.block_size)
+            start, stop = sequence.placed
+            sequence.placed = (min(max(start, num_tokens), stop), stop)
 
     def evict(self, n: int) -> int:
         """Evict up to `n` cached blocks that nobody reads, ahead of need, and return how many were."""
@@ -368,10 +432,12 @@ class BlockManager:
             return len(self.gpu.evict(whole_number("n", n, at_least=0)))
 
     def take_transfers(self) -> list[Transfer]:
-        """Return the transfers of cached blocks since the last call, in the order in which they must be made."""
-        with self.lock:
-            transfers, self._transfers = self._transfers, []
-            return transfers
+        """Return the transfers of cached blocks since the last call, in the order in which they must be made.
+
+        For programs that move what each call returns; see the module's docstring.
+        """
+        names = {"out": "offload", "in": "restore"}
+        return [Transfer(names[move.kind], move.pairs) for move in self.moves.take_cached()]
 
     # ---- swap -------------------------------------------------------------------------------------------------------
 
@@ -398,12 +464,15 @@ class BlockManager:
             sequences = [self._resident(seq_id) for seq_id in dict.fromkeys(seq_ids)]
             on_gpu = [self.tables.blocks(sequence.row) for sequence in sequences]
             pairs, on_cpu = _duplicate(on_gpu, self.cpu)
+            self._epoch += 1
+            self._note("out", pairs)
             for sequence, source, target in zip(sequences, on_gpu, on_cpu, strict=True):
+                self._unpublish_unwritten(sequence)
                 sequence.cpu_blocks, sequence.cpu_tokens = target, self.tables.num_tokens(sequence.row)
+                sequence.left_blocks = np.union1d(sequence.left_blocks, source)
                 self.tables.unmap(sequence.row)
                 self.gpu.release(source)
             self.counters.blocks_swapped_out += len(pairs)
-            self._epoch += 1
             return pairs
 
     def can_swap_in(self, *seq_ids: SeqId) -> bool:
@@ -427,6 +496,9 @@ class BlockManager:
         with self.lock:
             swapped = {seq_id: self._swapped(seq_id) for seq_id in seq_ids}
             pairs, on_gpu = _duplicate([blocks for _, blocks in swapped.values()], self.gpu)
+            if len(pairs) and (self._offloads or self.moves.collects_all):
+                self.cpu.reserve(pairs[:, 0])
+                self._note("in", pairs)
             for (seq_id, (sequence, source)), target in zip(swapped.items(), on_gpu, strict=True):
                 self.tables.map(sequence.row, target, sequence.cpu_tokens)
                 self.tables.guard(sequence.row)
@@ -480,8 +552,7 @@ class BlockManager:
     def num_tokens(self, seq_id: SeqId) -> int:
         """Return the number of tokens that a sequence stores."""
         with self.lock:
-            sequence = self._known(seq_id)
-            return self.tables.num_tokens(sequence.row) if sequence.cpu_blocks is None else sequence.cpu_tokens
+            return self._num_tokens(self._known(seq_id))
 
     def cached_tokens(self, seq_id: SeqId) -> int:
         """Return how many of a sequence's first tokens were there when it was admitted, or all if it was forked."""
@@ -507,12 +578,17 @@ class BlockManager:
                 for seq_id in self._sequences:
                     if self.is_swapped(seq_id) == swapped:
                         readers[self.blocks(seq_id)] += 1
+                for blocks in self.moves.reserved if swapped else ():
+                    readers[blocks] += 1
                 assert np.array_equal(readers, pool.ref_count), "a block is read by other sequences than it counts"
             for seq_id in self._sequences:
                 needed = self._num_blocks(self.num_tokens(seq_id))
                 assert len(self.blocks(seq_id)) == needed, "a sequence has a block too many or too few"
 
     # ---- steps of the above -----------------------------------------------------------------------------------------
+
+    def _num_tokens(self, sequence: SequenceState) -> int:
+        return self.tables.num_tokens(sequence.row) if sequence.cpu_blocks is None else sequence.cpu_tokens
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -526,10 +602,15 @@ class BlockManager:
 
     def _blocks_to_append(self, row: int, n: int) -> int:
         """Return the blocks that `n` more tokens need, a copy of a shared last block among them."""
-        length = self.tables.num_tokens(row)
-        new = self._num_blocks(length + n) - int(self.tables.num_blocks[row])
-        copies_tail = self.tables.room[row] < 0 and self.gpu.ref_count[self.tables.tails(np.array([row]))[0]] > 1
-        return new + int(copies_tail)
+        new = self._num_blocks(self.tables.num_tokens(row) + n) - int(self.tables.num_blocks[row])
+        return new + int(self._copies_tail(row))
+
+    def _copies_tail(self, row: int) -> bool:
+        """Whether others read a row's partial last block, so that it is copied before the row writes to it."""
+        return bool(self.tables.room[row] < 0 and self.gpu.ref_count[self.tables.ids[row, self._last(row)]] > 1)
+
+    def _last(self, row: int) -> int:
+        return int(self.tables.num_blocks[row]) - 1
 
     def _open_tails(self, rows: Rows) -> Pairs:
         """Let each of `rows` write its next token: map a block past a full one, copy a partial one that others read."""
@@ -550,10 +631,22 @@ class BlockManager:
         tables.unguard(rows[~wanting])
         if full.any():
             tables.push(rows[full], blocks[full])
-        tables.replace_tail(rows[copied], blocks[copied])
-        self.gpu.leave(tails[copied])
-        self.counters.copies += int(np.count_nonzero(copied))
-        return np.stack([tails[copied], blocks[copied]], axis=1)
+        return self._copy_tails(rows[copied], blocks[copied])
+
+    def _copy_tails(self, rows: Rows, blocks: Ids) -> Pairs:
+        """Put `blocks` in the place of the last ones of `rows`, which others read, and return the copies to make."""
+        tails = self.tables.tails(rows)
+        self.tables.replace_tail(rows, blocks)
+        self.gpu.leave(tails)
+        self.counters.copies += len(rows)
+        pairs = np.stack([tails, blocks], axis=1)
+        self._note("copy", pairs)
+        return pairs
+
+    def _note(self, kind: str, pairs: Pairs) -> None:
+        """Put a move that its caller is told of on the list, where it has a reader there, or reserves what it reads."""
+        if len(pairs) and (self.moves.collects_all or kind == "in"):
+            self.moves.add(Move(kind, pairs), returned=True)
 
     def _match(self, digests: list[bytes], num_tokens: int) -> tuple[Ids, Ids]:
         """Return the GPU blocks of the longest cached prefix, and the CPU blocks that continue it."""
@@ -573,6 +666,28 @@ class BlockManager:
             self.gpu.publish(self.tables.ids[sequence.row, start:stop], digests, depth, priority)
             sequence.num_published = stop
 
+    def _unpublish_unwritten(self, sequence: SequenceState) -> None:
+        """Let what a sequence may not have written yet not be found, if it was published ahead of that."""
+        if sequence.publishes:
+            num_tokens = self._num_tokens(sequence)
+            start, stop = sequence.placed
+            written = start if num_tokens == stop else num_tokens - 1  # of a batch's step, the last token
+            self._unpublish(sequence, written // self.block_size)
+
+    def _unpublish(self, sequence: SequenceState, start: int) -> None:
+        """Let a sequence's blocks from `start` on, wherever copies of them lie, not be found.
+
+        A block of another sequence that has the same name, because it was there first, keeps it.
+        """
+        digests = self._transcripts.digests[sequence.row][start : sequence.num_published]
+        if not digests:
+            return
+        mine = np.concatenate([self.tables.blocks(sequence.row), sequence.left_blocks])
+        found = self.gpu.cache.find(digests)
+        self.gpu.unpublish(found[np.isin(found, mine) & (found >= 0)])
+        found = self.cpu.cache.find(digests)
+        self.cpu.unpublish(found[found >= 0])
+
     def _publish_if_wanted(self, seq_id: SeqId) -> None:
         if self._sequences[seq_id].publishes:
             self._publish(seq_id, self.tables.max_blocks)
@@ -587,17 +702,49 @@ class BlockManager:
             source, target = blocks[new], self.cpu.acquire(len(new))
             self.cpu.publish(target, names, self.gpu.stats.depth[source])
             self.cpu.release(target)
-            self._transfers.append(Transfer("offload", np.stack([source, target], axis=1)))
+            self.moves.add(Move("out", np.stack([source, target], axis=1), cached=True))
             self.counters.blocks_offloaded += len(new)
+
+    def _mark(self, seq_id: SeqId, sequence: SequenceState) -> Mark:
+        tables, row = self.tables, sequence.row
+        return Mark(
+            seq_id, tables.num_tokens(row), int(tables.room[row]), int(tables.ids[row, self._last(row)]),
+            sequence.num_published, sequence.placed, self._transcripts.mark(row),
+        )  # fmt: skip
+
+    def _undo(self, mark: Mark) -> bool:
+        """Bring a sequence back to its mark; returns whether it has all its tokens."""
+        sequence = self._sequences.get(mark.seq_id)
+        if sequence is None or sequence.cpu_blocks is not None or self._num_tokens(sequence) == mark.num_tokens:
+            return True
+        row, kept = sequence.row, self._num_blocks(mark.num_tokens)
+        self._unpublish(sequence, mark.num_published)
+        sequence.num_published, sequence.placed = mark.num_published, mark.placed
+        self._transcripts.restore(row, mark.text)
+        blocks = self.tables.cut(row, kept, mark.room)
+        if blocks[kept - 1] == mark.tail:
+            self.gpu.release(blocks[kept:])
+            return True
+        self.gpu.release(blocks[kept - 1 :])
+        if self.gpu.ref_count[mark.tail] > 0:
+            self.gpu.reserve(np.array([mark.tail], np.int32))
+            self.tables.set_tail(row, mark.tail)
+            return True
+        self.tables.cut(row, kept - 1, 0)
+        self._transcripts.forget(row)
+        return False
 
     def _acquire_and_restore(self, n: int, on_cpu: Ids) -> Ids:
         """Take `n` GPU blocks, of which the first receive what the blocks `on_cpu` hold."""
         if not len(on_cpu):
             return self.gpu.acquire(n)
-        self.cpu.share(on_cpu)  # taking blocks may evict, and so offload: not onto what is about to be restored
-        blocks = self.gpu.acquire(n)
-        self.cpu.release(on_cpu)
-        self._transfers.append(Transfer("restore", np.stack([on_cpu, blocks[: len(on_cpu)]], axis=1)))
+        self.cpu.share(on_cpu)  # until they are restored: taking blocks may evict, and so offload
+        try:
+            blocks = self.gpu.acquire(n)
+        except BaseException:
+            self.cpu.release(on_cpu)
+            raise
+        self.moves.add(Move("in", np.stack([on_cpu, blocks[: len(on_cpu)]], axis=1), cached=True))
         self.counters.blocks_restored += len(on_cpu)
         return blocks
 

@@ -25,7 +25,7 @@ class Counters:
     """What a manager has counted since it began."""
 
     prompt_tokens: int = 0
-    """Tokens of admitted prompts whose text was given, so that a cached prefix could be looked up."""
+    """Tokens of prompts whose text was given, so that a cached prefix could be looked up; none of the readmitted."""
     cached_tokens: int = 0
     """Those of them that were found."""
     copies: int = 0

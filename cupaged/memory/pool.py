@@ -53,7 +53,8 @@ class BlockPool:
     policy : EvictionPolicy
         Holds the evictable blocks.
     on_evict : callable or None
-        Called with the blocks about to be evicted and their digests, while they still hold their content.
+        Called with the blocks about to be evicted and their digests, while they still hold their content. What it
+        raises reaches whoever asked for blocks; nothing is evicted then.
     num_evicted, peak_used : int
         Blocks evicted so far, and the most that were ever used at once.
     pressure, pressure_mark
@@ -113,7 +114,8 @@ class BlockPool:
             blocks = self.allocator.allocate(n)
         else:
             self.require(n)
-            blocks = np.concatenate([self.allocator.allocate(free), self._take_evictable(n - free)])
+            evicted = self._take_evictable(n - free)  # first: what a hook raises then leaves the free blocks free
+            blocks = np.concatenate([self.allocator.allocate(free), evicted])
         self.ref_count[as_index(blocks)] = ONE
         self._note_use()
         return blocks
@@ -155,8 +157,12 @@ class BlockPool:
         self.stats.accessed(index)
         unread = readers == 0
         named = self.cache.named[index]
-        self.policy.add(blocks[unread & named][::-1])
         self.allocator.free(blocks[unread & ~named])
+        self._make_evictable(blocks[unread & named][::-1])
+
+    def reserve(self, blocks: Ids) -> None:
+        """Add a reader to each of `blocks`, all of which have one, that is no use of their content: see `MoveList`."""
+        self.ref_count[as_index(blocks)] += ONE
 
     def leave(self, blocks: Ids) -> None:
         """Take a reader from each of `blocks`, which may repeat and all keep another reader."""
@@ -169,8 +175,13 @@ class BlockPool:
             self.stats.named(as_index(blocks[new]), depth[new], priority)
 
     def unpublish(self, blocks: Ids) -> None:
-        """Let the content of `blocks`, all of which have a reader, not be found."""
-        self.cache.forget(blocks[self.cache.named[as_index(blocks)]])
+        """Let the content of `blocks` not be found; one that nobody reads becomes free."""
+        named = blocks[self.cache.named[as_index(blocks)]]
+        self.cache.forget(named)
+        unread = named[self.ref_count[as_index(named)] == 0]
+        if len(unread):
+            self.policy.remove(unread)
+            self.allocator.free(unread)
 
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""
@@ -192,14 +203,35 @@ class BlockPool:
         assert np.array_equal(self.cache.match(digests), blocks), "a name leads to another block"
 
     def _take_evictable(self, n: int) -> Ids:
-        """Take `n` blocks from the policy, and end what their content was known for."""
+        """Take `n` blocks from the policy, and end what their content was known for.
+
+        If the hook raises, the blocks are evictable again, as if they had been used just now.
+        """
         blocks = self.policy.pop(n)
-        if len(blocks):
-            digests = self.cache.forget(blocks)
-            if self.on_evict is not None:
-                self.on_evict(blocks, digests)
-            self.num_evicted += len(blocks)
+        index = as_index(blocks)
+        if len(blocks) != n or np.count_nonzero(self.ref_count[index]) or not self.cache.named[index].all():
+            raise RuntimeError(f"eviction must return {n} of the blocks that its policy holds; got {blocks.tolist()}")
+        if not n:
+            return blocks
+        if self.on_evict is not None:
+            try:
+                self.on_evict(blocks, self.cache.names(blocks))
+            except BaseException:
+                self._make_evictable(blocks)
+                raise
+        self.cache.forget(blocks)
+        self.num_evicted += len(blocks)
         return blocks
+
+    def _make_evictable(self, blocks: Ids) -> None:
+        """Give `blocks`, named and without a reader, to the policy; if it fails they lose their names and are free."""
+        try:
+            self.policy.add(blocks)
+        except BaseException:
+            self.policy.remove(blocks)
+            self.cache.forget(blocks)
+            self.allocator.free(blocks)
+            raise
 
     def _note_use(self) -> None:
         free = self.allocator.num_free

@@ -67,7 +67,7 @@ class Preemption:
     swapped: list[SeqId] = field(default_factory=list)
     """Sequences that lie in the CPU pool now; bring them back with `BlockManager.swap_in`."""
     dropped: list[SeqId] = field(default_factory=list)
-    """Sequences that the manager has forgotten; admit them again with all their tokens."""
+    """Sequences that the manager has forgotten; admit them again, as `readmitted`, with all their tokens."""
     pairs: Pairs = field(default_factory=lambda: NO_PAIRS)
     """int32 [num_blocks, 2]: the (GPU block, CPU block) copies to make before anything else."""
 
@@ -119,7 +119,7 @@ def make_room(
         pairs = manager.swap_out(*swapped) if swapped else NO_PAIRS
         dropped = [seq_id for seq_id in victims if seq_id not in swapped]
         for seq_id in dropped:
-            manager.free(seq_id)
+            manager.drop(seq_id)
         manager.counters.preemptions += len(victims)
         return Preemption(swapped, dropped, pairs)
 

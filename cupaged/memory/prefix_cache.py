@@ -109,16 +109,17 @@ class PrefixCache:
         return np.array([self._block_of.get(digest, -1) for digest in digests], np.int32)
 
     def publish(self, blocks: Ids, digests: Sequence[bytes]) -> slice | list[int]:
-        """Let `blocks` be found by `digests`, and return which of them now are, as an index.
+        """Let `blocks` be found by `digests`, and return which of them could not be before, as an index.
 
         A digest that is known keeps its block: the other one, computed at the same time, stays nameless and is freed
-        with its last reader.
+        with its last reader. A block that has its digest already keeps it, and is not new.
         """
         ids = blocks.tolist()
+        known = self.named[as_index(blocks)]
         owners = list(map(self._block_of.setdefault, digests, ids))
         new: slice | list[int] = slice(None)
-        if owners != ids:
-            new = [i for i, owner in enumerate(owners) if owner == ids[i]]
+        if owners != ids or np.count_nonzero(known):
+            new = [i for i, owner in enumerate(owners) if owner == ids[i] and not known[i]]
             digests = [digests[i] for i in new]
         if digests:
             index = as_index(blocks[new])
@@ -128,12 +129,17 @@ class PrefixCache:
 
     def forget(self, blocks: Ids) -> list[bytes]:
         """Make `blocks`, all of them named, unfindable, and return their digests: they will hold something else."""
-        index = as_index(blocks)
-        digests: list[bytes] = self._digest_of[index].tolist()
+        digests = self.names(blocks)
         for digest in digests:
             del self._block_of[digest]
+        index = as_index(blocks)
         self._digest_of[index] = None
         self.named[index] = NO
+        return digests
+
+    def names(self, blocks: Ids) -> list[bytes]:
+        """Return the digest of each of `blocks`, all of them named."""
+        digests: list[bytes] = self._digest_of[as_index(blocks)].tolist()
         return digests
 
     def digests(self, blocks: Ids) -> list[bytes | None]:
@@ -177,6 +183,19 @@ class Transcripts:
         self.start(twin, self.root[row], None, self.digests[row].copy())
         self.num_known[twin] = self.num_known[row]
         self.unfinished[twin] = self.unfinished[row]
+
+    def mark(self, row: int) -> tuple[int, int, Ids]:
+        """Return what `restore` needs to bring a row's text back to where it is now."""
+        return int(self.num_known[row]), len(self.digests[row]), self.unfinished[row].copy()
+
+    def restore(self, row: int, mark: tuple[int, int, Ids]) -> None:
+        """Take back by what a row's text was extended since it was marked."""
+        self.num_known[row], num_digests, self.unfinished[row] = mark
+        del self.digests[row][num_digests:]
+
+    def forget(self, row: int) -> None:
+        """Have no further names for a row, whose text is not known any more."""
+        self.num_known[row] = -1
 
     def extend(self, row: int, num_tokens: int, tokens: Ids) -> None:
         """Add `tokens` to a row that stores `num_tokens`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import warnings
 from types import TracebackType
 
 from cupaged.memory.allocator import whole_number
@@ -37,6 +38,12 @@ class WatermarkEvictor:
     pause : float
         Seconds that the thread sleeps after each step. Without a pause it would take the lock again before a waiting
         thread is awake, and keep the interpreter for as long as that lets it, 5 ms by default.
+
+    Attributes
+    ----------
+    error : BaseException or None
+        What ended the thread early, an eviction policy of one's own for example. It is told by a warning at once, and
+        raised by `stop`, and so at the end of a ``with`` block. Until then blocks are evicted when they are needed.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class WatermarkEvictor:
         self.stop_at = math.ceil((1 - low) * num_blocks - 1e-9)
         """Eviction ends when this many are free."""
         self.evicting = False
+        self.error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._stop = False
 
@@ -77,14 +85,20 @@ class WatermarkEvictor:
         """Run in a thread, which sleeps until the pool runs short of free blocks."""
         if self._thread is not None:
             raise RuntimeError("the evictor runs already")
-        self._stop = False
+        self._stop, self.error = False, None
         self.manager.gpu.pressure_mark = self.start_below
         self.manager.gpu.pressure.set()
         self._thread = threading.Thread(target=self._run, name="cupaged watermark evictor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and wait until it has ended."""
+        """End the thread and wait until it has ended.
+
+        Raises
+        ------
+        RuntimeError
+            If it had ended before, from the error that ended it.
+        """
         if self._thread is None:
             return
         self._stop = True
@@ -92,6 +106,13 @@ class WatermarkEvictor:
         self.manager.gpu.pressure.set()
         self._thread.join()
         self._thread = None
+        if self.error is not None:
+            raise RuntimeError(f"the background evictor had ended early: {self.error!r}") from self.error
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def __enter__(self) -> WatermarkEvictor:
         """Start the thread."""
@@ -101,10 +122,26 @@ class WatermarkEvictor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the thread."""
-        self.stop()
+        """End the thread; what ended it early is raised, or noted at an error that is on its way."""
+        try:
+            self.stop()
+        except RuntimeError as ended:
+            if error is None:
+                raise
+            error.add_note(str(ended))
 
     def _run(self) -> None:
+        try:
+            self._evict_until_stopped()
+        except BaseException as error:
+            self.error = error
+            warnings.warn(
+                f"the background evictor has ended, as a step raised {error!r}; who needs blocks evicts them now",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+
+    def _evict_until_stopped(self) -> None:
         pressure = self.manager.gpu.pressure
         while not self._stop:
             pressure.wait()

@@ -77,6 +77,7 @@ def test_a_sequence_whose_blocks_others_read_is_no_victim_alone():
 def test_dropped_sequences_leave_a_cached_prefix():
     manager = BlockManager(4, block_size=4)
     manager.allocate("a", range(16))
+    manager.publish("a", 16)  # it was computed
     assert make_room(manager, 2).dropped == ["a"]
     manager.allocate("new", 5)
     manager.free("new")

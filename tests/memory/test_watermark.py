@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
 
 from cupaged.errors import OutOfBlocksError
+from cupaged.memory.eviction import LRU
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.watermark import WatermarkEvictor
 
@@ -181,3 +183,64 @@ def test_evictor_and_clients_run_against_each_other_without_losing_a_block():
     assert manager.gpu.num_evicted > 100
     assert audits > 10
     assert min(client.operations for client in clients) > 100
+
+
+# ---- a step that fails ----------------------------------------------------------------------------------------------
+
+
+class FailsOnce(LRU):
+    """A policy of one's own with a fault that shows once."""
+
+    def __init__(self, stats):
+        super().__init__(stats)
+        self.failed = False
+
+    def pop(self, n):
+        if not self.failed:
+            self.failed = True
+            raise RuntimeError("once")
+        return super().pop(n)
+
+
+def wait_until(condition, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came to pass"
+        time.sleep(1e-3)
+
+
+def test_an_error_in_the_thread_is_told_at_once_and_raised_at_the_end():
+    manager = BlockManager(10, 0, 4, eviction=FailsOnce)
+    evictor = WatermarkEvictor(manager, 0.5, 0.2)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        evictor.start()
+        assert evictor.running
+        manager.allocate("a", np.arange(32))
+        manager.free("a")
+        wait_until(lambda: not evictor.running)
+    assert [str(each.message) for each in told] == [
+        "the background evictor has ended, as a step raised RuntimeError('once'); who needs blocks evicts them now"
+    ]
+    with pytest.raises(RuntimeError, match="the background evictor had ended early") as caught:
+        evictor.stop()
+    assert str(caught.value.__cause__) == "once"
+    manager.allocate("b", 40)  # nothing is lost
+    manager.check()
+    manager.free("b")
+    with evictor:  # and it can begin again
+        manager.allocate("c", np.arange(32))
+        manager.free("c")
+        wait_until(lambda: manager.gpu.num_free == 8)
+    assert evictor.error is None and not evictor.running
+
+
+@pytest.mark.filterwarnings("ignore:the background evictor has ended")
+def test_an_error_of_the_thread_does_not_hide_that_of_the_block():
+    manager = BlockManager(10, 0, 4, eviction=FailsOnce)
+    with pytest.raises(KeyError, match="mine") as caught, WatermarkEvictor(manager, 0.5, 0.2) as evictor:
+        manager.allocate("a", np.arange(32))
+        manager.free("a")
+        wait_until(lambda: not evictor.running)
+        raise KeyError("mine")
+    assert caught.value.__notes__ == ["the background evictor had ended early: RuntimeError('once')"]
