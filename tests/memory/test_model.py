@@ -50,6 +50,9 @@ class Model:
             max_blocks_per_seq=1,
         )
         self.evictor = WatermarkEvictor(self.manager, high=0.8, low=0.6, blocks_per_step=2)
+        self.collected = bool(next(choices) % 2)  # moves come from the manager's list, or from what calls return
+        if self.collected:
+            self.manager.moves.collect_all()
         self.gpu = np.full(self.manager.gpu.num_blocks * self.block_size, UNWRITTEN, np.int64)
         self.cpu = np.full(self.manager.cpu.num_blocks * self.block_size, UNWRITTEN, np.int64)
         self.texts: dict[int, list[int]] = {}
@@ -69,8 +72,31 @@ class Model:
             target[pairs[:, 1:] * self.block_size + of_block] = read
 
     def transfer(self) -> None:
-        for direction, pairs in self.manager.take_transfers():
-            self.move(*((self.gpu, self.cpu) if direction == "offload" else (self.cpu, self.gpu)), pairs)
+        """Make the moves on the list, after the evictor's thread had a turn right behind the call that made them."""
+        if next(self.choices) % 4 == 0:
+            self.evictor.step()
+        memories = {"copy": (self.gpu, self.gpu), "out": (self.gpu, self.cpu), "in": (self.cpu, self.gpu)}
+        if self.collected:
+            moves = self.manager.moves.pending
+            if next(self.choices) % 4 == 0:  # a failure half-way: the last one made is not noted, and made again
+                moves = moves[: next(self.choices) % (len(moves) + 1)]
+                for number, move in enumerate(moves):
+                    self.move(*memories[move.kind], move.pairs)
+                    self.manager.moves.done(moves[:number])
+            for move in self.manager.moves.pending:
+                self.move(*memories[move.kind], move.pairs)
+                self.manager.moves.done([move])
+        else:
+            for direction, pairs in self.manager.take_transfers():
+                self.move(*memories["out" if direction == "offload" else "in"], pairs)
+
+    def make(self, kind: str, pairs: np.ndarray) -> None:
+        """Make the moves on the list, then those that the call returned, unless they are on the list as well."""
+        self.transfer()
+        if not self.collected:
+            self.move(
+                *{"copy": (self.gpu, self.gpu), "out": (self.gpu, self.cpu), "in": (self.cpu, self.gpu)}[kind], pairs
+            )
 
     def say(self, seq_id: int, tokens: list[int]) -> list[int]:
         """Add tokens to a sequence's text and return their values, each standing for all the text up to it."""
@@ -81,8 +107,7 @@ class Model:
         return values[len(values) - len(tokens) :]
 
     def written(self, appended: Appended, seq_ids: list[int], tokens: list[list[int]]) -> None:
-        self.transfer()
-        self.move(self.gpu, self.gpu, appended.copies)
+        self.make("copy", appended.copies)
         values = [value for seq_id, said in zip(seq_ids, tokens, strict=True) for value in self.say(seq_id, said)]
         assert len(set(appended.slots.tolist())) == len(values), "two tokens were given one slot"
         self.gpu[appended.slots] = values
@@ -152,6 +177,40 @@ class Model:
             tokens = [[next(self.fresh) for _ in said] for said in tokens]
         self.written(appended, seq_ids, tokens)
 
+    def undo(self) -> None:
+        """Append, to one or to several, and take it back before anything is written."""
+        how, count = next(self.choices), 1 + next(self.choices) % 9
+        seq_ids = [seq_id for seq_id in self.running() if how >> seq_id & 1]
+        marks = self.manager.mark(seq_ids)
+        try:
+            if len(seq_ids) == 1:
+                self.manager.append(seq_ids[0], [how % 3] * count if how & 64 else count)
+            else:
+                self.manager.append_batch(seq_ids, np.full(len(seq_ids), how % 3) if how & 64 else None)
+        except OutOfBlocksError:
+            self.refused += 1
+        if next(self.choices) % 2:
+            self.transfer()  # the copies were made, or they were not
+        assert self.manager.undo(marks) == [], "all readers are there still"
+        self.transfer()
+
+    def abandon(self) -> None:
+        """Admit a prompt that is never computed, let it move about, and end it: nobody may find it."""
+        seq_id = self.of(set(SEQ_IDS) - set(self.texts))
+        tokens, how = self.tokens(), next(self.choices)
+        if seq_id is None or not self.manager.can_allocate(tokens):
+            return
+        self.manager.allocate(seq_id, tokens, publish=bool(how & 1))
+        if how & 2 and self.manager.can_swap_out(seq_id):
+            self.make("out", self.manager.swap_out(seq_id))  # what it shares was written
+            if how & 4 and self.manager.can_swap_in(seq_id):
+                self.make("in", self.manager.swap_in(seq_id))
+        if how & 8 or self.manager.is_swapped(seq_id):
+            self.manager.free(seq_id, written=False)
+        else:
+            self.manager.drop(seq_id)
+        self.transfer()
+
     def fork(self) -> None:
         parent, child = self.of(self.running()), self.of(set(SEQ_IDS) - set(self.texts))
         if parent is not None and child is not None:
@@ -179,8 +238,7 @@ class Model:
                      lambda pairs: self.swapped_out(seq_ids, pairs))  # fmt: skip
 
     def swapped_out(self, seq_ids: list[int], pairs: np.ndarray) -> None:
-        self.transfer()
-        self.move(self.gpu, self.cpu, pairs)
+        self.make("out", pairs)
         self.swapped |= set(seq_ids)
 
     def swap_in(self) -> None:
@@ -191,8 +249,7 @@ class Model:
                      lambda pairs: self.swapped_in(seq_ids, pairs))  # fmt: skip
 
     def swapped_in(self, seq_ids: list[int], pairs: np.ndarray) -> None:
-        self.transfer()
-        self.move(self.cpu, self.gpu, pairs)
+        self.make("in", pairs)
         self.swapped -= set(seq_ids)
 
     def evict(self) -> None:
@@ -260,7 +317,9 @@ class Model:
             blocks = self.manager.blocks(seq_id).tolist()
             assert table.tolist() == blocks + [-1] * (len(table) - len(blocks))
 
-    OPERATIONS = (allocate, append, append_batch, append_batch, fork, free, swap_out, swap_in, evict, preempt)
+    OPERATIONS = (
+        allocate, append, append_batch, append_batch, fork, free, swap_out, swap_in, evict, preempt, undo, abandon,
+    )  # fmt: skip
 
     def run(self, num_operations: int) -> None:
         for number in range(num_operations):
