@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ class SequenceState:
     placed: tuple[int, int]  # the positions that the last call for it alone made room for
     cpu_blocks: Ids | None = None  # where it lies while it is swapped out,
     cpu_tokens: int = 0  # and how long it is
-    left_blocks: Ids = field(default_factory=lambda: NO_BLOCKS)  # GPU blocks that it had before it was swapped out
+    left_blocks: Ids | None = None  # GPU blocks that it had before it was swapped out
 
 
 @dataclass(slots=True)
@@ -469,7 +469,9 @@ class BlockManager:
             for sequence, source, target in zip(sequences, on_gpu, on_cpu, strict=True):
                 self._unpublish_unwritten(sequence)
                 sequence.cpu_blocks, sequence.cpu_tokens = target, self.tables.num_tokens(sequence.row)
-                sequence.left_blocks = np.union1d(sequence.left_blocks, source)
+                sequence.left_blocks = np.union1d(
+                    NO_BLOCKS if sequence.left_blocks is None else sequence.left_blocks, source
+                )
                 self.tables.unmap(sequence.row)
                 self.gpu.release(source)
             self.counters.blocks_swapped_out += len(pairs)
@@ -682,7 +684,9 @@ class BlockManager:
         digests = self._transcripts.digests[sequence.row][start : sequence.num_published]
         if not digests:
             return
-        mine = np.concatenate([self.tables.blocks(sequence.row), sequence.left_blocks])
+        mine = self.tables.blocks(sequence.row)
+        if sequence.left_blocks is not None:
+            mine = np.concatenate([mine, sequence.left_blocks])
         found = self.gpu.cache.find(digests)
         self.gpu.unpublish(found[np.isin(found, mine) & (found >= 0)])
         found = self.cpu.cache.find(digests)

@@ -115,11 +115,12 @@ class PrefixCache:
         with its last reader. A block that has its digest already keeps it, and is not new.
         """
         ids = blocks.tolist()
-        known = self.named[as_index(blocks)]
+        num_known = len(self._block_of)
         owners = list(map(self._block_of.setdefault, digests, ids))
         new: slice | list[int] = slice(None)
-        if owners != ids or np.count_nonzero(known):
-            new = [i for i, owner in enumerate(owners) if owner == ids[i] and not known[i]]
+        if len(self._block_of) - num_known < len(ids):
+            named = self.named[as_index(blocks)]
+            new = [i for i, owner in enumerate(owners) if owner == ids[i] and not named[i]]
             digests = [digests[i] for i in new]
         if digests:
             index = as_index(blocks[new])
@@ -129,10 +130,10 @@ class PrefixCache:
 
     def forget(self, blocks: Ids) -> list[bytes]:
         """Make `blocks`, all of them named, unfindable, and return their digests: they will hold something else."""
-        digests = self.names(blocks)
+        index = as_index(blocks)
+        digests: list[bytes] = self._digest_of[index].tolist()
         for digest in digests:
             del self._block_of[digest]
-        index = as_index(blocks)
         self._digest_of[index] = None
         self.named[index] = NO
         return digests
