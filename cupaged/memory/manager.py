@@ -561,6 +561,12 @@ class BlockManager:
         with self.lock:
             return self._known(seq_id).num_cached
 
+    def unwritten_blocks(self, seq_id: SeqId) -> Ids:
+        """Return the GPU blocks that can be found by others though a sequence may not have computed them yet."""
+        with self.lock:
+            sequence = self._resident(seq_id)
+            return self.tables.blocks(sequence.row)[self._num_written(sequence) : sequence.num_published]
+
     def priority(self, seq_id: SeqId) -> int:
         """Return the priority of a sequence."""
         with self.lock:
@@ -670,11 +676,16 @@ class BlockManager:
 
     def _unpublish_unwritten(self, sequence: SequenceState) -> None:
         """Let what a sequence may not have written yet not be found, if it was published ahead of that."""
-        if sequence.publishes:
-            num_tokens = self._num_tokens(sequence)
-            start, stop = sequence.placed
-            written = start if num_tokens == stop else num_tokens - 1  # of a batch's step, the last token
-            self._unpublish(sequence, written // self.block_size)
+        self._unpublish(sequence, self._num_written(sequence))
+
+    def _num_written(self, sequence: SequenceState) -> int:
+        """Return how many of a sequence's blocks were computed for certain, or are not published before they are."""
+        if not sequence.publishes:
+            return sequence.num_published
+        num_tokens = self._num_tokens(sequence)
+        start, stop = sequence.placed
+        written = start if num_tokens == stop else num_tokens - 1  # of a batch's step, the last token
+        return written // self.block_size
 
     def _unpublish(self, sequence: SequenceState, start: int) -> None:
         """Let a sequence's blocks from `start` on, wherever copies of them lie, not be found.

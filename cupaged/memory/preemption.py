@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import NO_PAIRS, BlockManager, Pairs
+from cupaged.memory.pool import NO_BLOCKS
 
 __all__ = ["CostModel", "Preemption", "make_room"]
 
@@ -82,7 +83,8 @@ def make_room(
 ) -> Preemption:
     """Preempt as few sequences as it takes for `num_blocks` GPU blocks to be free or evictable.
 
-    The lowest priority gives way first; among equals, the one admitted last, which has the least to lose.
+    The lowest priority gives way first; among equals, the one admitted last, which has the least to lose. A sequence
+    whose prompt others share, and which may not have computed it yet, gives way only together with them.
 
     Parameters
     ----------
@@ -137,24 +139,35 @@ def _candidates(manager: BlockManager, protect: Collection[SeqId], priority: int
 
 def _victims(manager: BlockManager, candidates: list[SeqId], short: int) -> list[SeqId] | None:
     """Return the first candidates that free `short` blocks together, less those that contribute nothing."""
-    count = next((n for n in range(1, len(candidates) + 1) if _freed(manager, candidates[:n]) >= short), None)
+
+    def are_enough(victims: list[SeqId]) -> bool:
+        return _freed(manager, victims) >= short and not _are_waited_for(manager, victims)
+
+    count = next((n for n in range(1, len(candidates) + 1) if are_enough(candidates[:n])), None)
     if count is None:
         return None
     victims = candidates[:count]
     for seq_id in reversed(candidates[:count]):
         others = [victim for victim in victims if victim != seq_id]
-        if _freed(manager, others) >= short:
+        if are_enough(others):
             victims = others
     return victims
 
 
-def _freed(manager: BlockManager, seq_ids: list[SeqId]) -> int:
-    """Return how many blocks have no reader besides these sequences."""
+def _are_waited_for(manager: BlockManager, seq_ids: list[SeqId]) -> bool:
+    """Whether others read blocks that these sequences are still to compute."""
+    unwritten: NDArray[np.int32] = np.concatenate([NO_BLOCKS, *(manager.unwritten_blocks(each) for each in seq_ids)])
+    return len(unwritten) > 0 and _freed(manager, seq_ids, unwritten) < len(np.unique(unwritten))
+
+
+def _freed(manager: BlockManager, seq_ids: list[SeqId], among: NDArray[np.int32] | None = None) -> int:
+    """Return how many blocks, of all or `among` some, have no reader besides these sequences."""
     if not seq_ids:
         return 0
     held: NDArray[np.int32] = np.concatenate([manager.blocks(seq_id) for seq_id in seq_ids])
     blocks, readers = np.unique(held, return_counts=True)
-    return int(np.count_nonzero(manager.gpu.ref_count[blocks] == readers))
+    freed = blocks[manager.gpu.ref_count[blocks] == readers]
+    return len(freed) if among is None else int(np.count_nonzero(np.isin(freed, among)))
 
 
 def _worth_swapping(manager: BlockManager, victims: list[SeqId], cost: CostModel | None) -> list[SeqId]:

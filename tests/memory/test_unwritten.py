@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cupaged.errors import OutOfBlocksError
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.preemption import CostModel, make_room
 
@@ -167,6 +168,29 @@ def test_a_forked_victim_that_shares_what_was_not_computed_is_not_found():
     manager.free("a")
     assert make_room(manager, 8).dropped == ["b"]
     assert found(manager) == 0
+    manager.check()
+
+
+def test_a_prompt_that_another_counts_on_gives_way_with_it_or_not_at_all():
+    """ "b" shares what "a" is to compute. If "a" alone gave way, "b" would read blocks that nobody writes."""
+    manager = BlockManager(12, 0, BLOCK)
+    manager.allocate("a", TEXT)
+    manager.allocate("b", TEXT, priority=1)
+    assert manager.cached_tokens("b") == 16
+    assert make_room(manager, 7).dropped == ["b"]
+    manager.allocate("b", TEXT, priority=1)
+    with pytest.raises(OutOfBlocksError):
+        make_room(manager, 8, protect=["b"])
+    assert sorted(make_room(manager, 8).dropped) == ["a", "b"]
+    manager.check()
+
+
+def test_a_prompt_that_was_computed_gives_way_without_those_that_share_it():
+    manager = BlockManager(12, 0, BLOCK)
+    manager.allocate("a", TEXT)
+    manager.publish("a", 17)
+    manager.allocate("b", TEXT, priority=1)
+    assert make_room(manager, 7).dropped == ["a"]
     manager.check()
 
 
