@@ -103,7 +103,7 @@ class BlockManager:
         to the CPU pool, if there is room, and is restored.
     prefix_caching : bool
         Whether full blocks can be found by later prompts.
-    salt : bytes
+    salt : bytes, str or int
         Separates this manager's names from those of any other salt.
     bytes_per_block : int
         Keys and values of a block over all layers; metrics count swapped bytes with it.
@@ -131,7 +131,7 @@ class BlockManager:
         eviction: str | Callable[[BlockStats], EvictionPolicy] = "lru",
         on_evict: str = "drop",
         prefix_caching: bool = True,
-        salt: bytes = b"",
+        salt: str | bytes | int = b"",
         bytes_per_block: int = 0,
         max_seqs: int = 256,
         max_blocks_per_seq: int = 128,
@@ -185,7 +185,7 @@ class BlockManager:
             The sequence's name, not in use.
         tokens : int or int [num_tokens]
             Token ids, in the range of int32, or only their number. An int32 array is the fastest form.
-        extra : sequence of str, bytes or int
+        extra : list or tuple of str, bytes or int
             What the keys and values depend on besides tokens; see `root_digest`.
         priority : int
             What the sequence is worth: under pressure the lowest gives way first.
@@ -602,7 +602,8 @@ class BlockManager:
         return blocks
 
     def _root(self, extra: ExtraKeys) -> bytes:
-        return root_digest(self.block_size, self._salt, extra) if extra else self._no_extra
+        nothing = isinstance(extra, tuple) and not extra
+        return self._no_extra if nothing else root_digest(self.block_size, self._salt, extra)
 
     def _names(self, text: Ids | None, root: bytes) -> list[bytes]:
         """Return the names of a text's full blocks; none if the text is not known or not to be cached."""
