@@ -25,6 +25,7 @@ from cupaged.memory.manager import BlockManager
 from cupaged.memory.metrics import snapshot
 from cupaged.memory.preemption import CostModel
 from cupaged.ops.blocks import copy_blocks
+from cupaged.ops.checks import as_float32
 from cupaged.ops.sampling import sample
 from cupaged.ops.swap import SwapEngine
 from cupaged.reference import as_numpy
@@ -315,7 +316,7 @@ class LLM:
             self.scheduler.cancel(request)
             self._retire(request)
 
-    def fork(self, request_id: int, token: int | None = None) -> int:
+    def fork(self, request_id: int, token: int | None = None, *, seed: int | None = None) -> int:
         """Let a new request run on from where another stands, and return its name.
 
         The two share their blocks; a block that both would write to is copied when the first of them does. With the
@@ -327,22 +328,32 @@ class LLM:
             It runs, and has generated a token.
         token : int, optional
             What the new one's last token is instead.
+        seed : int, optional
+            Draws the new one's tokens from here on. By default it follows from the other's seed and the number of
+            requests that were forked from the other before: each fork draws tokens of its own, and draws them again
+            when everything is repeated. The other's own seed lets the two draw alike. Greedy choice takes no seed.
 
         Raises
         ------
         KeyError
             If there is no such request, or it has ended.
+        TypeError
+            If the token or the seed is no integer.
         ValueError
             If it does not run, as many run as may, or the token is unknown.
         """
         parent = self._requests.get(request_id)
         if parent is None:
             raise KeyError(f"request_id must name a request that has not ended; got {request_id!r}")
-        if token is not None and not 0 <= token < self.model.config.vocab_size:
+        if token is not None and not 0 <= whole_number("token", token, -(2**63)) < self.model.config.vocab_size:
             raise ValueError(f"token must be a token id from 0 to {self.model.config.vocab_size - 1}; got {token}")
         output = [*parent.output] if token is None else [*parent.output[:-1], int(token)]
-        child = replace(parent, seq_id=self._next_id, output=output, num_preemptions=0)
+        params = replace(parent.params, seed=_seed_of_fork(parent) if seed is None else seed)
+        child = replace(
+            parent, seq_id=self._next_id, params=params, output=output, num_preemptions=0, num_forks=0
+        )  # fmt: skip
         self.scheduler.fork(parent, child)
+        parent.num_forks += 1
         self._next_id += 1
         self._requests[child.seq_id] = child
         answer = self._answers[request_id]
@@ -577,14 +588,20 @@ class LLM:
         )
 
 
+def _seed_of_fork(parent: Request) -> int:
+    """Return a seed for the next fork of a request, independent of the request's own and of its other forks'."""
+    source = np.random.SeedSequence(parent.params.seed % 2**64, spawn_key=(parent.num_forks,))
+    return int(source.generate_state(1, np.uint64)[0])
+
+
 def _sampling_rows(requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
     """Return how each request samples its next token; a seed stands for one place of one request."""
     params = [request.params for request in requests]
     seeds = [(p.seed * GOLDEN + request.num_tokens) % 2**64 for p, request in zip(params, requests, strict=True)]
     return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
+        "temperature": as_float32(np.array([p.temperature for p in params], np.float64)),
         "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params], np.float32),
+        "top_p": as_float32(np.array([p.top_p for p in params], np.float64)),
         "seeds": np.array(seeds, np.uint64),
     }
 

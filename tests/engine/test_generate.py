@@ -1,5 +1,7 @@
 """The paged engine says token for token what a dense model says, whatever happens to its blocks on the way."""
 
+import dataclasses
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -343,6 +345,57 @@ def test_beam_search_by_forks_copies_on_write(backend, preempting):
     assert_all_free(llm)
 
 
+SAMPLED = pg.SamplingParams(12, 1.0, seed=5, ignore_end=True)
+
+
+def forked(llm, params, seeds=(None, None), token=None, grandchild=False):
+    """Return what a request and its forks, made after its first token, answer."""
+    ids = [llm.submit(prompts_of([6])[0], params)]
+    llm.step()
+    ids += [llm.fork(ids[0], token, seed=seed) for seed in seeds]
+    if grandchild:
+        ids.append(llm.fork(ids[1]))
+    while llm.unfinished:
+        llm.step()
+    return [llm.completion(seq_id).tokens.tolist() for seq_id in ids]
+
+
+def test_sampled_forks_differ_and_are_repeatable(backend):
+    answers = forked(small_llm(backend), SAMPLED, [None] * 3, grandchild=True)
+    assert len({answer[0] for answer in answers}) == 1
+    assert len({tuple(answer[1:]) for answer in answers}) == 5
+    used = small_llm(backend)  # in which names of requests and the contents of the cache are others
+    used.generate(prompts_of([6, 9]), GREEDY)
+    assert forked(used, SAMPLED, [None] * 3, grandchild=True) == answers
+    assert answers[0] == small_llm(backend).generate(prompts_of([6]), SAMPLED)[0].tokens.tolist()
+    assert_all_free(used)
+
+
+def test_forks_of_different_seeds_differ():
+    first = forked(small_llm(), SAMPLED)
+    second = forked(small_llm(), dataclasses.replace(SAMPLED, seed=6))
+    assert all(a[1:] != b[1:] for a in first for b in second)
+
+
+def test_a_fork_draws_by_the_seed_that_it_is_given():
+    parent, same, other, huge = forked(small_llm(), SAMPLED, [5, np.int64(-7), 2**64 - 7])
+    assert same == parent
+    assert other[1:] != parent[1:] and huge == other  # modulo 2**64
+    (again,) = small_llm().generate([[*prompts_of([6])[0], parent[0]]], dataclasses.replace(SAMPLED, seed=-7))
+    assert other[1:] == again.tokens.tolist()[: len(other) - 1]
+
+
+def test_greedy_forks_say_what_their_parent_says():
+    for answer in forked(small_llm(), GREEDY, [None, 3]):
+        assert answer == dense(tuple(prompts_of([6])[0]), 12)
+
+
+def test_a_sampled_fork_can_begin_with_another_token():
+    parent, *forks = forked(small_llm(), SAMPLED, token=41)
+    assert parent[0] != 41 and {answer[0] for answer in forks} == {41}
+    assert forks[0][1:] != forks[1][1:]
+
+
 def test_forks_are_checked():
     llm = small_llm(max_num_seqs=2, max_batch_tokens=4)
     first = llm.submit(prompts_of([6])[0], GREEDY)
@@ -354,6 +407,11 @@ def test_forks_are_checked():
     llm.step()
     with pytest.raises(ValueError, match="token must be a token id from 0 to 96; got 97"):
         llm.fork(first, 97)
+    for token in (1.5, "1", True):
+        with pytest.raises(TypeError, match="token must be an integer"):
+            llm.fork(first, token)
+    with pytest.raises(TypeError, match="seed must be an integer; got float 1.5"):
+        llm.fork(first, seed=1.5)
     second = llm.fork(first)
     with pytest.raises(ValueError, match="fewer than 2 that run"):
         llm.fork(first)
@@ -411,11 +469,51 @@ def test_prompts_that_cannot_be_answered(prompts, error, message):
         ({"top_p": 0}, ValueError, "top_p must be above 0 and at most 1; got 0"),
         ({"top_k": -1}, ValueError, "top_k must be at least 0"),
         ({"seed": 1.5}, TypeError, "seed must be an integer; got float 1.5"),
+        ({"temperature": np.nan}, ValueError, "temperature must be finite and at least 0; got nan"),
+        ({"temperature": np.longdouble(np.inf)}, ValueError, "temperature must be finite and at least 0"),
+        ({"temperature": -1e-50}, ValueError, "temperature must be finite and at least 0; got -1e-50"),
+        ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
+        ({"top_p": Fraction(10**30 + 1, 10**30)}, ValueError, "top_p must be above 0 and at most 1"),
+        ({"top_p": True}, TypeError, "top_p must be a real number; got bool True"),
+        ({"ignore_end": "no"}, TypeError, "ignore_end must be a bool; got str 'no'"),
     ],
 )
 def test_sampling_is_checked(options, error, message):
     with pytest.raises(error, match=message):
         pg.SamplingParams(**options)
+
+
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_numbers_beyond_float32_mean_what_they_say(use_kernels):
+    """Were they rounded to float32, 1e300 would be infinite and 1e-50 would be 0."""
+    llm, (prompt,) = small_llm(use_kernels=use_kernels), prompts_of([5])
+    first = dense((*prompt,), 12)[:4]
+    for options in (
+        {"temperature": 1e-50}, {"temperature": Fraction(1, 10**400)}, {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "top_p": Fraction(1, 10**400)}, {"temperature": 1e300, "top_k": 1},
+        {"temperature": np.float32(1), "top_p": np.float16(6e-8)}, {"temperature": 1e-40, "top_k": 10**400},
+    ):  # fmt: skip
+        (answer,) = llm.generate([prompt], pg.SamplingParams(4, seed=3, ignore_end=True, **options))
+        assert answer.tokens.tolist() == first, options
+    for temperature in (1e300, 10**400, np.float64(1e300)):
+        params = pg.SamplingParams(4, temperature, seed=3, ignore_end=True)
+        (hot,) = llm.generate([prompt], params)
+        (flat,) = llm.generate([prompt], pg.SamplingParams(4, 1e30, seed=3, ignore_end=True))
+        assert hot.tokens.tolist() == flat.tokens.tolist() != first
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    llm, (prompt,) = small_llm(), prompts_of([5])
+    plain = pg.SamplingParams(4, 0.75, 20, 0.5, seed=-3, ignore_end=True)
+    numpy = pg.SamplingParams(
+        np.uint8(4), np.float32(0.75), np.int16(20), np.float16(0.5), seed=np.int64(-3), ignore_end=np.bool_(True)
+    )
+    assert numpy == plain and hash(numpy) == hash(plain)
+    first, second = llm.generate([prompt] * 2, [plain, numpy])
+    assert first.tokens.tolist() == second.tokens.tolist()
+    for seed in (2**64 - 3, 10**400 * 2**64 - 3, np.uint64(2**64 - 3)):
+        (same,) = llm.generate([prompt], dataclasses.replace(plain, seed=seed))
+        assert same.tokens.tolist() == first.tokens.tolist()
 
 
 def test_arguments_are_checked():
