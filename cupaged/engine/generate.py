@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -16,7 +16,7 @@ from cupaged import reference
 from cupaged.engine.decode_step import DecodeStep, ShapeClass, shape_class
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.engine.scheduler import Move, Scheduler, Step
-from cupaged.engine.sequence import SamplingParams, State
+from cupaged.engine.sequence import SamplingParams, State, checked_priority
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
@@ -250,20 +250,19 @@ class LLM:
         Raises
         ------
         TypeError, ValueError
-            Naming the prompt, what was expected and what came: an empty prompt, one longer than the cache or the
-            model's context, an unknown token. Nothing was computed.
+            Naming the argument, what was expected and what came: an empty prompt, one longer than the cache or the
+            model's context, an unknown token, a priority beyond int32. Nothing was computed, and no prompt waits.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        if isinstance(prompts, str | bytes | bytearray) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts must be a list of texts or of lists of token ids; got {type(prompts).__name__}")
-        every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        ranks = [0] * len(prompts) if priorities is None else list(priorities)
-        for name, values in (("params", every), ("priorities", ranks)):
-            if len(values) != len(prompts):
-                raise ValueError(
-                    f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(values)}"
-                )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable; got {type(callback).__name__}")
+        every = _for_each("params", params if isinstance(params, Sequence) else [params] * len(prompts), prompts)
+        ranks = _for_each("priorities", [0] * len(prompts) if priorities is None else priorities, prompts)
         texts = [self._tokens(f"prompts[{i}]", prompt, chat) for i, prompt in enumerate(prompts)]
-        ids = [self._submit(*each) for each in zip(texts, every, ranks, strict=True)]
+        names = [("params", f"priorities[{i}]") for i in range(len(prompts))]
+        checked = [_checked(*each) for each in zip(names, every, ranks, strict=True)]
+        ids = [self._queue(text, *each) for text, each in zip(texts, checked, strict=True)]
         try:
             while any(request_id in self._requests for request_id in ids):
                 report = self.step(report=callback is not None)
@@ -307,7 +306,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, priority: int = 0
     ) -> int:
         """Let a request wait for its turn, and return its name; arguments and errors are those of `generate`."""
-        return self._submit(self._tokens("prompt", prompt, chat), params or SamplingParams(), priority)
+        tokens = self._tokens("prompt", prompt, chat)
+        return self._queue(tokens, *_checked(("params", "priority"), params, priority))
 
     def cancel(self, request_id: int) -> None:
         """End a request, if it has not ended, and free its blocks; `completion` has what it generated so far."""
@@ -456,7 +456,13 @@ class LLM:
             if not isinstance(prompt, str):
                 raise TypeError(f"{name} must be a text where chat is True; got {type(prompt).__name__}")
             prompt = self.tokenizer.encode(self.tokenizer.chat(prompt) if chat else prompt)
-        tokens = np.asarray(prompt)
+        try:
+            tokens = np.asarray(prompt)
+        except (TypeError, ValueError) as error:  # lists of different lengths, or an array of another device
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name} must be a text or a vector of token ids; {error}") from error
+        if tokens.ndim == 0:
+            raise TypeError(f"{name} must be a text or a vector of token ids; got {type(prompt).__name__}")
         if tokens.ndim != 1:
             raise ValueError(f"{name} must be a text or a vector of token ids; got shape {list(tokens.shape)}")
         if not len(tokens):
@@ -476,12 +482,11 @@ class LLM:
                 raise ValueError(f"{name} must have at most {limit} tokens, what {what} holds; got {len(tokens)}")
         return tokens.astype(np.int32)
 
-    def _submit(self, tokens: NDArray[np.int32], params: SamplingParams, priority: int) -> int:
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams; got {type(params).__name__}")
+    def _queue(self, tokens: NDArray[np.int32], params: SamplingParams, priority: int) -> int:
+        """Let a request of which all was checked wait for its turn."""
         slots = self.manager.gpu.num_blocks * self.manager.block_size
         limit = min(self.model.config.max_tokens, slots)
-        request = Request(self._next_id, tokens, params, whole_number("priority", priority, -(2**31)), limit)
+        request = Request(self._next_id, tokens, params, priority, limit)
         self._next_id += 1
         self._requests[request.seq_id] = request
         self._answers[request.seq_id] = Completion(request.seq_id, tokens, arrival=time.perf_counter())
@@ -586,6 +591,24 @@ class LLM:
             seconds=seconds,
             logits=logits,
         )
+
+
+def _for_each(name: str, values: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    """Return a list with an entry for each prompt, or raise by name."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list with one entry for each prompt; got {type(values).__name__}")
+    entries = list(values)
+    if len(entries) != len(prompts):
+        raise ValueError(f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(entries)}")
+    return entries
+
+
+def _checked(names: tuple[str, str], params: Any, priority: Any) -> tuple[SamplingParams, int]:
+    """Return how a request is sampled and its priority, or raise by the arguments' names."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"{names[0]} must be SamplingParams; got {type(params).__name__}")
+    return params, checked_priority(names[1], priority)
 
 
 def _seed_of_fork(parent: Request) -> int:

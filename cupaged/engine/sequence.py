@@ -90,7 +90,7 @@ class Sequence:
     prompt : int32 [prompt_tokens]
     params : SamplingParams
     priority : int
-        The higher goes first, and gives way last.
+        The higher goes first, and gives way last; in the range of int32.
     limit : int
         Tokens, prompt included, at which it ends whatever happens: `max_tokens`, the model's or the cache's end.
     output : list of int
@@ -120,6 +120,9 @@ class Sequence:
     num_forks: int = 0
     finish_reason: str = ""
 
+    def __post_init__(self) -> None:
+        self.priority = checked_priority("priority", self.priority)
+
     @property
     def num_tokens(self) -> int:
         """Tokens known so far, prompt and output."""
@@ -143,3 +146,11 @@ class Sequence:
             return np.array(self.output[start - cut : stop - cut], np.int32)
         generated: SequenceOf[int] = self.output[: max(0, stop - cut)]
         return np.concatenate([self.prompt[start:stop], np.array(generated, np.int32)])
+
+
+def checked_priority(name: str, priority: object) -> int:
+    """Return a priority as an int, or raise an error that names the argument: blocks keep it as int32."""
+    number = whole_number(name, priority, at_least=-(2**31))
+    if number >= 2**31:
+        raise ValueError(f"{name} must fit in int32, got {number}")
+    return number

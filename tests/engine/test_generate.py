@@ -9,6 +9,7 @@ import pytest
 
 import cupaged as pg
 from cupaged.engine.decode_step import DecodeStep, shape_class
+from cupaged.engine.sequence import Sequence
 from cupaged.engine.weights import random_checkpoint
 from tests.kit.llama import SMALL, dense_greedy, dense_logits, half_budget
 from tests.kit.real_model import smollm2
@@ -450,6 +451,15 @@ def test_generation_ends_with_the_models_context():
         ([[1] * 257], ValueError, r"prompts\[0\] must have at most 256 tokens, what the cache holds; got 257"),
         ([[1] * 513], ValueError, r"at most 512 tokens, what the model's context holds; got 513"),
         (["text"], TypeError, r"prompts\[0\] must be token ids, as this model has no tokenizer; got str"),
+        (b"story", TypeError, "prompts must be a list of texts or of lists of token ids; got bytes"),
+        ([[1], 5], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got int"),
+        ([[1], None], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got NoneType"),
+        ([[1], b"ab"], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got bytes"),
+        ([[1], {1: 2}], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got dict"),
+        ([[1], [[1], [2, 3]]], ValueError, r"prompts\[1\] must be a text or a vector of token ids; .*inhomogeneous"),
+        ([[1], [2**70]], TypeError, r"prompts\[1\] must be integers, token ids; got object"),
+        ([[1], np.array([2**63], np.uint64)], ValueError, r"prompts\[1\] must hold .*; token 0 is 9223372036854775808"),
+        ([[1], [True]], TypeError, r"prompts\[1\] must be integers, token ids; got bool"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_answered(prompts, error, message):
@@ -516,8 +526,67 @@ def test_numbers_of_numpy_are_taken_as_numbers():
         assert same.tokens.tolist() == first.tokens.tolist()
 
 
+REFUSED = [
+    ({"priority": 2**31}, ValueError, "must fit in int32, got 2147483648"),
+    ({"priority": 10**400}, ValueError, "must fit in int32, got 1000"),
+    ({"priority": -(2**31) - 1}, ValueError, "must be at least -2147483648, got -2147483649"),
+    ({"priority": 1.0}, TypeError, "must be an integer, got float"),
+    ({"priority": True}, TypeError, "must be an integer, got bool"),
+    ({"priority": None}, TypeError, "must be an integer, got NoneType"),
+    ({"priority": "1"}, TypeError, "must be an integer, got str"),
+    ({"params": {}}, TypeError, "params must be SamplingParams; got dict"),
+    ({"params": 0}, TypeError, "params must be SamplingParams; got int"),
+    ({"params": {"seed": 1}}, TypeError, "params must be SamplingParams; got dict"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED)
+def test_all_of_a_request_is_checked_before_it_waits(options, error, message):
+    llm, prompts = small_llm(), prompts_of([5, 3])
+    with pytest.raises(error, match=message):
+        llm.submit(prompts[0], **options)
+    params, priority = ([value] for value in (options.get("params", GREEDY), options.get("priority", 0)))
+    with pytest.raises(error, match=message):
+        llm.generate(prompts, [GREEDY, *params], priorities=[0, *priority])
+    if "priority" in options:
+        with pytest.raises(error, match=r"priorities\[1\]"):
+            llm.generate(prompts, GREEDY, priorities=[0, *priority])
+        with pytest.raises(error, match=message):
+            Sequence(0, np.array(prompts[0], np.int32), GREEDY, *priority)
+    assert not llm.unfinished and not llm.scheduler.waiting
+    assert_dense(llm.generate(prompts, GREEDY), prompts)  # what was refused does not stop others
+    assert_all_free(llm)
+
+
+def test_all_that_is_in_range_is_served():
+    llm, prompts = small_llm(), prompts_of([5, 3, 6, 4])
+    params = pg.SamplingParams(10**30, seed=10**400, top_k=2**63, ignore_end=False)
+    ids = [
+        llm.submit(prompt, params, priority=priority)
+        for prompt, priority in zip(prompts, (2**31 - 1, -(2**31), np.int64(7), np.uint8(255)), strict=True)
+    ]
+    while llm.unfinished:
+        llm.step()
+    for seq_id, prompt in zip(ids, prompts, strict=True):
+        answer = llm.completion(seq_id)
+        assert len(answer.tokens) == 64 * BLOCK - len(prompt)  # to the end of the cache
+        assert answer.tokens[:12].tolist() == dense(tuple(prompt), 12)
+
+
+@pytest.mark.parametrize("priorities", ["12", b"12", {0: 1, 1: 2}, 5])
+def test_priorities_are_a_list(priorities):
+    llm = small_llm()
+    with pytest.raises(TypeError, match="priorities must be a list with one entry for each prompt; got"):
+        llm.generate([[1], [2]], priorities=priorities)
+    assert_all_free(llm)
+
+
 def test_arguments_are_checked():
     llm = small_llm()
+    with pytest.raises(TypeError, match="callback must be callable; got int"):
+        llm.generate([[1]], callback=5)
+    with pytest.raises(ValueError, match="priorities must have one entry for each of the 2 prompts; got 1"):
+        llm.generate([[1], [2]], priorities=[1])
     with pytest.raises(ValueError, match="params must have one entry for each of the 2 prompts; got 1"):
         llm.generate([[1], [2]], [GREEDY])
     with pytest.raises(TypeError, match="params must be SamplingParams; got int"):
