@@ -82,12 +82,15 @@ def half_budget(checkpoint, text, storage):
     return 4 * np.abs(moved).max()
 
 
-def write_gguf(path, checkpoint, metadata=()):
-    """Write a model to a GGUF file in float32, as llama.cpp reads it: query and key rows interleaved."""
-    from gguf import GGUFWriter
+def write_gguf(path, checkpoint, metadata=(), tensors=(), big_endian=False):
+    """Write a model to a GGUF file in float32, as llama.cpp reads it: query and key rows interleaved.
+
+    Pairs of `metadata` and `tensors` take the place of what the model has; None leaves it out.
+    """
+    from gguf import GGUFEndian, GGUFWriter
 
     config = checkpoint.config
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_tokens)
     writer.add_embedding_length(config.hidden_size)
@@ -101,17 +104,22 @@ def write_gguf(path, checkpoint, metadata=()):
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
+    adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for name, value in metadata:
-        writer.add_string(name, value)
-    writer.add_tensor("token_embd.weight", checkpoint.embedding)
-    writer.add_tensor("output_norm.weight", checkpoint.final_norm)
+        writer.kv_data[0].pop(name, None)
+        if value is not None:
+            adders.get(type(value), writer.add_array)(name, value)
+    arrays = {"token_embd.weight": checkpoint.embedding, "output_norm.weight": checkpoint.final_norm}
     if checkpoint.unembedding is not checkpoint.embedding:
-        writer.add_tensor("output.weight", checkpoint.unembedding)
+        arrays["output.weight"] = checkpoint.unembedding
     for i, layer in enumerate(checkpoint.layers):
         for name, in_file in TENSORS.items():
             weight = getattr(layer, name)
             heads = {"query": config.num_heads, "key": config.num_kv_heads}.get(name)
-            writer.add_tensor(f"blk.{i}.{in_file}.weight", interleaved(weight, heads) if heads else weight)
+            arrays[f"blk.{i}.{in_file}.weight"] = interleaved(weight, heads) if heads else weight
+    for name, array in {**arrays, **dict(tensors)}.items():
+        if array is not None:
+            writer.add_tensor(name, array.copy())  # which the writer turns round for a big-endian file
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
