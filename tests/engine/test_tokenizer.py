@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.engine import tokenizer as tokenizer_module
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import smollm2_path
+from tests.kit.llama import byte_tokenizer
 from tests.kit.real_model import smollm2
 
 TEXTS = [
@@ -55,26 +55,11 @@ def test_a_stream_holds_back_half_a_character():
     assert stream.add(tokens[0]) == "" and stream.finish() == "\ufffd"
 
 
-ALPHABET = sorted(tokenizer_module.BYTE_OF_CHARACTER, key=tokenizer_module.BYTE_OF_CHARACTER.get)
-CONTROLS = ["<s>", "</s>"]
-
-
-def small_metadata(**given):
-    """Return a tokenizer of single bytes, with two control tokens and two of a user; None leaves a key out."""
-    metadata = {
-        "model": "gpt2", "pre": "smollm", "tokens": [*ALPHABET, "Ġa", *CONTROLS, "<u>", "<é>"], "merges": ["Ġ a"],
-        "token_type": [1] * 257 + [3, 3, 4, 4], "bos_token_id": 257, "eos_token_id": 258, **given,
-    }  # fmt: skip
-    metadata = {f"tokenizer.ggml.{name}": value for name, value in metadata.items() if value is not None}
-    template = metadata.pop("tokenizer.ggml.template", None)
-    return metadata if template is None else {**metadata, "tokenizer.chat_template": template}
-
-
 @pytest.fixture
 def small():
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    return lambda **given: Tokenizer(small_metadata(**given))
+    return lambda **given: Tokenizer(byte_tokenizer(**given))
 
 
 def test_any_tokens_are_decoded_as_the_library_decodes_them():

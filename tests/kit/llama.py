@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from cupaged.engine.tokenizer import BYTE_OF_CHARACTER
 from cupaged.engine.weights import TENSORS, ModelConfig, interleaved
 
 SMALL = ModelConfig(
@@ -80,6 +81,21 @@ def half_budget(checkpoint, text, storage):
     other = replace(checkpoint, layers=layers, embedding=embedding, unembedding=embedding)
     moved = dense_logits(other, text, dtype=np.float64) - dense_logits(checkpoint, text, dtype=np.float64)
     return 4 * np.abs(moved).max()
+
+
+def byte_tokenizer(**given):
+    """Return the metadata of a tokenizer of single bytes, with two control tokens, 257 and 258, and two of a user.
+
+    What is given takes the place of it; None leaves it out. A chat template is given as `template`.
+    """
+    alphabet = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.get)
+    entries = {
+        "model": "gpt2", "pre": "smollm", "tokens": [*alphabet, "Ġa", "<s>", "</s>", "<u>", "<é>"], "merges": ["Ġ a"],
+        "token_type": [1] * 257 + [3, 3, 4, 4], "bos_token_id": 257, "eos_token_id": 258, **given,
+    }  # fmt: skip
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
+    template = metadata.pop("tokenizer.ggml.template", None)
+    return metadata if template is None else {**metadata, "tokenizer.chat_template": template}
 
 
 def write_gguf(path, checkpoint, metadata=(), tensors=(), big_endian=False):
