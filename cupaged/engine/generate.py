@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from cupaged.engine.sequence import SamplingParams, State, checked_priority
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
+from cupaged.errors import InvalidLogitsError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.metrics import snapshot
@@ -53,8 +55,11 @@ class Completion:
     text : str
         The answer as text; empty without a tokenizer.
     finish_reason : str
-        "end" (the model ended its answer), "length" (`max_tokens`, or the end of the model's context or of the cache)
-        or "cancelled".
+        "end" (the model ended its answer), "length" (`max_tokens`, or the end of the model's context or of the cache),
+        "cancelled", or "error": its logits hold NaN or have no finite largest entry, so that no token can be chosen.
+        Nothing of it can be found in the cache then, and other requests go on.
+    error : str
+        What happened, if it ended in an error; empty otherwise.
     cached_tokens : int
         Tokens of the prompt that were found in the cache.
     num_preemptions : int
@@ -74,6 +79,7 @@ class Completion:
     num_preemptions: int = 0
     arrival: float = 0.0
     times: list[float] = field(default_factory=list)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,8 @@ class StepReport:
         What it took.
     logits : mapping of request id to float32 [vocab_size]
         What tokens were chosen from, if asked for.
+    failed : tuple of request id
+        Those of `finished` that ended in an error.
     """
 
     index: int
@@ -118,6 +126,7 @@ class StepReport:
     tokens_stored: Mapping[int, int]
     seconds: float
     logits: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    failed: tuple[int, ...] = ()
 
 
 class LLM:
@@ -247,6 +256,11 @@ class LLM:
         list of Completion
             In the order of the prompts.
 
+        Warns
+        -----
+        RuntimeWarning
+            If requests ended in an error, after all others have ended. Their `finish_reason` is "error".
+
         Raises
         ------
         TypeError, ValueError
@@ -271,7 +285,16 @@ class LLM:
         finally:  # also if something failed: no block is left behind
             for request_id in ids:
                 self.cancel(request_id)
-        return [self.completion(request_id) for request_id in ids]
+        answers = [self.completion(request_id) for request_id in ids]
+        failed = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(answers)} requests ended in an error; prompts[{failed[0]}]: "
+                f"{answers[failed[0]].error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return answers
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; leaving the loop early ends the request.
@@ -280,6 +303,8 @@ class LLM:
         ------
         TypeError, ValueError
             As `generate` does; TypeError if the model has no tokenizer.
+        InvalidLogitsError
+            If no token can be chosen, after the text so far.
         """
         if self.tokenizer is None:
             raise TypeError("stream needs a model with a tokenizer; this one takes and gives token ids: use generate")
@@ -296,6 +321,8 @@ class LLM:
                 seen = len(tokens)
             if rest := text.finish():
                 yield rest
+            if error := self._answers[request_id].error:
+                raise InvalidLogitsError(error)
         finally:
             self.cancel(request_id)
             self.completion(request_id)
@@ -404,23 +431,29 @@ class LLM:
         with self._on_stream():
             step = self.scheduler.schedule()
             self._carry_out(step.moves)
-            chosen, rows = self._compute(step, logits) if step.work else (NO_TOKENS, None)
-        sampling = [work.sequence for work in step.work if work.samples]
-        self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None)
+            chosen, rows, failed = self._compute(step, logits) if step.work else (NO_TOKENS, None, frozenset())
+        asked = [work.sequence for work in step.work if work.samples]
+        self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None, failed=failed)
+        sampling = [request for request in asked if request.seq_id not in failed]
         now = time.perf_counter()
         self.num_steps += 1
         self.step_seconds += now - start
         self.num_generated += len(sampling)
         for request in sampling:
             self._answers[request.seq_id].times.append(now)
-        finished = [request for request in sampling if request.state is State.FINISHED]
+        ended = [work.sequence for work in step.work if work.sequence.state is State.FINISHED]
+        finished = [request for request in ended if request.seq_id in self._requests]
         for request in finished:
             self._retire(request)
         if not report:
             return None
         tokens = {request.seq_id: request.output[-1] for request in sampling}
-        kept = {} if rows is None else {request.seq_id: row for request, row in zip(sampling, rows, strict=True)}
-        return self._report(step, tokens, tuple(request.seq_id for request in finished), now - start, kept)
+        kept = {} if rows is None else {request.seq_id: row for request, row in zip(asked, rows, strict=True)}
+        return self._report(
+            step, tokens, tuple(request.seq_id for request in finished), now - start,
+            logits={seq_id: row for seq_id, row in kept.items() if seq_id not in failed},
+            failed=tuple(request.seq_id for request in finished if request.seq_id in failed),
+        )  # fmt: skip
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -501,6 +534,11 @@ class LLM:
         answer.text = "" if self.tokenizer is None else self.tokenizer.decode(request.output)
         answer.finish_reason, answer.num_preemptions = request.finish_reason, request.num_preemptions
         answer.cached_tokens = request.num_cached
+        if request.finish_reason == "error":
+            answer.error = (
+                f"the logits after its first {request.num_computed} tokens hold NaN or have no finite largest entry: "
+                "no token can be chosen"
+            )
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else self._stream
@@ -516,8 +554,11 @@ class LLM:
                 (self._swapping.swap_out if move.kind == "out" else self._swapping.swap_in)(move.pairs)
                 self._swapping.wait()  # what follows may read these blocks, or write what they were read from
 
-    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
-        """Return the next token of each sequence of a step that samples, and, to `keep`, their logits."""
+    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None, frozenset[int]]:
+        """Return the next token of each sequence of a step that samples, to `keep` their logits, and who failed.
+
+        A part of a prompt has logits too: NaN among its keys and values shows there, before others can find them.
+        """
         requests = [work.sequence for work in step.work]
         starts, counts = (
             np.array([getattr(work, name) for work in step.work], np.int32) for name in ("start", "count")
@@ -535,24 +576,31 @@ class LLM:
             "seq_lens": starts + counts,
         }
         samples = [i for i, work in enumerate(step.work) if work.samples]
-        sampling = _sampling_rows([requests[i] for i in samples])
+        sampling = _sampling_rows(requests)
+        sampling["temperature"][[not work.samples for work in step.work]] = 0.0
         decodes = step.decodes_only and len(samples) == len(requests)
+        logits = None
         if decodes and self._fixed_steps and not self.model.timing and not keep:
-            return self._decode_step(*tables.shape).run(**inputs, **sampling), None
-        xp = self.model.xp
-        if not decodes:
-            inputs |= {"query_start": query_start, "wanted": query_start[1:][samples] - 1}
-        logits = self.model.forward(
-            ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
-        )
-        if not samples:
-            return NO_TOKENS, None
-        if self.model.use_reference:
-            chosen = _draw_with_reference(logits, sampling)
+            chosen = self._decode_step(*tables.shape).run(**inputs, **sampling)
         else:
-            arrays = {name: xp.asarray(array) for name, array in sampling.items()}
-            chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
-        return chosen, as_numpy(logits) if keep else None
+            xp = self.model.xp
+            if not decodes:
+                inputs |= {"query_start": query_start, "wanted": query_start[1:] - 1}
+            logits = self.model.forward(
+                ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
+            )
+            chosen = self._draw(logits, sampling)
+        failed = np.flatnonzero((chosen < 0) | (chosen >= self.model.config.vocab_size))
+        kept = as_numpy(logits)[samples] if keep else None
+        return chosen[samples], kept, frozenset(requests[i].seq_id for i in failed)
+
+    def _draw(self, logits: Any, sampling: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
+        """Return a token for each row of logits, -1 where none can be chosen: other rows are drawn all the same."""
+        if self.model.use_reference:
+            return _draw_with_reference(logits, sampling)
+        arrays = {name: self.model.xp.asarray(array) for name, array in sampling.items()}
+        chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays, validate=False))
+        return np.where(_can_choose(logits), chosen, np.int32(-1)) if self.backend == "host" else chosen
 
     def _decode_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
         """Return the step of a batch's class; the one that was used longest ago makes room for a new one."""
@@ -574,6 +622,7 @@ class LLM:
         finished: tuple[int, ...],
         seconds: float,
         logits: Mapping[int, NDArray[np.float32]],
+        failed: tuple[int, ...],
     ) -> StepReport:
         running = [request.seq_id for request in self.scheduler.running]
         return StepReport(
@@ -590,6 +639,7 @@ class LLM:
             tokens_stored={request.seq_id: request.num_computed for request in self.scheduler.running},
             seconds=seconds,
             logits=logits,
+            failed=failed,
         )
 
 
@@ -630,10 +680,16 @@ def _sampling_rows(requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
 
 
 def _draw_with_reference(logits: np.ndarray, sampling: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
-    """Return a token for each row of logits, on the host."""
+    """Return a token for each row of logits, on the host; -1 where none can be chosen."""
     columns = (sampling[name].tolist() for name in ("temperature", "top_k", "top_p", "seeds"))
     drawn = [
-        row.argmax() if each[0] == 0 else reference.sample(row[np.newaxis], *each)[0]
-        for row, *each in zip(logits, *columns, strict=True)
+        -1 if not usable else row.argmax() if each[0] == 0 else reference.sample(row[np.newaxis], *each)[0]
+        for row, usable, *each in zip(logits, _can_choose(logits), *columns, strict=True)
     ]
     return np.array(drawn, np.int32)
+
+
+def _can_choose(logits: np.ndarray) -> NDArray[np.bool_]:
+    """Return of each row whether its largest logit is finite; that of a row with NaN is NaN."""
+    usable: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    return usable

@@ -104,7 +104,8 @@ class Sequence:
     num_forks : int
         Requests that were forked from it so far.
     finish_reason : str
-        "end" (the model ended its answer), "length" or "cancelled"; empty until then.
+        "end" (the model ended its answer), "length", "cancelled" or "error" (no token could be chosen from its logits);
+        empty until then.
     """
 
     seq_id: int

@@ -362,6 +362,17 @@ class BlockManager:
             num_tokens = whole_number("num_tokens", num_tokens, at_least=0)
             self._publish(seq_id, num_tokens // self.block_size)
 
+    def unpublish(self, seq_id: SeqId) -> None:
+        """Let no full block of a sequence's text be found any more, in either pool, whoever computed it.
+
+        For a sequence whose keys and values proved unusable: any block that it read may be the reason. Sequences that
+        read the same blocks keep them; what comes next with this text computes it again.
+        """
+        with self.lock:
+            names = self._transcripts.digests[self._known(seq_id).row]
+            self.gpu.forget(names)
+            self.cpu.forget(names)
+
     def evict(self, n: int) -> int:
         """Evict up to `n` cached blocks that nobody reads, ahead of need, and return how many were."""
         with self.lock:

@@ -172,6 +172,16 @@ class BlockPool:
         """Let the content of `blocks`, all of which have a reader, not be found."""
         self.cache.forget(blocks[self.cache.named[as_index(blocks)]])
 
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Let content of these names, as far as it is known, not be found; blocks that nobody reads become free."""
+        found = self.cache.find(digests)
+        blocks: Ids = np.unique(found[found >= 0])
+        if len(blocks):
+            self.cache.forget(blocks)
+            unread = blocks[self.ref_count[blocks] == 0]
+            self.policy.remove(unread)
+            self.allocator.free(unread)
+
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""
         blocks = self._take_evictable(min(n, len(self.policy)))

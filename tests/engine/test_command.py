@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import cupaged as pg
@@ -124,6 +125,23 @@ def test_whatever_goes_wrong_is_one_sentence(tmp_path, capsys, monkeypatch, erro
     assert ask("any") == 2
     said = capsys.readouterr().err
     assert said.startswith(f"{type(error).__name__}: ") and said.count("\n") == 1 and len(said.split()) > 1
+
+
+def test_an_answer_that_cannot_go_on_is_an_error(tmp_path, capsys):
+    weights = random_checkpoint(dataclasses.replace(SMALL, vocab_size=261), seed=3)
+    model = small_model(tmp_path)
+    (answer,) = pg.LLM(model, backend="host").generate(["Hi"], pg.SamplingParams(40), chat=True)
+    tokens = answer.tokens.tolist()
+    last = next(i for i, token in enumerate(tokens) if i > 2 and token not in tokens[:i] and token not in b"Hi")
+    embedding = weights.embedding.copy()
+    embedding[tokens[last]] = np.nan
+    changed = [("token_embd.weight", embedding), ("output.weight", weights.embedding)]
+    assert ask(small_model(tmp_path, changed)) == 2
+    printed, said = capsys.readouterr()
+    assert printed == pg.LLM(model, backend="host").tokenizer.decode(tokens[: last + 1]) + "\n"
+    assert said.splitlines()[-1].startswith(
+        f"InvalidLogitsError: the logits after its first {2 + last + 1} tokens hold NaN or have no finite largest entry"
+    )
 
 
 def test_numbers_beyond_float32_are_taken(tmp_path, capsys):

@@ -11,7 +11,8 @@ import cupaged as pg
 from cupaged.engine.decode_step import DecodeStep, shape_class
 from cupaged.engine.sequence import Sequence
 from cupaged.engine.weights import random_checkpoint
-from tests.kit.llama import SMALL, dense_greedy, dense_logits, half_budget
+from cupaged.reference import as_numpy
+from tests.kit.llama import SMALL, byte_tokenizer, dense_greedy, dense_logits, half_budget
 from tests.kit.real_model import smollm2
 
 CHECKPOINT = random_checkpoint(SMALL, seed=3)
@@ -281,6 +282,207 @@ def test_an_error_in_the_middle_leaves_no_block(monkeypatch):
     assert_all_free(llm)
     monkeypatch.undo()
     assert_dense(llm.generate(prompts, GREEDY), prompts)
+
+
+BROKEN = 5  # a token whose logits nothing can be chosen from
+
+
+def broken_llm(monkeypatch, value, backend="host", everywhere=False, **options):
+    """Return an LLM whose logits after the token `BROKEN`, one of them or all, are `value`."""
+    llm = small_llm(backend, **options)
+    forward = llm.model.forward
+
+    def broken(step, *arguments, **named):
+        logits, tokens = forward(step, *arguments, **named), as_numpy(step.tokens)
+        rows = np.flatnonzero((tokens if step.wanted is None else tokens[as_numpy(step.wanted)]) == BROKEN)
+        for row in rows.tolist():
+            logits[row, slice(None) if everywhere else 7] = value
+        return logits
+
+    monkeypatch.setattr(llm.model, "forward", broken)
+    return llm
+
+
+def with_embedding(value):
+    """Return the model with an embedding of `BROKEN` that is `value`: keys and values become NaN too."""
+    embedding = CHECKPOINT.embedding.copy()
+    embedding[BROKEN] = value
+    return dataclasses.replace(CHECKPOINT, embedding=embedding, unembedding=CHECKPOINT.embedding)
+
+
+def sound_prompts(lengths, shared=0):
+    """Return prompts neither in which nor in whose greedy answers `BROKEN` is."""
+    found = [prompts_of([length], seed=seed)[0] for seed in range(99) for length in lengths]
+    found = [prompt for prompt in found if BROKEN not in [*prompt, *dense(tuple(prompt), 12)]]
+    return found[:4]
+
+
+def assert_failed(completion, num_tokens=0):
+    assert completion.finish_reason == "error" and len(completion.tokens) == num_tokens == len(completion.times)
+    assert completion.error.endswith(
+        f"its first {len(completion.prompt) + num_tokens} tokens hold NaN or have no finite largest entry: "
+        "no token can be chosen"
+    )
+
+
+MINUS_NAN = np.copysign(np.nan, -1)
+NO_CHOICE = [(np.nan, False), (MINUS_NAN, False), (np.inf, False), (np.nan, True), (MINUS_NAN, True), (-np.inf, True)]
+
+
+@pytest.mark.parametrize(("value", "everywhere"), NO_CHOICE)
+@pytest.mark.parametrize("use_kernels", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_nothing_can_be_chosen_from_end_their_request_alone(
+    monkeypatch, value, everywhere, use_kernels, temperature
+):
+    num_tokens = 2 if use_kernels else 12
+    params = pg.SamplingParams(num_tokens, temperature, top_k=4, top_p=0.9, seed=1, ignore_end=True)
+    prompts = sound_prompts([5, 9, 2])
+    expected = small_llm(use_kernels=use_kernels).generate(prompts, params)
+    assert all(BROKEN not in answer.tokens for answer in expected)
+    llm = broken_llm(monkeypatch, value, everywhere=everywhere, use_kernels=use_kernels)
+    reports = []
+    with pytest.warns(RuntimeWarning, match=r"2 of 6 requests ended in an error; prompts\[1\]: the logits after its"):
+        answers = llm.generate([prompts[0], [3, BROKEN], *prompts[1:], [BROKEN]], params, callback=reports.append)
+    assert [answer.tokens.tolist() for answer in answers if not answer.error] == [
+        answer.tokens.tolist() for answer in expected
+    ]
+    for failed in (answers[1], answers[5]):
+        assert_failed(failed)
+    assert reports[0].failed == reports[0].finished == (answers[1].request_id, answers[5].request_id)
+    assert not set(reports[0].failed) & set(reports[0].new_tokens)
+    assert all(not report.failed for report in reports[1:])
+    assert llm.stats()["tokens_generated"] == 4 * num_tokens
+    assert_all_free(llm)
+
+
+def test_steps_of_fixed_shape_end_a_request_alone(monkeypatch):
+    prompts = sound_prompts([5, 9])
+    llm = broken_llm(monkeypatch, np.nan, num_blocks=80)
+    llm._fixed_steps = True
+    ids = [llm.submit(prompt, GREEDY) for prompt in prompts]
+    llm.step()
+    fork = llm.fork(ids[0], BROKEN)
+    while llm.unfinished:
+        llm.step()
+    assert llm.num_captures > 1
+    assert_dense([llm.completion(seq_id) for seq_id in ids], prompts)
+    assert_failed(llm.completion(fork), 1)
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("value", [np.nan, MINUS_NAN, np.inf])
+def test_keys_and_values_that_are_nan_stay_with_their_request(backend, value):
+    """The pool is so small that blocks which held NaN are used again by the others."""
+    prompts = sound_prompts([5, 9, 2])
+    llm = pg.LLM(with_embedding(value), backend=backend, dtype="float32", num_blocks=24, block_size=BLOCK)
+    expected = pg.LLM(with_embedding(0), backend=backend, dtype="float32", block_size=BLOCK).generate(prompts, GREEDY)
+    broken = [[1, 2, BROKEN, 3, 4, 6, 7, 8, 9], [BROKEN], [*range(6, 14), BROKEN]]
+    for _ in range(3):
+        with pytest.warns(RuntimeWarning, match="3 of 7 requests ended in an error"):
+            answers = llm.generate([*broken, *prompts], GREEDY)
+        assert [a.tokens.tolist() for a in answers[3:]] == [a.tokens.tolist() for a in expected]
+        for failed in answers[:3]:
+            assert_failed(failed)
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("at", [2, 9, 21])
+def test_no_block_that_holds_nan_is_found_by_others(backend, at):
+    """A prompt in chunks: a block is found by others before the first token of the answer is chosen."""
+    llm = pg.LLM(
+        with_embedding(np.nan), backend=backend, dtype="float32", num_blocks=64, block_size=BLOCK, max_batch_tokens=8,
+        max_num_seqs=8,
+    )  # fmt: skip
+    sound = [token for token in prompts_of([60])[0] if token != BROKEN][:30]
+    prompt = [*sound[:at], BROKEN, *sound[at:]]
+    first = llm.submit(prompt, GREEDY)
+    while llm.unfinished:
+        llm.step()
+        assert llm.manager.gpu.cache.named.sum() <= at // BLOCK
+    failed = llm.completion(first)
+    assert failed.finish_reason == "error" and len(failed.tokens) == 0
+    assert f"after its first {8 * (at // 8 + 1)} tokens" in failed.error
+    assert llm.manager.gpu.num_free == 64 and len(llm.manager.gpu.cache) == 0
+    (same,) = llm.generate([sound], GREEDY)
+    plain = pg.LLM(with_embedding(0), backend=backend, dtype="float32", block_size=BLOCK).generate([sound], GREEDY)
+    assert same.tokens.tolist() == plain[0].tokens.tolist() and same.cached_tokens == 0
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_prefix_that_went_bad_is_computed_again_after_one_error(backend, offload):
+    """Whose block holds NaN cannot be told: none of the request's text is found again, in either pool."""
+    llm = small_llm(backend, num_blocks=8, num_cpu_blocks=8 * offload, on_evict="offload" if offload else "drop")
+    (prompt,), (other,) = prompts_of([14]), prompts_of([24], seed=1)
+    assert_dense(llm.generate([prompt], GREEDY), [prompt])
+    for layer in llm.caches:
+        for array in layer.storage:
+            array[...] = np.nan  # what happened to it is not known
+    if offload:
+        llm.manager.evict(8)
+        llm.generate([other], GREEDY)  # blocks go to the CPU pool and back
+    with pytest.warns(RuntimeWarning, match="1 of 1 requests ended in an error"):
+        (failed,) = llm.generate([prompt], GREEDY)
+    assert failed.cached_tokens == 12 and failed.finish_reason == "error"
+    (again,) = llm.generate([prompt], GREEDY)
+    assert again.cached_tokens == 0
+    assert_dense([again], [prompt])
+    assert_all_free(llm)
+
+
+def test_a_stream_that_cannot_go_on_says_so():
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    sound = random_checkpoint(dataclasses.replace(SMALL, vocab_size=261), seed=3)
+    embedding = sound.embedding.copy()
+    embedding[ord("b")] = np.nan
+    checkpoint = dataclasses.replace(sound, embedding=embedding, metadata=byte_tokenizer())
+    llm = pg.LLM(checkpoint, backend="host", num_blocks=16, block_size=BLOCK)
+    with pytest.raises(pg.InvalidLogitsError, match="the logits after its first 3 tokens hold NaN or have no finite"):
+        list(llm.stream("abc", GREEDY))
+    assert_all_free(llm)
+    (answer,) = llm.generate(["ac"], pg.SamplingParams(1, ignore_end=True))
+    assert "".join(llm.stream("ac", pg.SamplingParams(1, ignore_end=True))) == answer.text != ""
+    assert_all_free(llm)
+
+
+def test_who_shares_blocks_with_a_request_that_failed_goes_on(monkeypatch):
+    (prompt,) = sound_prompts([9])[:1]
+    llm = broken_llm(monkeypatch, np.nan)
+    parent = llm.submit(prompt, GREEDY)
+    llm.step()
+    twin, broken = llm.fork(parent), llm.fork(parent, BROKEN)
+    llm.step()
+    assert_failed(llm.completion(broken), 1)
+    while llm.unfinished:
+        llm.step()
+    assert_dense([llm.completion(parent), llm.completion(twin)], [prompt] * 2)
+    (again,) = llm.generate([prompt], GREEDY)
+    assert_dense([again], [prompt])
+    assert_all_free(llm)
+
+
+def test_a_preempted_request_can_fail_when_it_is_computed_again(monkeypatch):
+    llm, prompts = small_llm(num_blocks=64), sound_prompts([9, 5])
+    ids = [llm.submit(prompt, GREEDY) for prompt in prompts[:2]]
+    llm.step()
+    llm.scheduler.preempt(llm._requests[ids[0]], swap=False)
+    sound = llm.model.forward
+
+    def broken(step, *arguments, **named):
+        logits = sound(step, *arguments, **named)
+        logits[-1] = np.nan  # the one that is computed again is the last
+        return logits
+
+    monkeypatch.setattr(llm.model, "forward", broken)
+    llm.step()
+    monkeypatch.setattr(llm.model, "forward", sound)
+    while llm.unfinished:
+        llm.step()
+    assert_failed(llm.completion(ids[0]), 1)
+    assert_dense([llm.completion(ids[1])], prompts[1:2])
+    assert_all_free(llm)
 
 
 def test_requests_step_by_step():

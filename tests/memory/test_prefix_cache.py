@@ -166,6 +166,52 @@ def test_salts_of_different_types_are_told_apart():
     assert len({root_digest(4, salt) for salt in salts}) == len(salts)
 
 
+def test_what_is_unpublished_is_found_no_more_whoever_computed_it():
+    manager = manager_of(12)
+    manager.allocate("first", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    manager.allocate("reader", [1, 2, 3, 4, 0])
+    manager.allocate("other", [1, 2, 3, 4, 9, 9, 9, 9, 9])
+    manager.unpublish("reader")
+    assert cached(manager, [1, 2, 3, 4, 0]) == cached(manager, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 0
+    assert manager.blocks("first").tolist()[0] == manager.blocks("reader").tolist()[0]  # who reads it keeps it
+    for seq_id in ("first", "reader", "other"):
+        manager.free(seq_id)
+    assert manager.gpu.num_free == 10  # two blocks of others' further text still have names
+    manager.check()
+
+
+def test_unpublished_blocks_that_nobody_reads_are_free():
+    manager = manager_of(8)
+    for seq_id in ("first", "second"):  # side by side: the first one's blocks have the names
+        manager.allocate(seq_id, range(9), publish=False)
+    for seq_id in ("first", "second"):
+        manager.publish(seq_id, 9)
+    manager.free("first")
+    assert manager.gpu.num_evictable == 2
+    manager.unpublish("second")
+    assert manager.gpu.num_evictable == 0 and manager.gpu.num_free == 5
+    manager.unpublish("second")  # nothing is left of it
+    manager.free("second")
+    assert manager.gpu.num_free == 8
+    manager.check()
+
+
+def test_what_is_unpublished_is_not_restored_from_the_cpu():
+    manager = BlockManager(4, 8, block_size=4, on_evict="offload")
+    manager.allocate("first", range(9))
+    manager.free("first")
+    assert manager.evict(2) == 2 and len(manager.cpu.cache) == 2
+    manager.allocate("second", range(9))
+    assert manager.cached_tokens("second") == 8
+    manager.swap_out("second")
+    manager.unpublish("second")
+    assert len(manager.cpu.cache) == len(manager.gpu.cache) == 0
+    manager.free("second")
+    assert manager.cpu.num_free == 8 and cached(manager, range(9)) == 0
+    with pytest.raises(ValueError, match="seq_id must be a sequence that was admitted and not freed, got 'second'"):
+        manager.unpublish("second")
+
+
 def test_partial_blocks_are_not_found():
     manager = manager_of()
     manager.allocate("first", [1, 2, 3, 4, 5, 6])
