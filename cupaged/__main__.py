@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     generate.add_argument("--stats", action="store_true", help="show blocks, occupancy, hits, copies, and the time")
     options = parser.parse_args(arguments)
+    _print_any_text()
 
     if options.command == "doctor":
         from cupaged.doctor import doctor
@@ -37,6 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     from cupaged.engine.command import generate as run_generate
 
     return run_generate(options)
+
+
+def _print_any_text() -> None:
+    """Let a terminal that cannot show a character show its number: a model's text may hold any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

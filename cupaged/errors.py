@@ -6,6 +6,7 @@ __all__ = [
     "BackendUnavailableError",
     "DoubleFreeError",
     "ForeignBlockError",
+    "InvalidLogitsError",
     "KernelBuildError",
     "KernelLaunchError",
     "NoHoleError",
@@ -28,6 +29,10 @@ class KernelBuildError(RuntimeError):
 
 class KernelLaunchError(RuntimeError):
     """A kernel broke a rule of the CUDA model while it ran, a divergent barrier for example."""
+
+
+class InvalidLogitsError(RuntimeError):
+    """The logits of a request hold NaN or have no finite largest entry: no token can be chosen, and it ends."""
 
 
 class ForeignBlockError(ValueError):

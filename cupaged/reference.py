@@ -353,7 +353,8 @@ def sampling_probabilities(logits: Any, temperature: float = 1.0, top_k: int = 0
         return (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
     descending = np.sort(logits)[::-1]
     last = descending[top_k - 1] if 0 < top_k < len(logits) else -np.inf
-    weights = np.where(logits >= last, np.exp((logits - descending[0]) / temperature), 0.0)
+    with np.errstate(over="ignore"):  # where a weight is 0
+        weights = np.where(logits >= last, np.exp((logits - descending[0]) / temperature), 0.0)
     if top_p < 1:
         order = np.argsort(-weights, kind="stable")
         enough = np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())

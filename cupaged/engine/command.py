@@ -7,7 +7,6 @@ from argparse import Namespace
 
 from cupaged.engine.generate import LLM
 from cupaged.engine.sequence import SamplingParams
-from cupaged.errors import BackendUnavailableError, KernelBuildError
 
 __all__ = ["generate"]
 
@@ -20,8 +19,8 @@ def generate(options: Namespace) -> int:
     """Answer a prompt on the terminal; returns an exit status."""
     try:
         return _generate(options)
-    except (ModuleNotFoundError, BackendUnavailableError, KernelBuildError, OSError, TypeError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:  # a model's file and its template come from anywhere, and may fail in any way
+        print(f"{type(error).__name__}: {str(error) or 'nothing more is known'}", file=sys.stderr)
         return MISTAKE
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -40,10 +39,13 @@ def _generate(options: Namespace) -> int:
         print(ON_HOST if options.kernels else REFERENCE, file=sys.stderr)
     llm.model.timing = options.stats
     held: dict[str, int | float] = {}
-    for piece in llm.stream(options.prompt, params, chat=not options.raw):
-        print(piece, end="", flush=True)
-        held = llm.stats() if llm.unfinished else held
-    print()
+    try:
+        for piece in llm.stream(options.prompt, params, chat=not options.raw):
+            print(piece, end="", flush=True)
+            held = llm.stats() if llm.unfinished else held
+    finally:  # what is said of an error stands on a line of its own
+        if held:
+            print()
     if options.stats:
         print("\n" + _summary(llm, held or llm.stats()))
     return 0

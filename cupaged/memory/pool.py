@@ -184,6 +184,11 @@ class BlockPool:
             self.policy.remove(unread)
             self.allocator.free(unread)
 
+    def forget(self, digests: Sequence[bytes]) -> None:
+        """Let content of these names, as far as it is known, not be found; blocks that nobody reads become free."""
+        found = self.cache.find(digests)
+        self.unpublish(np.unique(found[found >= 0]))
+
     def evict(self, n: int) -> Ids:
         """Turn up to `n` evictable blocks, chosen by the policy, into free ones, and return them."""
         blocks = self._take_evictable(min(n, len(self.policy)))

@@ -26,37 +26,52 @@ from cupaged.memory.allocator import NO, YES, as_index
 __all__ = ["PrefixCache", "Transcripts", "chain", "root_digest"]
 
 Ids = NDArray[np.int32]
-ExtraKeys = Sequence[str | bytes | int]
+ExtraKey = str | bytes | int
+ExtraKeys = list[ExtraKey] | tuple[ExtraKey, ...]
 
 
-def root_digest(block_size: int, salt: bytes = b"", extra: ExtraKeys = ()) -> bytes:
+def root_digest(block_size: int, salt: ExtraKey = b"", extra: ExtraKeys = ()) -> bytes:
     """Return the parent of a first block: what its content depends on besides tokens.
 
     Parameters
     ----------
     block_size : int
         Tokens in a block; the same tokens cut differently are different blocks.
-    salt : bytes
+    salt : bytes, str or int
         Separates caches, those of tenants who must not learn from timing what others asked for example.
-    extra : sequence of str, bytes or int
+    extra : list or tuple of str, bytes or int
         Whatever else changes keys and values: the name of a LoRA adapter, the digest of an image. Each item is written
         with its type and length, so that no two sequences of items read alike.
+
+    Raises
+    ------
+    TypeError
+        If `extra` is no list or tuple, or an item or the salt is of another type. A text or a mapping is no sequence of
+        items: to iterate it would make different keys equal.
     """
+    if not isinstance(extra, list | tuple):
+        raise TypeError(
+            f'extra must be a list or tuple of str, bytes or int, as in ("lora", "alpha"), got {type(extra).__name__}'
+        )
     state = blake2b(person=b"cupaged root")
-    for item in (block_size, salt, *extra):
-        kind, text = _encode(item)
+    for kind, text in (
+        _encoded("block_size must be", block_size),
+        _encoded("salt must be", salt),
+        *(_encoded("extra must hold", item) for item in extra),
+    ):
         state.update(b"%c%d:" % (kind, len(text)) + text)
     return state.digest()
 
 
-def _encode(item: str | bytes | int) -> tuple[bytes, bytes]:
+def _encoded(expectation: str, item: ExtraKey) -> tuple[bytes, bytes]:
+    """Return the kind of an item and its bytes; a text may hold lone surrogates, as file names do."""
     if isinstance(item, bytes):
         return b"b", item
     if isinstance(item, str):
-        return b"s", item.encode()
+        return b"s", item.encode("utf-8", "surrogatepass")
     if isinstance(item, int | np.integer) and not isinstance(item, bool):
-        return b"i", b"%d" % item
-    raise TypeError(f"extra must hold str, bytes or int, got {type(item).__name__}")
+        return b"i", b"%x" % int(item)  # hexadecimal has no limit on digits
+    raise TypeError(f"{expectation} str, bytes or int, got {type(item).__name__}")
 
 
 def chain(parent: bytes, tokens: Ids, block_size: int) -> list[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.runtime.arguments import byte_bounds
 
 __all__ = [
+    "as_float32",
     "as_numpy",
+    "as_real",
     "check_at_least_one",
     "check_block_tables",
     "check_cache",
@@ -32,6 +35,8 @@ __all__ = [
     "must_validate",
     "shares_memory",
 ]
+
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-149, float(np.finfo(np.float32).max)
 
 
 def check_cache(cache: Any) -> None:
@@ -207,6 +212,26 @@ def check_slots(cache: KVCache, slot_mapping: Any) -> None:
         twice = int(written[np.argmax(counts > 1)])
         tokens = np.flatnonzero(slots == twice)[:2].tolist()
         raise ValueError(f"slot_mapping must name a slot once; slot {twice} is given to tokens {tokens}")
+
+
+def as_real(value: Any) -> float:
+    """Return a number as a float: a finite one stays finite, and one that is not 0 stays so, however large or small."""
+    sign = 1.0 if value > 0 else -1.0
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number or a fraction beyond all floats
+        number = sign * math.inf
+    if math.isinf(number) and abs(value) != math.inf:
+        return sign * sys.float_info.max
+    if number == 0 and value != 0:
+        return sign * math.ulp(0.0)
+    return number
+
+
+def as_float32(values: np.ndarray) -> np.ndarray:
+    """Return float64 numbers as float32: positive ones beyond its range as the largest and the smallest that it has."""
+    within = np.clip(values, SMALLEST_FLOAT32, LARGEST_FLOAT32)
+    return np.where(values > 0, within, values).astype(np.float32)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:

@@ -9,7 +9,15 @@ import numpy as np
 
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import array_module, as_backend_array, backend_of, like_caller
-from cupaged.ops.checks import as_numpy, check_contiguous, check_dtype, check_shape, must_validate
+from cupaged.ops.checks import (
+    as_float32,
+    as_numpy,
+    as_real,
+    check_contiguous,
+    check_dtype,
+    check_shape,
+    must_validate,
+)
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -42,7 +50,8 @@ def sample(
     logits : array, float16, bfloat16 or float32 [num_seqs, vocab_size]
         A row needs a finite logit, and none that is NaN or plus infinity; minus infinity rules a token out.
     temperature : float, or float32 array [num_seqs]
-        0 or more; 0 takes the most likely token, of equal ones the first.
+        0 or more; 0 takes the most likely token, of equal ones the first. Numbers that float32 does not hold are taken
+        as the nearest that it has above 0: 1e-50 draws among equals of the most likely, 1e300 among all alike.
     top_k : int, or int32 array [num_seqs]
         0 (and anything beyond the vocabulary) means all.
     top_p : float, or float32 array [num_seqs]
@@ -128,19 +137,20 @@ def _of_each_row(value: Any, name: str, dtype: Any, num_seqs: int, backend: str)
         raise TypeError(f"{name} must be {what}, or an array of {expected}; got {type(value).__name__} {value!r}")
     if name == "seed":
         return xp.arange(num_seqs, dtype=expected) + expected.type(int(value) % 2**64)
-    _check_range(name, np.array([value], np.float64))
+    number = np.array([as_real(value)])
+    _check_range(name, number, value)
     if expected.kind == "i":
-        value = min(int(value), np.iinfo(expected).max)
-    return xp.full(num_seqs, value, expected)
+        return xp.full(num_seqs, min(int(value), np.iinfo(expected).max), expected)
+    return xp.full(num_seqs, as_float32(number)[0], expected)
 
 
-def _check_range(name: str, values: np.ndarray) -> None:
+def _check_range(name: str, values: np.ndarray, given: Any = None) -> None:
     if name == "top_p":
         wrong, expected = ~((values > 0) & (values <= 1)), "above 0 and at most 1"
     else:
         wrong, expected = ~((values >= 0) & np.isfinite(values)), "finite and at least 0"
     if wrong.any():
-        raise ValueError(f"{name} must be {expected}; got {values[np.argmax(wrong)]}")
+        raise ValueError(f"{name} must be {expected}; got {values[np.argmax(wrong)] if given is None else given}")
 
 
 def _check_values(logits: Any, temperature: Any, top_k: Any, top_p: Any) -> None:

@@ -1,5 +1,7 @@
 """The paged engine says token for token what a dense model says, whatever happens to its blocks on the way."""
 
+import dataclasses
+from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 
 import cupaged as pg
 from cupaged.engine.decode_step import DecodeStep, shape_class
+from cupaged.engine.sequence import Sequence
 from cupaged.engine.weights import random_checkpoint
-from tests.kit.llama import SMALL, dense_greedy, dense_logits, half_budget
+from cupaged.reference import as_numpy
+from tests.kit.llama import SMALL, byte_tokenizer, dense_greedy, dense_logits, half_budget
 from tests.kit.real_model import smollm2
 
 CHECKPOINT = random_checkpoint(SMALL, seed=3)
@@ -280,6 +284,208 @@ def test_an_error_in_the_middle_leaves_no_block(monkeypatch):
     assert_dense(llm.generate(prompts, GREEDY), prompts)
 
 
+BROKEN = 5  # a token whose logits nothing can be chosen from
+
+
+def broken_llm(monkeypatch, value, backend="host", everywhere=False, **options):
+    """Return an LLM whose logits after the token `BROKEN`, one of them or all, are `value`."""
+    llm = small_llm(backend, **options)
+    forward = llm.model.forward
+
+    def broken(step, *arguments, **named):
+        logits, tokens = forward(step, *arguments, **named), as_numpy(step.tokens)
+        rows = np.flatnonzero((tokens if step.wanted is None else tokens[as_numpy(step.wanted)]) == BROKEN)
+        for row in rows.tolist():
+            logits[row, slice(None) if everywhere else 7] = value
+        return logits
+
+    monkeypatch.setattr(llm.model, "forward", broken)
+    return llm
+
+
+def with_embedding(value):
+    """Return the model with an embedding of `BROKEN` that is `value`: keys and values become NaN too."""
+    embedding = CHECKPOINT.embedding.copy()
+    embedding[BROKEN] = value
+    return dataclasses.replace(CHECKPOINT, embedding=embedding, unembedding=CHECKPOINT.embedding)
+
+
+@cache
+def sound_prompts(*lengths):
+    """Return four prompts of some lengths neither in which nor in whose greedy answers `BROKEN` is."""
+    every = (prompts_of([length], seed=seed)[0] for seed in range(99) for length in lengths)
+    sound = (prompt for prompt in every if BROKEN not in [*prompt, *dense(tuple(prompt), 12)])
+    return [next(sound) for _ in range(4)]
+
+
+def assert_failed(completion, num_tokens=0):
+    assert completion.finish_reason == "error" and len(completion.tokens) == num_tokens == len(completion.times)
+    assert completion.error.endswith(
+        f"its first {len(completion.prompt) + num_tokens} tokens hold NaN or have no finite largest entry: "
+        "no token can be chosen"
+    )
+
+
+MINUS_NAN = np.copysign(np.nan, -1)
+NO_CHOICE = [(np.nan, False), (MINUS_NAN, False), (np.inf, False), (np.nan, True), (MINUS_NAN, True), (-np.inf, True)]
+
+
+@pytest.mark.parametrize(("value", "everywhere"), NO_CHOICE)
+@pytest.mark.parametrize("use_kernels", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_logits_that_nothing_can_be_chosen_from_end_their_request_alone(
+    monkeypatch, value, everywhere, use_kernels, temperature
+):
+    num_tokens = 2 if use_kernels else 12
+    params = pg.SamplingParams(num_tokens, temperature, top_k=4, top_p=0.9, seed=1, ignore_end=True)
+    prompts = sound_prompts(5, 9, 2)
+    expected = small_llm(use_kernels=use_kernels).generate(prompts, params)
+    assert all(BROKEN not in answer.tokens for answer in expected)
+    llm = broken_llm(monkeypatch, value, everywhere=everywhere, use_kernels=use_kernels)
+    reports = []
+    with pytest.warns(RuntimeWarning, match=r"2 of 6 requests ended in an error; prompts\[1\]: the logits after its"):
+        answers = llm.generate([prompts[0], [3, BROKEN], *prompts[1:], [BROKEN]], params, callback=reports.append)
+    assert [answer.tokens.tolist() for answer in answers if not answer.error] == [
+        answer.tokens.tolist() for answer in expected
+    ]
+    for failed in (answers[1], answers[5]):
+        assert_failed(failed)
+    assert reports[0].failed == reports[0].finished == (answers[1].request_id, answers[5].request_id)
+    assert not set(reports[0].failed) & set(reports[0].new_tokens)
+    assert all(not report.failed for report in reports[1:])
+    assert llm.stats()["tokens_generated"] == 4 * num_tokens
+    assert_all_free(llm)
+
+
+def test_steps_of_fixed_shape_end_a_request_alone(monkeypatch):
+    prompts = sound_prompts(5, 9)
+    llm = broken_llm(monkeypatch, np.nan, num_blocks=80)
+    llm._fixed_steps = True
+    ids = [llm.submit(prompt, GREEDY) for prompt in prompts]
+    llm.step()
+    fork = llm.fork(ids[0], BROKEN)
+    while llm.unfinished:
+        llm.step()
+    assert llm.num_captures > 1
+    assert_dense([llm.completion(seq_id) for seq_id in ids], prompts)
+    assert_failed(llm.completion(fork), 1)
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("value", [np.nan, MINUS_NAN, np.inf])
+def test_keys_and_values_that_are_nan_stay_with_their_request(backend, value):
+    """The pool is so small that blocks which held NaN are used again by the others."""
+    prompts = sound_prompts(5, 9, 2)
+    llm = pg.LLM(with_embedding(value), backend=backend, dtype="float32", num_blocks=24, block_size=BLOCK)
+    expected = pg.LLM(with_embedding(0), backend=backend, dtype="float32", block_size=BLOCK).generate(prompts, GREEDY)
+    broken = [[1, 2, BROKEN, 3, 4, 6, 7, 8, 9], [BROKEN], [*range(6, 14), BROKEN]]
+    for _ in range(3):
+        with pytest.warns(RuntimeWarning, match="3 of 7 requests ended in an error"):
+            answers = llm.generate([*broken, *prompts], GREEDY)
+        assert [a.tokens.tolist() for a in answers[3:]] == [a.tokens.tolist() for a in expected]
+        for failed in answers[:3]:
+            assert_failed(failed)
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("at", [2, 9, 21])
+def test_no_block_that_holds_nan_is_found_by_others(backend, at):
+    """A prompt in chunks: a block is found by others before the first token of the answer is chosen."""
+    llm = pg.LLM(
+        with_embedding(np.nan), backend=backend, dtype="float32", num_blocks=64, block_size=BLOCK, max_batch_tokens=8,
+        max_num_seqs=8,
+    )  # fmt: skip
+    sound = [token for token in prompts_of([60])[0] if token != BROKEN][:30]
+    prompt = [*sound[:at], BROKEN, *sound[at:]]
+    first = llm.submit(prompt, GREEDY)
+    while llm.unfinished:
+        llm.step()
+        assert llm.manager.gpu.cache.named.sum() <= at // BLOCK
+    failed = llm.completion(first)
+    assert failed.finish_reason == "error" and len(failed.tokens) == 0
+    assert f"after its first {8 * (at // 8 + 1)} tokens" in failed.error
+    assert llm.manager.gpu.num_free == 64 and len(llm.manager.gpu.cache) == 0
+    (same,) = llm.generate([sound], GREEDY)
+    plain = pg.LLM(with_embedding(0), backend=backend, dtype="float32", block_size=BLOCK).generate([sound], GREEDY)
+    assert same.tokens.tolist() == plain[0].tokens.tolist() and same.cached_tokens == 0
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_prefix_that_went_bad_is_computed_again_after_one_error(backend, offload):
+    """Whose block holds NaN cannot be told: none of the request's text is found again, in either pool."""
+    llm = small_llm(backend, num_blocks=8, num_cpu_blocks=8 * offload, on_evict="offload" if offload else "drop")
+    (prompt,), (other,) = prompts_of([14]), prompts_of([24], seed=1)
+    assert_dense(llm.generate([prompt], GREEDY), [prompt])
+    for layer in llm.caches:
+        for array in layer.storage:
+            array[...] = np.nan  # what happened to it is not known
+    if offload:
+        llm.manager.evict(8)
+        llm.generate([other], GREEDY)  # blocks go to the CPU pool and back
+    with pytest.warns(RuntimeWarning, match="1 of 1 requests ended in an error"):
+        (failed,) = llm.generate([prompt], GREEDY)
+    assert failed.cached_tokens == 12 and failed.finish_reason == "error"
+    (again,) = llm.generate([prompt], GREEDY)
+    assert again.cached_tokens == 0
+    assert_dense([again], [prompt])
+    assert_all_free(llm)
+
+
+def test_a_stream_that_cannot_go_on_says_so():
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    sound = random_checkpoint(dataclasses.replace(SMALL, vocab_size=261), seed=3)
+    embedding = sound.embedding.copy()
+    embedding[ord("b")] = np.nan
+    checkpoint = dataclasses.replace(sound, embedding=embedding, metadata=byte_tokenizer())
+    llm = pg.LLM(checkpoint, backend="host", num_blocks=16, block_size=BLOCK)
+    with pytest.raises(pg.InvalidLogitsError, match="the logits after its first 3 tokens hold NaN or have no finite"):
+        list(llm.stream("abc", GREEDY))
+    assert_all_free(llm)
+    (answer,) = llm.generate(["ac"], pg.SamplingParams(1, ignore_end=True))
+    assert "".join(llm.stream("ac", pg.SamplingParams(1, ignore_end=True))) == answer.text != ""
+    assert_all_free(llm)
+
+
+def test_who_shares_blocks_with_a_request_that_failed_goes_on(monkeypatch):
+    (prompt,) = sound_prompts(9)[:1]
+    llm = broken_llm(monkeypatch, np.nan)
+    parent = llm.submit(prompt, GREEDY)
+    llm.step()
+    twin, broken = llm.fork(parent), llm.fork(parent, BROKEN)
+    llm.step()
+    assert_failed(llm.completion(broken), 1)
+    while llm.unfinished:
+        llm.step()
+    assert_dense([llm.completion(parent), llm.completion(twin)], [prompt] * 2)
+    (again,) = llm.generate([prompt], GREEDY)
+    assert_dense([again], [prompt])
+    assert_all_free(llm)
+
+
+def test_a_preempted_request_can_fail_when_it_is_computed_again(monkeypatch):
+    llm, prompts = small_llm(num_blocks=64), sound_prompts(9, 5)
+    ids = [llm.submit(prompt, GREEDY) for prompt in prompts[:2]]
+    llm.step()
+    llm.scheduler.preempt(llm._requests[ids[0]], swap=False)
+    sound = llm.model.forward
+
+    def broken(step, *arguments, **named):
+        logits = sound(step, *arguments, **named)
+        logits[-1] = np.nan  # the one that is computed again is the last
+        return logits
+
+    monkeypatch.setattr(llm.model, "forward", broken)
+    llm.step()
+    monkeypatch.setattr(llm.model, "forward", sound)
+    while llm.unfinished:
+        llm.step()
+    assert_failed(llm.completion(ids[0]), 1)
+    assert_dense([llm.completion(ids[1])], prompts[1:2])
+    assert_all_free(llm)
+
+
 def test_requests_step_by_step():
     llm, prompts = small_llm(), prompts_of([6, 3])
     first = llm.submit(prompts[0], GREEDY)
@@ -343,6 +549,57 @@ def test_beam_search_by_forks_copies_on_write(backend, preempting):
     assert_all_free(llm)
 
 
+SAMPLED = pg.SamplingParams(12, 1.0, seed=5, ignore_end=True)
+
+
+def forked(llm, params, seeds=(None, None), token=None, grandchild=False):
+    """Return what a request and its forks, made after its first token, answer."""
+    ids = [llm.submit(prompts_of([6])[0], params)]
+    llm.step()
+    ids += [llm.fork(ids[0], token, seed=seed) for seed in seeds]
+    if grandchild:
+        ids.append(llm.fork(ids[1]))
+    while llm.unfinished:
+        llm.step()
+    return [llm.completion(seq_id).tokens.tolist() for seq_id in ids]
+
+
+def test_sampled_forks_differ_and_are_repeatable(backend):
+    answers = forked(small_llm(backend), SAMPLED, [None] * 3, grandchild=True)
+    assert len({answer[0] for answer in answers}) == 1
+    assert len({tuple(answer[1:]) for answer in answers}) == 5
+    used = small_llm(backend)  # in which names of requests and the contents of the cache are others
+    used.generate(prompts_of([6, 9]), GREEDY)
+    assert forked(used, SAMPLED, [None] * 3, grandchild=True) == answers
+    assert answers[0] == small_llm(backend).generate(prompts_of([6]), SAMPLED)[0].tokens.tolist()
+    assert_all_free(used)
+
+
+def test_forks_of_different_seeds_differ():
+    first = forked(small_llm(), SAMPLED)
+    second = forked(small_llm(), dataclasses.replace(SAMPLED, seed=6))
+    assert all(a[1:] != b[1:] for a in first for b in second)
+
+
+def test_a_fork_draws_by_the_seed_that_it_is_given():
+    parent, same, other, huge = forked(small_llm(), SAMPLED, [5, np.int64(-7), 2**64 - 7])
+    assert same == parent
+    assert other[1:] != parent[1:] and huge == other  # modulo 2**64
+    (again,) = small_llm().generate([[*prompts_of([6])[0], parent[0]]], dataclasses.replace(SAMPLED, seed=-7))
+    assert other[1:] == again.tokens.tolist()[: len(other) - 1]
+
+
+def test_greedy_forks_say_what_their_parent_says():
+    for answer in forked(small_llm(), GREEDY, [None, 3]):
+        assert answer == dense(tuple(prompts_of([6])[0]), 12)
+
+
+def test_a_sampled_fork_can_begin_with_another_token():
+    parent, *forks = forked(small_llm(), SAMPLED, token=41)
+    assert parent[0] != 41 and {answer[0] for answer in forks} == {41}
+    assert forks[0][1:] != forks[1][1:]
+
+
 def test_forks_are_checked():
     llm = small_llm(max_num_seqs=2, max_batch_tokens=4)
     first = llm.submit(prompts_of([6])[0], GREEDY)
@@ -354,6 +611,11 @@ def test_forks_are_checked():
     llm.step()
     with pytest.raises(ValueError, match="token must be a token id from 0 to 96; got 97"):
         llm.fork(first, 97)
+    for token in (1.5, "1", True):
+        with pytest.raises(TypeError, match="token must be an integer"):
+            llm.fork(first, token)
+    with pytest.raises(TypeError, match="seed must be an integer; got float 1.5"):
+        llm.fork(first, seed=1.5)
     second = llm.fork(first)
     with pytest.raises(ValueError, match="fewer than 2 that run"):
         llm.fork(first)
@@ -392,6 +654,15 @@ def test_generation_ends_with_the_models_context():
         ([[1] * 257], ValueError, r"prompts\[0\] must have at most 256 tokens, what the cache holds; got 257"),
         ([[1] * 513], ValueError, r"at most 512 tokens, what the model's context holds; got 513"),
         (["text"], TypeError, r"prompts\[0\] must be token ids, as this model has no tokenizer; got str"),
+        (b"story", TypeError, "prompts must be a list of texts or of lists of token ids; got bytes"),
+        ([[1], 5], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got int"),
+        ([[1], None], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got NoneType"),
+        ([[1], b"ab"], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got bytes"),
+        ([[1], {1: 2}], TypeError, r"prompts\[1\] must be a text or a vector of token ids; got dict"),
+        ([[1], [[1], [2, 3]]], ValueError, r"prompts\[1\] must be a text or a vector of token ids; .*inhomogeneous"),
+        ([[1], [2**70]], TypeError, r"prompts\[1\] must be integers, token ids; got object"),
+        ([[1], np.array([2**63], np.uint64)], ValueError, r"prompts\[1\] must hold .*; token 0 is 9223372036854775808"),
+        ([[1], [True]], TypeError, r"prompts\[1\] must be integers, token ids; got bool"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_answered(prompts, error, message):
@@ -411,6 +682,13 @@ def test_prompts_that_cannot_be_answered(prompts, error, message):
         ({"top_p": 0}, ValueError, "top_p must be above 0 and at most 1; got 0"),
         ({"top_k": -1}, ValueError, "top_k must be at least 0"),
         ({"seed": 1.5}, TypeError, "seed must be an integer; got float 1.5"),
+        ({"temperature": np.nan}, ValueError, "temperature must be finite and at least 0; got nan"),
+        ({"temperature": np.longdouble(np.inf)}, ValueError, "temperature must be finite and at least 0"),
+        ({"temperature": -1e-50}, ValueError, "temperature must be finite and at least 0; got -1e-50"),
+        ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
+        ({"top_p": Fraction(10**30 + 1, 10**30)}, ValueError, "top_p must be above 0 and at most 1"),
+        ({"top_p": True}, TypeError, "top_p must be a real number; got bool True"),
+        ({"ignore_end": "no"}, TypeError, "ignore_end must be a bool; got str 'no'"),
     ],
 )
 def test_sampling_is_checked(options, error, message):
@@ -418,8 +696,100 @@ def test_sampling_is_checked(options, error, message):
         pg.SamplingParams(**options)
 
 
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_numbers_beyond_float32_mean_what_they_say(use_kernels):
+    """Were they rounded to float32, 1e300 would be infinite and 1e-50 would be 0."""
+    llm, (prompt,) = small_llm(use_kernels=use_kernels), prompts_of([5])
+    first = dense((*prompt,), 12)[:4]
+    for options in (
+        {"temperature": 1e-50}, {"temperature": Fraction(1, 10**400)}, {"temperature": 1.0, "top_p": 1e-50},
+        {"temperature": 1.0, "top_p": Fraction(1, 10**400)}, {"temperature": 1e300, "top_k": 1},
+        {"temperature": np.float32(1), "top_p": np.float16(6e-8)}, {"temperature": 1e-40, "top_k": 10**400},
+    ):  # fmt: skip
+        (answer,) = llm.generate([prompt], pg.SamplingParams(4, seed=3, ignore_end=True, **options))
+        assert answer.tokens.tolist() == first, options
+    for temperature in (1e300, 10**400, np.float64(1e300)):
+        params = pg.SamplingParams(4, temperature, seed=3, ignore_end=True)
+        (hot,) = llm.generate([prompt], params)
+        (flat,) = llm.generate([prompt], pg.SamplingParams(4, 1e30, seed=3, ignore_end=True))
+        assert hot.tokens.tolist() == flat.tokens.tolist() != first
+
+
+def test_numbers_of_numpy_are_taken_as_numbers():
+    llm, (prompt,) = small_llm(), prompts_of([5])
+    plain = pg.SamplingParams(4, 0.75, 20, 0.5, seed=-3, ignore_end=True)
+    numpy = pg.SamplingParams(
+        np.uint8(4), np.float32(0.75), np.int16(20), np.float16(0.5), seed=np.int64(-3), ignore_end=np.bool_(True)
+    )
+    assert numpy == plain and hash(numpy) == hash(plain)
+    first, second = llm.generate([prompt] * 2, [plain, numpy])
+    assert first.tokens.tolist() == second.tokens.tolist()
+    for seed in (2**64 - 3, 10**400 * 2**64 - 3, np.uint64(2**64 - 3)):
+        (same,) = llm.generate([prompt], dataclasses.replace(plain, seed=seed))
+        assert same.tokens.tolist() == first.tokens.tolist()
+
+
+REFUSED = [
+    ({"priority": 2**31}, ValueError, "must fit in int32, got 2147483648"),
+    ({"priority": 10**400}, ValueError, "must fit in int32, got 1000"),
+    ({"priority": -(2**31) - 1}, ValueError, "must be at least -2147483648, got -2147483649"),
+    ({"priority": 1.0}, TypeError, "must be an integer, got float"),
+    ({"priority": True}, TypeError, "must be an integer, got bool"),
+    ({"priority": None}, TypeError, "must be an integer, got NoneType"),
+    ({"priority": "1"}, TypeError, "must be an integer, got str"),
+    ({"params": {}}, TypeError, "params must be SamplingParams; got dict"),
+    ({"params": 0}, TypeError, "params must be SamplingParams; got int"),
+    ({"params": {"seed": 1}}, TypeError, "params must be SamplingParams; got dict"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REFUSED)
+def test_all_of_a_request_is_checked_before_it_waits(options, error, message):
+    llm, prompts = small_llm(), prompts_of([5, 3])
+    with pytest.raises(error, match=message):
+        llm.submit(prompts[0], **options)
+    params, priority = ([value] for value in (options.get("params", GREEDY), options.get("priority", 0)))
+    with pytest.raises(error, match=message):
+        llm.generate(prompts, [GREEDY, *params], priorities=[0, *priority])
+    if "priority" in options:
+        with pytest.raises(error, match=r"priorities\[1\]"):
+            llm.generate(prompts, GREEDY, priorities=[0, *priority])
+        with pytest.raises(error, match=message):
+            Sequence(0, np.array(prompts[0], np.int32), GREEDY, *priority)
+    assert not llm.unfinished and not llm.scheduler.waiting
+    assert_dense(llm.generate(prompts, GREEDY), prompts)  # what was refused does not stop others
+    assert_all_free(llm)
+
+
+def test_all_that_is_in_range_is_served():
+    llm, prompts = small_llm(num_blocks=6), prompts_of([5, 3, 6, 4])
+    params = pg.SamplingParams(10**30, seed=10**400, top_k=2**63, ignore_end=False)
+    ids = [
+        llm.submit(prompt, params, priority=priority)
+        for prompt, priority in zip(prompts, (2**31 - 1, -(2**31), np.int64(7), np.uint8(255)), strict=True)
+    ]
+    while llm.unfinished:
+        llm.step()
+    for seq_id, prompt in zip(ids, prompts, strict=True):
+        answer = llm.completion(seq_id)
+        assert len(answer.tokens) == 6 * BLOCK - len(prompt)  # to the end of the cache
+        assert answer.tokens[:12].tolist() == dense(tuple(prompt), 12)
+
+
+@pytest.mark.parametrize("priorities", ["12", b"12", {0: 1, 1: 2}, 5])
+def test_priorities_are_a_list(priorities):
+    llm = small_llm()
+    with pytest.raises(TypeError, match="priorities must be a list with one entry for each prompt; got"):
+        llm.generate([[1], [2]], priorities=priorities)
+    assert_all_free(llm)
+
+
 def test_arguments_are_checked():
     llm = small_llm()
+    with pytest.raises(TypeError, match="callback must be callable; got int"):
+        llm.generate([[1]], callback=5)
+    with pytest.raises(ValueError, match="priorities must have one entry for each of the 2 prompts; got 1"):
+        llm.generate([[1], [2]], priorities=[1])
     with pytest.raises(ValueError, match="params must have one entry for each of the 2 prompts; got 1"):
         llm.generate([[1], [2]], [GREEDY])
     with pytest.raises(TypeError, match="params must be SamplingParams; got int"):

@@ -273,3 +273,45 @@ def test_every_request_gets_its_tokens_whatever_happens(seed):
         else:
             assert sequence.output == expected
     assert_all_free(scheduler.manager)
+
+
+def test_a_sequence_that_failed_ends_and_cannot_be_found():
+    scheduler = scheduler_of(20, max_batch_tokens=16)
+    first, second = request(0, [1, 2, 3, 4, 5]), request(1, [9, 8, 7, 6, 5])
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    scheduler.complete(scheduler.schedule(), [1, -1])
+    assert second.state is State.FINISHED and second.finish_reason == "error" and second.output == []
+    assert scheduler.running == [first] and first.output == [1]
+    manager = scheduler.manager
+    manager.allocate("a", [1, 2, 3, 4, 0])
+    manager.allocate("b", [9, 8, 7, 6, 0])
+    assert manager.cached_tokens("a") == 4 and manager.cached_tokens("b") == 0
+    manager.check()
+
+
+def test_a_part_of_a_prompt_can_fail():
+    scheduler = scheduler_of(20, max_batch_tokens=4, max_num_seqs=4)
+    sequence, other = request(0, 12), request(1, 2)
+    for each in (sequence, other):
+        scheduler.add(each)
+    scheduler.complete(scheduler.schedule(), [])
+    assert len(scheduler.manager.gpu.cache) == 1
+    scheduler.complete(scheduler.schedule(), [], failed={0})
+    assert sequence.finish_reason == "error" and sequence.num_computed == 8
+    assert len(scheduler.manager.gpu.cache) == 0 and scheduler.manager.gpu.num_free == 20
+    memory = Memory(scheduler.manager)
+    while scheduler.unfinished:
+        memory.run(scheduler)
+    assert other.output == expected_output(other)
+    assert_all_free(scheduler.manager)
+
+
+def test_who_was_cancelled_in_its_last_step_has_not_failed():
+    scheduler = scheduler_of(20)
+    sequence = request(0, 4)
+    scheduler.add(sequence)
+    step = scheduler.schedule()
+    scheduler.cancel(sequence)
+    scheduler.complete(step, [-1], failed={0})
+    assert sequence.finish_reason == "cancelled"

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
+from cupaged.engine.tokenizer import BYTE_OF_CHARACTER
 from cupaged.engine.weights import TENSORS, ModelConfig, interleaved
 
 SMALL = ModelConfig(
@@ -82,12 +83,30 @@ def half_budget(checkpoint, text, storage):
     return 4 * np.abs(moved).max()
 
 
-def write_gguf(path, checkpoint, metadata=()):
-    """Write a model to a GGUF file in float32, as llama.cpp reads it: query and key rows interleaved."""
-    from gguf import GGUFWriter
+def byte_tokenizer(**given):
+    """Return the metadata of a tokenizer of single bytes, with two control tokens, 257 and 258, and two of a user.
+
+    What is given takes the place of it; None leaves it out. A chat template is given as `template`.
+    """
+    alphabet = sorted(BYTE_OF_CHARACTER, key=BYTE_OF_CHARACTER.get)
+    entries = {
+        "model": "gpt2", "pre": "smollm", "tokens": [*alphabet, "Ġa", "<s>", "</s>", "<u>", "<é>"], "merges": ["Ġ a"],
+        "token_type": [1] * 257 + [3, 3, 4, 4], "bos_token_id": 257, "eos_token_id": 258, **given,
+    }  # fmt: skip
+    metadata = {f"tokenizer.ggml.{name}": value for name, value in entries.items() if value is not None}
+    template = metadata.pop("tokenizer.ggml.template", None)
+    return metadata if template is None else {**metadata, "tokenizer.chat_template": template}
+
+
+def write_gguf(path, checkpoint, metadata=(), tensors=(), big_endian=False):
+    """Write a model to a GGUF file in float32, as llama.cpp reads it: query and key rows interleaved.
+
+    Pairs of `metadata` and `tensors` take the place of what the model has; None leaves it out.
+    """
+    from gguf import GGUFEndian, GGUFWriter
 
     config = checkpoint.config
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", endianess=GGUFEndian.BIG if big_endian else GGUFEndian.LITTLE)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_tokens)
     writer.add_embedding_length(config.hidden_size)
@@ -101,17 +120,22 @@ def write_gguf(path, checkpoint, metadata=()):
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(config.vocab_size)
+    adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for name, value in metadata:
-        writer.add_string(name, value)
-    writer.add_tensor("token_embd.weight", checkpoint.embedding)
-    writer.add_tensor("output_norm.weight", checkpoint.final_norm)
+        writer.kv_data[0].pop(name, None)
+        if value is not None:
+            adders.get(type(value), writer.add_array)(name, value)
+    arrays = {"token_embd.weight": checkpoint.embedding, "output_norm.weight": checkpoint.final_norm}
     if checkpoint.unembedding is not checkpoint.embedding:
-        writer.add_tensor("output.weight", checkpoint.unembedding)
+        arrays["output.weight"] = checkpoint.unembedding
     for i, layer in enumerate(checkpoint.layers):
         for name, in_file in TENSORS.items():
             weight = getattr(layer, name)
             heads = {"query": config.num_heads, "key": config.num_kv_heads}.get(name)
-            writer.add_tensor(f"blk.{i}.{in_file}.weight", interleaved(weight, heads) if heads else weight)
+            arrays[f"blk.{i}.{in_file}.weight"] = interleaved(weight, heads) if heads else weight
+    for name, array in {**arrays, **dict(tensors)}.items():
+        if array is not None:
+            writer.add_tensor(name, array.copy())  # which the writer turns round for a big-endian file
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

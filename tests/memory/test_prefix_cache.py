@@ -98,6 +98,10 @@ def test_an_extra_key_separates_adapters_and_tenants():
         (("",), ()),
         (("1:s",), ("1", "s")),
         ((1, 2), (12,)),
+        (("ab",), ("a", "b")),
+        ((b"ab",), (97, 98)),
+        ((-1,), (1,)),
+        (("a", "b"), ("b", "a")),
     ],
 )
 def test_extra_keys_that_read_alike_are_told_apart(left, right):
@@ -109,9 +113,103 @@ def test_the_same_tokens_in_blocks_of_another_size_have_other_names():
     assert root_digest(4) != root_digest(8)
 
 
-def test_an_extra_key_of_another_type_is_refused():
-    with pytest.raises(TypeError, match="extra must hold str, bytes or int, got float"):
-        manager_of().allocate("x", range(9), extra=(0.5,))
+@pytest.mark.parametrize(
+    "item",
+    [0.5, True, None, np.bool_(True), np.float32(1), np.array(1), bytearray(b"a"), memoryview(b"a"), ("a",), ["a"],
+     {"a": 1}, {"a"}, frozenset("a"), iter("a"), object()],
+    ids=lambda item: type(item).__name__,
+)  # fmt: skip
+def test_an_extra_key_of_another_type_is_refused(item):
+    manager = manager_of()
+    with pytest.raises(TypeError, match=f"extra must hold str, bytes or int, got {type(item).__name__}"):
+        manager.allocate("x", range(9), extra=("a", item))
+    with pytest.raises(TypeError, match=f"salt must be str, bytes or int, got {type(item).__name__}"):
+        manager_of(salt=item)
+    assert manager.seq_ids == []
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"lora": "alpha"}, {"lora": "beta"}, {}, "ab", "", b"ab", b"", bytearray(b"ab"), memoryview(b"ab"), {"a", "b"},
+        frozenset(), None, False, True, 0, 7, 0.5, np.array([97, 98]), np.array([]), range(2), iter(("a",)),
+        (item for item in ("a", "b")), {"a": 1}.items(), {"a": 1}.keys(),
+    ],
+    ids=lambda extra: type(extra).__name__,
+)  # fmt: skip
+def test_extra_keys_that_are_no_list_of_items_are_refused_whole(extra):
+    """Iterated, a mapping would be its names alone, a text its characters, and a generator empty the second time."""
+    manager = manager_of()
+    expected = f"extra must be a list or tuple of str, bytes or int, .*, got {type(extra).__name__}"
+    for call in (manager.can_allocate, lambda *args, **options: manager.allocate("x", *args, **options)):
+        with pytest.raises(TypeError, match=expected):
+            call(range(9), extra=extra)
+    assert manager.seq_ids == [] and manager.gpu.num_used == 0
+
+
+def test_equal_extra_keys_find_each_other_whatever_holds_them():
+    manager = manager_of()
+    manager.allocate("first", range(9), extra=["lora", 7, b"x"])
+    assert cached(manager, range(9), extra=("lora", np.int64(7), np.bytes_(b"x"))) == 8
+    assert cached(manager, range(9), extra=(np.str_("lora"), np.uint8(7), b"x")) == 8
+    manager.allocate("second", range(9), extra=[])
+    assert cached(manager, range(9)) == cached(manager, range(9), extra=()) == 8
+
+
+def test_any_text_and_any_number_is_a_key():
+    names = [root_digest(4, b"", (item,)) for item in ("\udc80", "\udc81", 10**5000, 10**5000 + 1, -(10**5000), -1, 1)]
+    assert len(set(names)) == len(names)
+
+
+def test_salts_of_different_types_are_told_apart():
+    salts = [b"1", "1", 1, b"", "", 0, -1]
+    assert len({root_digest(4, salt) for salt in salts}) == len(salts)
+
+
+def test_what_is_unpublished_is_found_no_more_whoever_computed_it():
+    manager = manager_of(12)
+    manager.allocate("first", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    manager.allocate("reader", [1, 2, 3, 4, 0])
+    manager.allocate("other", [1, 2, 3, 4, 9, 9, 9, 9, 9])
+    manager.unpublish("reader")
+    assert cached(manager, [1, 2, 3, 4, 0]) == cached(manager, [1, 2, 3, 4, 5, 6, 7, 8, 9]) == 0
+    assert manager.blocks("first").tolist()[0] == manager.blocks("reader").tolist()[0]  # who reads it keeps it
+    for seq_id in ("first", "reader", "other"):
+        manager.free(seq_id)
+    assert manager.gpu.num_free == 10  # two blocks of others' further text still have names
+    manager.check()
+
+
+def test_unpublished_blocks_that_nobody_reads_are_free():
+    manager = manager_of(8)
+    for seq_id in ("first", "second"):  # side by side: the first one's blocks have the names
+        manager.allocate(seq_id, range(9), publish=False)
+    for seq_id in ("first", "second"):
+        manager.publish(seq_id, 9)
+    manager.free("first")
+    assert manager.gpu.num_evictable == 2
+    manager.unpublish("second")
+    assert manager.gpu.num_evictable == 0 and manager.gpu.num_free == 5
+    manager.unpublish("second")  # nothing is left of it
+    manager.free("second")
+    assert manager.gpu.num_free == 8
+    manager.check()
+
+
+def test_what_is_unpublished_is_not_restored_from_the_cpu():
+    manager = BlockManager(4, 8, block_size=4, on_evict="offload")
+    manager.allocate("first", range(9))
+    manager.free("first")
+    assert manager.evict(2) == 2 and len(manager.cpu.cache) == 2
+    manager.allocate("second", range(9))
+    assert manager.cached_tokens("second") == 8
+    manager.swap_out("second")
+    manager.unpublish("second")
+    assert len(manager.cpu.cache) == len(manager.gpu.cache) == 0
+    manager.free("second")
+    assert manager.cpu.num_free == 8 and cached(manager, range(9)) == 0
+    with pytest.raises(ValueError, match="seq_id must be a sequence that was admitted and not freed, got 'second'"):
+        manager.unpublish("second")
 
 
 def test_partial_blocks_are_not_found():

@@ -137,6 +137,48 @@ def test_extreme_temperatures(xp):
     assert len(set(as_numpy(pg.sample(logits, 1e30)).tolist())) > 10
 
 
+COLD = [1e-50, 5e-324, 1e-44, 1e-39, np.float64(1e-50), np.longdouble(1e-50), np.float16(6e-8)]
+HOT = [1e300, 10**30, 10**400, np.float64(1e300), np.float32(3e38), np.longdouble(1e300)]
+
+
+@pytest.mark.parametrize("temperature", COLD, ids=repr)
+def test_a_temperature_near_0_draws_among_the_most_likely(xp, temperature):
+    logits = np.array([[1, 3, 2, 3, 2, -np.inf]], np.float32)
+    drawn = set(as_numpy(pg.sample(xp.asarray(np.repeat(logits, 200, axis=0)), temperature)).tolist())
+    assert drawn == {1, 3} == set(pg.reference.sample(np.repeat(logits, 200, axis=0), float(temperature)).tolist())
+
+
+@pytest.mark.parametrize("temperature", HOT, ids=lambda value: f"{type(value).__name__}, {len(str(value))} digits")
+def test_an_endless_temperature_draws_among_all_alike(xp, temperature):
+    logits = np.repeat(np.array([[1, 30, -20, 3, 2, -np.inf]], np.float32), 1000, axis=0)
+    counts = np.bincount(as_numpy(pg.sample(xp.asarray(logits), temperature)), minlength=6)
+    assert counts[5] == 0 and stats.chisquare(counts[:5]).pvalue > 1e-3
+    kept = as_numpy(pg.sample(xp.asarray(logits), temperature, top_k=2))
+    assert set(kept.tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("top_p", [1e-50, 5e-324, 1e-40, np.float64(1e-50), np.longdouble(1e-50), np.float16(6e-8)])
+def test_a_share_near_0_draws_among_the_most_likely(xp, top_p):
+    logits = np.repeat(np.array([[1, 3, 2, 3, 2, 0]], np.float32), 200, axis=0)
+    drawn = set(as_numpy(pg.sample(xp.asarray(logits), top_p=top_p)).tolist())
+    assert drawn == {1, 3} == set(pg.reference.sample(logits, top_p=float(top_p)).tolist())
+
+
+@pytest.mark.parametrize(
+    "top_k", [2**31, 2**63, 10**400, np.uint64(2**63), np.int64(2**40)], ids=lambda k: type(k).__name__
+)
+def test_a_top_k_beyond_the_vocabulary_means_all(xp, top_k):
+    logits = xp.asarray(logits_of(20, 90))
+    np.testing.assert_array_equal(as_numpy(pg.sample(logits, top_k=top_k)), as_numpy(pg.sample(logits)))
+
+
+def test_numbers_of_numpy_are_numbers(xp):
+    logits = xp.asarray(logits_of(20, 90))
+    expected = as_numpy(pg.sample(logits, 0.75, 5, 0.5, 2**64 - 3))
+    given = np.float32(0.75), np.uint8(5), np.float16(0.5), np.int64(-3)
+    np.testing.assert_array_equal(as_numpy(pg.sample(logits, *given)), expected)
+
+
 def test_out_is_written(xp):
     logits, out = xp.asarray(logits_of(3, 50)), xp.full(3, 99, np.int32)
     assert pg.sample(logits, out=out) is out
@@ -159,6 +201,13 @@ def test_out_is_written(xp):
         ({"temperature": np.array([1, np.nan], np.float32)}, ValueError, "temperature must be finite"),
         ({"top_k": 2.5}, TypeError, "top_k must be an integer, or an array of int32; got float 2.5"),
         ({"top_k": -1}, ValueError, "top_k must be finite and at least 0; got -1"),
+        ({"top_k": -(10**400)}, ValueError, "top_k must be finite and at least 0; got -1000"),
+        ({"temperature": -1e-50}, ValueError, "temperature must be finite and at least 0; got -1e-50"),
+        ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
+        ({"temperature": np.inf}, ValueError, "temperature must be finite and at least 0; got inf"),
+        ({"temperature": np.nan}, ValueError, "temperature must be finite and at least 0; got nan"),
+        ({"top_p": -1e-50}, ValueError, "top_p must be above 0 and at most 1; got -1e-50"),
+        ({"top_p": np.nan}, ValueError, "top_p must be above 0 and at most 1; got nan"),
         ({"top_p": 0.0}, ValueError, "top_p must be above 0 and at most 1; got 0.0"),
         ({"top_p": np.array([1, 2], np.float32)}, ValueError, "top_p must be above 0 and at most 1; got 2.0"),
         ({"seed": True}, TypeError, "seed must be an integer"),
