@@ -71,8 +71,10 @@ class Trace:
                 "arrival, prompt_tokens and output_tokens must have equal lengths, "
                 f"got {len(arrival)}, {len(prompt)} and {len(output)}"
             )
-        if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any():
+        if not np.isfinite(arrival).all() or (arrival[1:] < arrival[:-1]).any():
             raise ValueError("arrival must be finite seconds that never fall")
+        if (abs(arrival) > LONGEST).any():  # so that the difference of two is finite
+            raise ValueError(f"arrival must be at most {LONGEST:g} seconds, got {abs(arrival).max()}")
         for name, column, least in (
             ("prompt_tokens", prompt, 0),
             ("prompt_tokens", prompt[output > 0], 1),
@@ -271,7 +273,7 @@ def _seconds(value: Any) -> float:
         seconds = math.nan
     if not math.isfinite(seconds):
         raise _Malformed("a finite number")
-    if abs(seconds) > LONGEST:  # so that the difference of two is finite
+    if abs(seconds) > LONGEST:
         raise _Malformed(f"a number of at most {LONGEST:g}")
     return seconds
 

@@ -142,6 +142,7 @@ def test_a_trace_is_read_only_and_sliced() -> None:
         (([0.0], [0], [1]), ValueError, "prompt_tokens must be at least 1 everywhere, got 0"),
         (([0.0], [1], [-1]), ValueError, "output_tokens must be at least 0 everywhere, got -1"),
         (([0.0], [1.5], [1]), TypeError, "prompt_tokens must be int64, got float64"),
+        (([-1e308, 1e308], [1, 1], [1, 1]), ValueError, "arrival must be at most 1e\\+300 seconds, got 1e\\+308"),
         (([0.0, 1.0], [1, 2], [1, 2**31 - 2]), ValueError, "must be at most 2147483647 together, got 2 and 2147483646"),
         (([0.0], [2**62], [2**62]), ValueError, "prompt_tokens and output_tokens must be at most 2147483647 together"),
     ],
