@@ -8,6 +8,7 @@ that are missing. Each row names the one command that measures it.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -148,7 +149,7 @@ def conclusion(rows: list[Row]) -> str:
 
 def as_markdown(rows: list[Row], notes: list[str]) -> str:
     """Return the ledger as a page."""
-    lines = ["# Claims", "", *[line for note in notes for line in (note, "")]]
+    lines = ["# Claims", "", *[line for note in notes for line in (as_cell(note), "")]]
     heads = ("claim", "stated in", "published", "measured", "verdict", "why", "on", "measured by")
     lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
@@ -157,8 +158,15 @@ def as_markdown(rows: list[Row], notes: list[str]) -> str:
             row["statement"], row["origin"], f"{row['published']} ({row['source']})", row["measured"] or "–",
             f"**{row['verdict']}**", row["reason"] or "–", device, f"`{row['command']}`",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, ""])
+        lines.append(f"| {' | '.join(map(as_cell, cells))} |")
+    page = "\n".join([*lines, ""])
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def as_cell(text: str) -> str:
+    """Return a text as a table's cell: in one line, nothing of it markup of HTML or the end of the cell."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
+    return re.sub(r"<(?=[\w/!?])", "&lt;", text).replace("|", r"\|")
 
 
 def draw(rows: list[Row], path: Path) -> None:
