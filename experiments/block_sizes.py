@@ -122,7 +122,9 @@ HOST_COLUMNS = {**MEMORY_COLUMNS, "kernel": "kernel", "loads": "loads|,", "table
 def options_parser() -> ArgumentParser:
     """Return the command line."""
     parser = argument_parser(__doc__ or "")
-    parser.add_argument("--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns")
+    parser.add_argument(
+        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+    )
     parser.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
     return parser
 

@@ -82,12 +82,22 @@ def search_folders(out: Path, results: Path, device: str) -> list[Path]:
 
 
 def find(claim: Claim, folders: list[Path]) -> tuple[dict[str, Any], Path] | None:
-    """Return the first result of a claim's experiment that was made where it must be, and its file."""
+    """Return the first result of a claim's experiment that was made where it must be, and its file.
+
+    Raises
+    ------
+    OSError
+        A file is there and holds something else.
+    """
     for folder in folders if claim.experiment else ():
         path = folder / f"{claim.experiment}.json"
         if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if not claim.gpu or document["stamp"]["backend"] == "cuda":
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+                backend = document["stamp"]["backend"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise OSError(f"{path} is no result of an experiment: {error!r}") from None
+            if not claim.gpu or backend == "cuda":
                 return document, path
     return None
 

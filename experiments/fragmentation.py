@@ -399,7 +399,9 @@ REQUEST_TABLE = {
 
 def parser() -> ArgumentParser:
     options = argument_parser(__doc__, backends=False)
-    options.add_argument("--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns")
+    options.add_argument(
+        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+    )
     options.add_argument("--cite", default="", help="the trace's source and licence, kept with the results")
     options.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
     options.add_argument(

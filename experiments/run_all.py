@@ -134,7 +134,10 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
         if file.stat().st_mtime < started - 1:  # of an earlier run
             continue
         if file.suffix == ".json":
-            outcome.documents.append(json.loads(file.read_text(encoding="utf-8")))
+            try:
+                outcome.documents.append(json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                outcome.status = f"failed: {file.name} is not JSON: {error}"
         elif file.suffix == ".png":
             outcome.pictures.append(file)
     return outcome

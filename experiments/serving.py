@@ -108,7 +108,9 @@ class Load:
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment; returns 0 if every request got its tokens everywhere."""
     parser = argument_parser(__doc__ or "")
-    parser.add_argument("--trace", type=Path, default=None, help="a trace file instead of the sampled conversation")
+    parser.add_argument(
+        "--trace", type=Path, default=None, help="a trace file, plain or .gz, instead of the sampled conversation"
+    )
     parser.add_argument("--requests", type=positive(int), default=None, help="how many requests")
     parser.add_argument(
         "--block-sizes",
