@@ -32,7 +32,7 @@ def doctor() -> int:
         table.add_column(head, overflow="fold")
     for finding in findings:
         table.add_row("ok" if finding.well else "--", finding.what, finding.detail)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     running = [finding.what for finding in findings if finding.well and finding.what.startswith("runs ")]
     console.print("Kernels run here: " + (", ".join(running) or "nowhere; the lines without ok say why."))

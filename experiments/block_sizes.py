@@ -33,7 +33,7 @@ from cupaged.bench.report import (
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, decode_call
-from cupaged.memory.sampler import WORKLOADS, Trace, load_trace, sample_trace
+from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
 from cupaged.ops.attention import explain
 from cupaged.runtime import choose_backend
 
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_table(rows, GPU_COLUMNS if backend == "cuda" else HOST_COLUMNS, title)
     verdict = conclusion(rows)
     console.print(verdict, CLAIM, "\n")
-    name = f"block_sizes_{options.trace.stem}" if options.trace else "block_sizes"
+    name = f"block_sizes_{trace.name}" if options.trace else "block_sizes"
     folder = write_results(
         rows, stamp, name, options.out, config=asdict(config), trace=trace.name, claim=CLAIM,
         contexts=contexts, read_ceiling_gb_s=ceiling, conclusion=verdict,
@@ -122,7 +122,9 @@ HOST_COLUMNS = {**MEMORY_COLUMNS, "kernel": "kernel", "loads": "loads|,", "table
 def options_parser() -> ArgumentParser:
     """Return the command line."""
     parser = argument_parser(__doc__ or "")
-    parser.add_argument("--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns")
+    parser.add_argument(
+        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+    )
     parser.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
     return parser
 
@@ -132,6 +134,8 @@ def options_parser() -> ArgumentParser:
 
 def contexts_of(trace: Trace, config: Config) -> tuple[int, ...]:
     """Return the contexts of a batch at some moment: a request is met the more often the longer it generates."""
+    if not len(trace):
+        raise ValueError("trace must hold a request that generates at least one token, got none")
     rng = np.random.default_rng(0)
     met = rng.choice(len(trace), config.batch, p=trace.output_tokens / trace.output_tokens.sum())
     generated = rng.integers(1, trace.output_tokens[met] + 1)
@@ -142,7 +146,7 @@ def memory_of(trace: Trace, contexts: tuple[int, ...], size: int) -> Row:
     """Return what blocks of a size cost in memory and bookkeeping."""
     blocks = -(-np.array(contexts) // size)
     occupancy = trace.paged_occupancy(size)
-    held = trace.token_steps().sum() / trace.output_tokens.sum()
+    held = exact_sum(trace.token_steps()) / exact_sum(trace.output_tokens)
     return {
         "occupancy": occupancy,
         "wasted_slots": float(held / occupancy - held),  # of a request, averaged over its decode steps

@@ -8,6 +8,7 @@ that are missing. Each row names the one command that measures it.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -81,12 +82,22 @@ def search_folders(out: Path, results: Path, device: str) -> list[Path]:
 
 
 def find(claim: Claim, folders: list[Path]) -> tuple[dict[str, Any], Path] | None:
-    """Return the first result of a claim's experiment that was made where it must be, and its file."""
+    """Return the first result of a claim's experiment that was made where it must be, and its file.
+
+    Raises
+    ------
+    OSError
+        A file is there and holds something else.
+    """
     for folder in folders if claim.experiment else ():
         path = folder / f"{claim.experiment}.json"
         if path.is_file():
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if not claim.gpu or document["stamp"]["backend"] == "cuda":
+            try:
+                document = json.loads(path.read_text(encoding="utf-8"))
+                backend = document["stamp"]["backend"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise OSError(f"{path} is no result of an experiment: {error!r}") from None
+            if not claim.gpu or backend == "cuda":
                 return document, path
     return None
 
@@ -148,7 +159,7 @@ def conclusion(rows: list[Row]) -> str:
 
 def as_markdown(rows: list[Row], notes: list[str]) -> str:
     """Return the ledger as a page."""
-    lines = ["# Claims", "", *[line for note in notes for line in (note, "")]]
+    lines = ["# Claims", "", *[line for note in notes for line in (as_cell(note), "")]]
     heads = ("claim", "stated in", "published", "measured", "verdict", "why", "on", "measured by")
     lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
@@ -157,8 +168,15 @@ def as_markdown(rows: list[Row], notes: list[str]) -> str:
             row["statement"], row["origin"], f"{row['published']} ({row['source']})", row["measured"] or "–",
             f"**{row['verdict']}**", row["reason"] or "–", device, f"`{row['command']}`",
         )  # fmt: skip
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
-    return "\n".join([*lines, ""])
+        lines.append(f"| {' | '.join(map(as_cell, cells))} |")
+    page = "\n".join([*lines, ""])
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def as_cell(text: str) -> str:
+    """Return a text as a table's cell: in one line, nothing of it markup of HTML or the end of the cell."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.split()))
+    return re.sub(r"<(?=[\w/!?])", "&lt;", text).replace("|", r"\|")
 
 
 def draw(rows: list[Row], path: Path) -> None:

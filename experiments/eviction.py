@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.report import argument_parser, console, machine_stamp, new_figure, print_table, write_results
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    new_figure,
+    print_table,
+    ratio,
+    write_results,
+)
 from cupaged.memory.eviction import POLICIES, belady_hits
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.prefix_cache import chain
@@ -111,8 +119,8 @@ def cost_of(depth: np.ndarray, block_size: int) -> np.ndarray:
     return 1 + depth * block_size / PAR_CONTEXT
 
 
-def replay(config: Config, prompts: list[Prompt], policy: str, num_blocks: int) -> tuple[float, float]:
-    """Return the shares of findable blocks, and of their computation, that a policy saves."""
+def replay(config: Config, prompts: list[Prompt], policy: str, num_blocks: int) -> tuple[float | None, float | None]:
+    """Return the shares of findable blocks, and of their computation, that a policy saves; None of no blocks."""
     manager = BlockManager(num_blocks, block_size=config.block_size, eviction=policy, max_blocks_per_seq=512)
     running: deque[int] = deque()
     found = wanted = found_cost = wanted_cost = 0.0
@@ -125,7 +133,12 @@ def replay(config: Config, prompts: list[Prompt], policy: str, num_blocks: int) 
         costs = cost_of(np.arange((len(prompt.tokens) - 1) // config.block_size), config.block_size)
         found, wanted = found + hits, wanted + len(costs)
         found_cost, wanted_cost = found_cost + costs[:hits].sum(), wanted_cost + costs.sum()
-    return found / wanted, found_cost / wanted_cost
+    return ratio(found, wanted), ratio(found_cost, wanted_cost)
+
+
+def of_best(rate: float | None, best: float | None) -> float | None:
+    """Return a hit rate over Belady's; None where he hits nothing either."""
+    return None if rate is None or best is None else ratio(rate, best)
 
 
 def hit_rates(config: Config) -> list[dict[str, Any]]:
@@ -139,13 +152,13 @@ def hit_rates(config: Config) -> list[dict[str, Any]]:
         longest = max(len(prompt.tokens) for prompt in prompts) // config.block_size + 1
         for share in config.pool_shares:
             num_blocks = max(longest, round(share * len(names)))
-            best = float(belady_hits(accesses, num_blocks).mean())
+            best = ratio(int(belady_hits(accesses, num_blocks).sum()), len(accesses))
             common = {"workload": workload, "pool_share": share, "num_blocks": num_blocks}
-            rows.append({**common, "policy": "Belady", "hit_rate": best, "of_belady": 1.0})
+            rows.append({**common, "policy": "Belady", "hit_rate": best, "of_belady": of_best(best, best)})
             progress.update()
             for policy in POLICIES:
                 rate, saved = replay(config, prompts, policy, num_blocks)
-                rows.append({**common, "policy": policy, "hit_rate": rate, "of_belady": rate / best if best else 1.0,
+                rows.append({**common, "policy": policy, "hit_rate": rate, "of_belady": of_best(rate, best),
                              "computation_saved": saved})  # fmt: skip
                 progress.update()
     progress.close()
@@ -216,12 +229,10 @@ def conclusion(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     """Return what the rows say."""
     parts = []
     for workload in WORKLOADS:
-        mean = {
-            policy: np.mean(
-                [row["of_belady"] for row in rows if row["workload"] == workload and row["policy"] == policy]
-            )
-            for policy in POLICIES
-        }
+        mean = {policy: mean_of_belady(rows, workload, policy) for policy in POLICIES}
+        if None in mean.values():
+            parts.append(f"{workload}: Belady finds nothing")
+            continue
         best, worst = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
         parts.append(f"{workload}: {best} reaches {mean[best]:.0%} of Belady's hits, {worst} {mean[worst]:.0%}, "
                      f"lru {mean['lru']:.0%}")  # fmt: skip
@@ -235,6 +246,13 @@ def conclusion(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     return "Found: " + "; ".join(parts) + "."
 
 
+def mean_of_belady(rows: list[dict[str, Any]], workload: str, policy: str) -> float | None:
+    """Return a policy's hits over Belady's, averaged over the pool sizes in which Belady finds any; None without."""
+    mine = [row["of_belady"] for row in rows if row["workload"] == workload and row["policy"] == policy]
+    found = [share for share in mine if share is not None]
+    return float(np.mean(found)) if found else None
+
+
 def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], path: Path) -> None:
     """Draw hit rates against the size of the pool, and the tails of the latencies."""
     figure, axes = new_figure(3, 2, width=13, height=8.2)
@@ -245,7 +263,7 @@ def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], p
             shares = [100 * row["pool_share"] for row in picked]
             style = {"color": "black", "ls": "--"} if policy == "Belady" else {"color": colors[policy], "marker": "."}
             label = "Belady (knows the future)" if policy == "Belady" else policy
-            axis.plot(shares, [100 * row["hit_rate"] for row in picked], label=label, **style)
+            axis.plot(shares, [100 * (row["hit_rate"] or 0) for row in picked], label=label, **style)
         axis.set(title=workload, xlabel="pool, % of all distinct blocks", xscale="log", ylim=(0, None))
         axis.set_xticks(shares, [f"{share:g}" for share in shares])
         axis.minorticks_off()
@@ -263,10 +281,7 @@ def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], p
     axis = axes[1, 2]
     workloads = list(WORKLOADS)
     for place, policy in enumerate(POLICIES):
-        means = [
-            100 * np.mean([row["of_belady"] for row in rows if row["workload"] == workload and row["policy"] == policy])
-            for workload in workloads
-        ]
+        means = [100 * (mean_of_belady(rows, workload, policy) or 0) for workload in workloads]
         axis.bar(np.arange(len(workloads)) + (place - 2) * 0.16, means, 0.15, color=colors[policy], label=policy)
     axis.set_xticks(
         range(len(workloads)), [workload.replace(" by ", "\nby ").replace(" and ", "\nand ") for workload in workloads]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.report import argument_parser, console, machine_stamp, new_figure, print_table, write_results
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    new_figure,
+    positive,
+    print_table,
+    ratio,
+    run_experiment,
+    save_figure,
+    write_results,
+)
 from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax, Usage
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.replay import STATES, ContiguousMemory, Memory, PagedMemory, Replay, Requests, replay
-from cupaged.memory.sampler import WORKLOADS, Trace, load_trace, sample_trace
+from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
 
 Row = dict[str, Any]
 
@@ -46,6 +59,7 @@ SAMPLER_SOURCE = (
 )
 # The deep dive's example: tokens used of 2048 slots reserved, three times.
 EXAMPLE_MAX_LEN, EXAMPLE_TOKENS = 2048, (312, 148, 1872)
+NOTHING = "nothing: what it takes failed, or nothing ran"
 
 
 @dataclass(frozen=True)
@@ -99,27 +113,32 @@ def power_of_two(n: np.ndarray) -> np.ndarray:
 
 
 def measure(requests: Requests, config: Config) -> tuple[list[Row], dict[str, Replay]]:
-    """Return a row for each system, and what happened in those that the picture shows."""
+    """Return a row for each system, failed ones too, and what happened in those that the picture shows."""
     last = int(requests.arrival[-1])
     window = slice(int(config.warmup * last), last + 1)
     middle = range(last // 2, last // 2 + 3 * MAP_COLUMNS, 3)
-    rows, shown = [], {}
-    for system in tqdm(systems(requests, config), unit="system", leave=False):
+    shown: dict[str, Replay] = {}
+
+    def run(system: System) -> Row:
         paint_at = middle if system.name in SHOWN else range(0)
         outcome = replay(requests, system.memory(), config.max_waiting, paint_at)
-        rows.append(averages(system, outcome, window))
         if paint_at:
             shown[system.name] = outcome
+        return averages(outcome, window)
+
+    rows = [
+        measured_row({"system": system.name, "block_size": system.block_size}, partial(run, system))
+        for system in tqdm(systems(requests, config), unit="system", leave=False)
+    ]
     return rows, shown
 
 
-def averages(system: System, outcome: Replay, window: slice) -> Row:
+def averages(outcome: Replay, window: slice) -> Row:
     """Return shares of the memory and requests at once, averaged over the steps in `window`, and counts in total."""
     usage, running = outcome.usage[window], outcome.running[window]
     shares = usage.mean(axis=0) / usage[0].sum()
     return {
-        "system": system.name,
-        "block_size": system.block_size,
+        "status": "ok",
         "occupancy": Usage(*usage.sum(axis=0).tolist()).occupancy,
         **dict(zip(STATES, shares.tolist(), strict=True)),
         "running": float(running.mean()),
@@ -165,8 +184,8 @@ def documents_example() -> list[Row]:
 
 def expectation(trace: Trace, requests: Requests, config: Config) -> str:
     """Return what should come out, and why, from the lengths alone."""
-    token_steps, steps = trace.token_steps().sum(), requests.output.sum()
-    held, final = token_steps / steps, (requests.final * requests.output).sum() / steps
+    held = exact_sum(trace.token_steps()) / exact_sum(requests.output)
+    final = np.average(requests.final, weights=requests.output)
     prompts = requests.prompt.sum() / requests.final.sum()
     fits, room = config.num_slots // config.max_len, config.num_slots / held
     return (
@@ -181,46 +200,52 @@ def expectation(trace: Trace, requests: Requests, config: Config) -> str:
 
 def settle(rows: Sequence[Row]) -> list[Row]:
     """Return each claim of the documents beside the published figure, what the rows say, and a verdict."""
-    paged, contiguous = paged_row(rows), [row for row in rows if row["block_size"] is None]
+    paged, contiguous = paged_row(rows), contiguous_rows(rows)
     held = {row["system"]: row["tokens"] for row in contiguous}
     wasted = {row["system"]: row["reservation"] + row["internal"] + row["external"] for row in contiguous}
-    times = {row["system"]: paged["running"] / row["running"] for row in contiguous}
+    gains = {row["system"]: ratio(paged["running"], row["running"]) for row in contiguous if paged}
+    times = {name: gain for name, gain in gains.items() if gain is not None}
+    in_use = f"{paged['tokens']:.1%} of all slots, {paged['occupancy']:.1%} of those allocated" if paged else NOTHING
     return [
         {
             "claim": "more than 96 % of the memory in use",
             "published": f"{PAPER_PAGED:.1%}",
-            "measured": f"{paged['tokens']:.1%} of all slots, {paged['occupancy']:.1%} of those allocated",
-            "verdict": verdict({paged["system"]: paged["tokens"]}, 0.96, 1),
+            "measured": in_use,
+            "verdict": verdict({paged["system"]: paged["tokens"]} if paged else {}, 0.96, 1),
         },
         {
             "claim": "less than 40 % before",
             "published": "{:.1%} to {:.1%}".format(*PAPER_CONTIGUOUS),
-            "measured": f"{span(held, '.1%')} of all slots",
+            "measured": span(held, ".1%", "of all slots"),
             "verdict": verdict(held, 0, 0.4),
         },
         {
             "claim": "fragmentation wastes 60 to 80 %",
             "published": "{1:.1%} to {0:.1%}".format(*(1 - share for share in PAPER_CONTIGUOUS)),
-            "measured": f"{span(wasted, '.1%')} of all slots",
+            "measured": span(wasted, ".1%", "of all slots"),
             "verdict": verdict(wasted, 0.6, 0.8),
         },
         {
             "claim": "5 to 10 times more requests at once",
             "published": "{} to {} times the throughput".format(*PAPER_THROUGHPUT),
-            "measured": f"{span(times, '.1f')} times",
+            "measured": span(times, ".1f", "times"),
             "verdict": verdict(times, 5, 10),
         },
     ]
 
 
-def span(values: Mapping[str, float], form: str) -> str:
+def span(values: Mapping[str, float], form: str, unit: str) -> str:
     """Return the least and the greatest value, each with whose it is."""
+    if not values:
+        return NOTHING
     least, greatest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    return f"{values[least]:{form}} ({least}) to {values[greatest]:{form}} ({greatest})"
+    return f"{values[least]:{form}} ({least}) to {values[greatest]:{form}} ({greatest}) {unit}"
 
 
 def verdict(values: Mapping[str, float], low: float, high: float) -> str:
     """Return whose value lies where the claim puts it, and whose is more or less."""
+    if not values:
+        return "could not be measured"
     groups = {
         "holds": [name for name, value in values.items() if low <= value <= high],
         "more": [name for name, value in values.items() if value > high],
@@ -232,10 +257,17 @@ def verdict(values: Mapping[str, float], low: float, high: float) -> str:
 
 
 def conclusion(rows: Sequence[Row], config: Config) -> str:
-    paged, reserved = paged_row(rows), rows[0]
-    rival = max((row for row in rows if row["block_size"] is None), key=lambda row: row["running"])
+    failed = [row["system"] for row in rows if row["status"] != "ok"]
+    said = f"Failed: {', '.join(failed)}. " if failed else ""
+    paged, contiguous = paged_row(rows), contiguous_rows(rows)
+    reserved = next((row for row in contiguous if row["system"] == "reserve-max"), None)
+    if not (paged and reserved and paged["running"] and reserved["running"]):
+        return (
+            f"{said}Without requests that run both paged at block 16 and with reserve-max there is nothing to compare."
+        )
+    rival = max(contiguous, key=lambda row: row["running"])
     held = paged["tokens"] * config.num_slots / paged["running"]
-    return (
+    return said + (
         f"Paged at block {paged['block_size']}, {paged['tokens']:.1%} of the memory holds tokens and "
         f"{paged['running']:.0f} requests run at once: {paged['running'] / reserved['running']:.1f} times as many as "
         f"with reserve-max ({reserved['tokens']:.1%}), {paged['running'] / rival['running']:.1f} times as many as with "
@@ -244,9 +276,14 @@ def conclusion(rows: Sequence[Row], config: Config) -> str:
     )
 
 
-def paged_row(rows: Sequence[Row]) -> Row:
-    """Return the row of the block size that the documents speak of."""
-    return next(row for row in rows if row["block_size"] == 16)
+def paged_row(rows: Sequence[Row]) -> Row | None:
+    """Return the row of the block size that the documents speak of, unless it failed."""
+    return next((row for row in rows if row["block_size"] == 16 and row["status"] == "ok"), None)
+
+
+def contiguous_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the allocators without blocks that did not fail."""
+    return [row for row in rows if row["block_size"] is None and row["status"] == "ok"]
 
 
 # --- how it looks ---------------------------------------------------------------------------------
@@ -266,9 +303,14 @@ def draw(rows: Sequence[Row], shown: Mapping[str, Replay], trace: Trace, config:
     """Return a figure: a map of the memory over time for four allocators, then the averages that follow from it."""
     figure, axes = new_figure(width=14, height=9)
     axes.remove()
+    rows = [row for row in rows if row["status"] == "ok"]
+    run = {row["system"]: row["running"] for row in rows}
+    named = {"paging": "paged 16", "reserve-max": "reserve-max"}
+    at_once = ", ".join(f"{name} runs {run[system]:.0f} at once" for name, system in named.items() if system in run)
     figure.suptitle(
-        f"The same requests ({trace.name}) in the same memory: paging runs {paged_row(rows)['running']:.0f} at once, "
-        f"reserve-max {rows[0]['running']:.0f}\nA quarter of the memory over {3 * MAP_COLUMNS} decode steps:"
+        f"The same requests ({trace.name}) in the same memory: {at_once or 'nothing ran'}\n"
+        f"A quarter of the memory over {3 * MAP_COLUMNS} decode steps:",
+        parse_math=False,
     )
     grid = figure.add_gridspec(2, 12, height_ratios=(1.2, 1))
     for column, (name, outcome) in enumerate(shown.items()):
@@ -291,8 +333,9 @@ def draw_map(axes: Any, outcome: Replay, config: Config) -> None:
     """Draw what the first quarter of the memory holds; a pixel mixes the colours of its slots."""
     from matplotlib.colors import to_rgb
 
-    pixels = 256
-    slots = outcome.painted[:, : config.num_slots // 4 // pixels * pixels]
+    quarter = max(1, config.num_slots // 4)
+    pixels = min(256, quarter)
+    slots = outcome.painted[:, : quarter // pixels * pixels]
     cells = slots.reshape(len(slots), pixels, -1)
     picture = sum(
         (cells == state).mean(axis=2)[..., None] * to_rgb(PARTS[name][1]) for state, name in enumerate(STATES)
@@ -323,7 +366,7 @@ def draw_running(axes: Any, shown: Mapping[str, Replay]) -> None:
         points = stretches(outcome)
         axes.plot([point["step"] for point in points], [point["running"] for point in points],
                   drawstyle="steps-post", color=SHOWN[name], label=name)  # fmt: skip
-    most = max(outcome.running.max() for outcome in shown.values())
+    most = max((outcome.running.max() for outcome in shown.values()), default=1)
     axes.set(title="Requests running at once", xlabel="decode step", ylim=(0, 1.25 * most))
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper center")
 
@@ -347,7 +390,7 @@ MEMORY_TABLE = {
 }  # fmt: skip
 REQUEST_TABLE = {
     "system": "requests", "running": "at once|.1f", "running_max": "most|,", "refused": "refused|,",
-    "preempted": "preempted|,", "completed": "completed|,",
+    "preempted": "preempted|,", "completed": "completed|,", "status": "status",
 }  # fmt: skip
 
 
@@ -356,15 +399,19 @@ REQUEST_TABLE = {
 
 def parser() -> ArgumentParser:
     options = argument_parser(__doc__, backends=False)
-    options.add_argument("--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns")
+    options.add_argument(
+        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+    )
     options.add_argument("--cite", default="", help="the trace's source and licence, kept with the results")
     options.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
-    options.add_argument("--requests", type=int, help="how many (default: 10,000 sampled, or the whole trace)")
-    options.add_argument("--seed", type=int, default=0, help="of the sampler")
-    options.add_argument("--slots", type=int, default=Config.num_slots, help="token slots of the memory")
-    options.add_argument("--max-len", type=int, default=Config.max_len, help="the longest request served")
     options.add_argument(
-        "--load", type=float, default=Config.load, help="tokens offered, over slots: above 1, memory is short"
+        "--requests", type=positive(int), help="how many (default: 10,000 sampled, or the whole trace)"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of the sampler")
+    options.add_argument("--slots", type=positive(int), default=Config.num_slots, help="token slots of the memory")
+    options.add_argument("--max-len", type=positive(int), default=Config.max_len, help="the longest request served")
+    options.add_argument(
+        "--load", type=positive(float), default=Config.load, help="tokens offered, over slots: above 1, memory is short"
     )
     return options
 
@@ -374,19 +421,32 @@ def trace_of(arguments: Namespace) -> tuple[str, Trace, str]:
     number = arguments.requests or (500 if arguments.smoke else None)
     if arguments.trace:
         trace = load_trace(arguments.trace, limit=number)
-        return f"fragmentation_{arguments.trace.stem}", trace, arguments.cite
+        return f"fragmentation_{trace.name}", trace, arguments.cite
     trace = sample_trace(number or 10_000, arguments.workload, seed=arguments.seed)
     return "fragmentation", trace, SAMPLER_SOURCE
 
 
-def main() -> None:
+def served(whole: Trace, config: Config) -> Trace:
+    """Return the requests that generate something and are not too long."""
+    trace = whole[(whole.output_tokens > 0) & (whole.total_tokens <= config.max_len)]
+    if len(trace) < 2:
+        raise ValueError(
+            f"trace must hold at least two requests that generate a token and have at most {config.max_len} tokens "
+            f"(--max-len), got {len(trace)} of {len(whole)}"
+        )
+    return trace
+
+
+def main() -> int:
     options = parser()
     arguments = options.parse_args()
+    if arguments.slots < arguments.max_len:
+        options.error(f"--slots must hold a request of --max-len {arguments.max_len}, got {arguments.slots}")
     sizes = (1, 16, 256) if arguments.smoke else Config.block_sizes
     config = Config(arguments.slots, arguments.max_len, arguments.load, block_sizes=sizes)
     try:
         name, whole, citation = trace_of(arguments)
-        trace = whole[(whole.output_tokens > 0) & (whole.total_tokens <= config.max_len)]
+        trace = served(whole, config)
         requests = Requests.from_trace(trace, config.load * config.num_slots)
     except (OSError, ValueError) as error:
         options.error(str(error))
@@ -395,7 +455,8 @@ def main() -> None:
     example = documents_example()
     columns = {"system": "", "slots": "slots allocated|,", "tokens": "tokens|,", "occupancy": "occupancy|.1%"}
     print_table(example, columns, "The documents' example: 312, 148 and 1872 tokens")
-    console.print(f"[bold]To expect.[/bold] {expectation(trace, requests, config)}\n")
+    console.print("To expect.", style="bold", end=" ")
+    console.print(f"{expectation(trace, requests, config)}\n")
 
     rows, shown = measure(requests, config)
     claims, stamp = settle(rows), machine_stamp("cpu")
@@ -403,7 +464,8 @@ def main() -> None:
     title = f"{len(trace):,} requests ({trace.name}), load {config.load}: a decode step is {step:.0f} ms of the trace"
     print_table(rows, REQUEST_TABLE, title)
     print_table(claims, {key: key for key in claims[0]}, "The claims")
-    console.print(f"[bold]Found.[/bold] {conclusion(rows, config)}")
+    console.print("Found.", style="bold", end=" ")
+    console.print(conclusion(rows, config))
 
     folder = write_results(
         rows, stamp, name, arguments.out, trace=trace.name, citation=citation, config=asdict(config),
@@ -412,9 +474,10 @@ def main() -> None:
     )  # fmt: skip
     timeline = [{"system": system, **row} for system, outcome in shown.items() for row in stretches(outcome)]
     write_results(timeline, stamp, f"{name}_over_time", arguments.out, trace=trace.name, citation=citation)
-    draw(rows, shown, trace, config).savefig(folder / f"{name}.png")
+    save_figure(draw(rows, shown, trace, config), folder / f"{name}.png")
     console.print(f"Written: {folder / name}.csv, .json, .png and {name}_over_time.csv, .json")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    run_experiment(main)

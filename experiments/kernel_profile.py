@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         launch_all(names, step)
         return 0
     if options.read:
-        text, ceiling = options.read.read_text(encoding="utf-8"), None
+        text, ceiling = options.read.read_text(encoding="utf-8", errors="replace"), None
         stamp = machine_stamp("cpu") | {"counted": f"elsewhere, read from {options.read.name}"}
     else:
         stamp = machine_stamp(choose_backend("cuda"))
@@ -114,7 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
         command += ["--kernel", options.kernel] if options.kernel else []
         text = run_ncu(METRICS, names, command)
         ceiling = read_ceiling()
-    rows = profile(names, step, text)
+    try:
+        rows = profile(names, step, text)
+    except ValueError as error:  # no table of ncu's
+        parser.error(f"{options.read or 'ncu'}: {error}")
     print_table([shown(row) for row in rows], COLUMNS, f"One launch of each kernel on {step.name}, as ncu counts it")
     verdict = conclusion(rows)
     console.print(verdict, "\n")
@@ -246,7 +249,7 @@ def roofline(launch: Launch, step: DecodeStep) -> Row:
     row: Row = {"dram_percent_of_peak": of.get(DRAM)}
     if FLOAT32.keys() <= of.keys():
         row["float32_flop"] = sum(flop * of[metric] for metric, flop in FLOAT32.items())
-    if not {TIME, BYTES_READ, BYTES_WRITTEN} <= of.keys():
+    if not {TIME, BYTES_READ, BYTES_WRITTEN} <= of.keys() or not of[TIME]:
         return row
     nbytes, seconds = of[BYTES_READ] + of[BYTES_WRITTEN], of[TIME]
     row |= {

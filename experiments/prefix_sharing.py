@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.report import argument_parser, console, machine_stamp, new_figure, print_table, write_results
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    new_figure,
+    print_table,
+    ratio,
+    write_results,
+)
 from cupaged.memory.manager import BlockManager
 
 PUBLISHED = {
@@ -80,9 +88,10 @@ class Usage:
         self.unshared += int(manager.tables.num_blocks.sum())
 
     @property
-    def saved(self) -> float:
-        """Share of the unshared blocks that sharing saves, percent."""
-        return 100 * (1 - self.used / self.unshared)
+    def saved(self) -> float | None:
+        """Share of the unshared blocks that sharing saves, percent; None if there were none."""
+        used = ratio(self.used, self.unshared)
+        return None if used is None else 100 * (1 - used)
 
 
 def new_manager(config: Config, **options: Any) -> BlockManager:
@@ -108,7 +117,7 @@ def parallel_sampling(config: Config, lengths: Lengths, width: int) -> dict[str,
             for name in [name for name, count in left.items() if count == 0]:
                 manager.free(name)
                 del left[name]
-    return {"saved_percent": usage.saved, "copies_per_1000_tokens": 1000 * manager.counters.copies / steps}
+    return {"saved_percent": usage.saved, "copies_per_1000_tokens": ratio(1000 * manager.counters.copies, steps)}
 
 
 def beam_search(config: Config, lengths: Lengths, width: int) -> dict[str, Any]:
@@ -129,7 +138,7 @@ def beam_search(config: Config, lengths: Lengths, width: int) -> dict[str, Any]:
             steps += len(beams)
         for beam in beams:
             manager.free(beam)
-    return {"saved_percent": usage.saved, "copies_per_1000_tokens": 1000 * manager.counters.copies / steps}
+    return {"saved_percent": usage.saved, "copies_per_1000_tokens": ratio(1000 * manager.counters.copies, steps)}
 
 
 def best_continuations(
@@ -197,7 +206,12 @@ def chat(config: Config) -> list[dict[str, Any]]:
             manager.free(number)
             histories[number] = np.concatenate([histories[number], answer])
         rows.append(
-            {"workload": "multi-turn chat", "lengths": "ShareGPT", "turn": turn, "found_percent": 100 * found / asked}
+            {
+                "workload": "multi-turn chat",
+                "lengths": "ShareGPT",
+                "turn": turn,
+                "found_percent": ratio(100 * found, asked),
+            }
         )
     return rows
 
@@ -233,12 +247,13 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     """Return what the rows say."""
     parts = []
     for (workload, lengths), (low, high) in PUBLISHED.items():
-        saved = [row["saved_percent"] for row in rows if (row["workload"], row["lengths"]) == (workload, lengths)]
+        saved = saved_by([row for row in rows if (row["workload"], row["lengths"]) == (workload, lengths)])
         parts.append(f"{workload} on lengths like {lengths}'s saves {min(saved):.1f} to {max(saved):.1f} % "
                      f"(published: {low} to {high} %)")  # fmt: skip
-    many = max((row for row in rows if row["workload"] == "system prompt"), key=lambda row: row["saved_percent"])
+    prompts = [row for row in rows if row["workload"] == "system prompt"]
+    many = max(prompts, key=lambda row: row["saved_percent"] or 0)
     last = [row for row in rows if row["workload"] == "multi-turn chat"][-1]
-    saved = [row["saved_percent"] for row in rows if "saved_percent" in row]
+    saved = saved_by(rows)
     return (
         f"Found: {'; '.join(parts)}; a system prompt of {many['system_tokens']} tokens before {many['concurrency']} "
         f"requests saves {many['saved_percent']:.0f} %; turn {last['turn']} of a chat finds "
@@ -246,6 +261,11 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
         f"{sum(share >= 50 for share in saved)} of {len(saved)} cases, which save {min(saved):.0f} to "
         f"{max(saved):.0f} %: it is a property of the workload."
     )
+
+
+def saved_by(rows: list[dict[str, Any]]) -> list[float]:
+    """Return what sharing saves in these rows, where there was something to save."""
+    return [row["saved_percent"] for row in rows if row.get("saved_percent") is not None]
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

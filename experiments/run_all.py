@@ -134,7 +134,10 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
         if file.stat().st_mtime < started - 1:  # of an earlier run
             continue
         if file.suffix == ".json":
-            outcome.documents.append(json.loads(file.read_text(encoding="utf-8")))
+            try:
+                outcome.documents.append(json.loads(file.read_text(encoding="utf-8")))
+            except ValueError as error:
+                outcome.status = f"failed: {file.name} is not JSON: {error}"
         elif file.suffix == ".png":
             outcome.pictures.append(file)
     return outcome
@@ -170,19 +173,15 @@ def as_page(outcomes: list[Outcome], claims: Outcome, stamp: dict[str, str], smo
         body.append(
             html.paragraph("Without a GPU: results are checked and traffic is counted; there are no GPU timings.")
         )
-    body.append(contents([*outcomes, claims]))
+    body.append(html.contents((each.name, ending(each)) for each in (*outcomes, claims)))
     body.append(html.section("claims", "The claims, settled", claim_parts(claims)))
     body += [html.section(outcome.name, question_of(outcome.name), parts(outcome)) for outcome in outcomes]
     return html.page(f"cupaged on {stamp['device']}", body)
 
 
-def contents(outcomes: list[Outcome]) -> str:
-    """Return a list of the parts, each with how it ended."""
-    lines = []
-    for outcome in outcomes:
-        ended = f"{outcome.status.split(':')[0]}, {outcome.seconds:.0f} s"
-        lines.append(f'<li><a href="#{outcome.name}">{outcome.name}</a>: {ended}</li>')
-    return "<ul>\n" + "\n".join(lines) + "\n</ul>"
+def ending(outcome: Outcome) -> str:
+    """Return how an experiment ended, in few words."""
+    return f"{outcome.status.split(':')[0]}, {outcome.seconds:.0f} s"
 
 
 def claim_parts(claims: Outcome) -> list[str]:

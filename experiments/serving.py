@@ -24,7 +24,9 @@ from cupaged.bench.report import (
     machine_stamp,
     measured_row,
     new_figure,
+    positive,
     print_table,
+    ratio,
     result_folder,
     run_experiment,
     save_figure,
@@ -106,12 +108,18 @@ class Load:
 def main(arguments: list[str] | None = None) -> int:
     """Run the experiment; returns 0 if every request got its tokens everywhere."""
     parser = argument_parser(__doc__ or "")
-    parser.add_argument("--trace", type=Path, default=None, help="a trace file instead of the sampled conversation")
-    parser.add_argument("--requests", type=int, default=None, help="how many requests")
     parser.add_argument(
-        "--block-sizes", type=int, nargs="+", default=None, help="which (default: 8 to 128, fewer in a smoke run)"
+        "--trace", type=Path, default=None, help="a trace file, plain or .gz, instead of the sampled conversation"
     )
-    parser.add_argument("--rate", type=float, default=None, help="requests a second (default: all at the beginning)")
+    parser.add_argument("--requests", type=positive(int), default=None, help="how many requests")
+    parser.add_argument(
+        "--block-sizes",
+        type=positive(int),
+        nargs="+",
+        default=None,
+        help="which (default: 8 to 128, fewer in a smoke run)",
+    )
+    parser.add_argument("--rate", type=positive(float), help="requests a second (default: all at the beginning)")
     options = parser.parse_args(arguments)
     backend = choose_backend(options.backend)
     config = CONFIGS[backend, options.smoke]
@@ -120,8 +128,11 @@ def main(arguments: list[str] | None = None) -> int:
     stamp = machine_stamp(backend)
     result_folder(stamp, options.out)
     console.print(EXPECTATION, "\n")
+    try:
+        trace = trace_of(options.trace, config.requests)
+    except ValueError as error:
+        parser.error(str(error))
     checkpoint, name = model_of(backend, options.smoke)
-    trace = sample_trace(config.requests) if options.trace is None else load_trace(options.trace, limit=config.requests)
     load = load_of(trace, config, checkpoint.config.vocab_size)
     ways = [(CONTIGUOUS, 16), *((way, size) for way in (PAGED, SHARED) for size in config.block_sizes)]
     rows: list[Row] = []
@@ -154,6 +165,17 @@ def columns(unit: str) -> dict[str, str]:
         "between_tokens": f"between tokens, {unit}s|.3g", "between_tokens_p99": "p99|.3g",
         "preemptions": "preemptions", "occupancy": "occupancy|.3f", "hit_rate": "prefix hits|.2f", "status": "status",
     }  # fmt: skip
+
+
+def trace_of(path: Path | None, requests: int) -> Trace:
+    """Return the requests of a trace file that generate something, or sampled ones."""
+    if path is None:
+        return sample_trace(requests)
+    trace = load_trace(path, limit=requests)
+    trace = trace[trace.output_tokens > 0]
+    if not len(trace):
+        raise ValueError(f"{path}: expected a request that generates at least one token, got none")
+    return trace
 
 
 def model_of(backend: str, smoke: bool) -> tuple[Checkpoint, str]:
@@ -270,8 +292,8 @@ def gains(row: Row, base: Row) -> Row:
     if "at_once" not in row or "at_once" not in base:
         return {}
     return {
-        "at_once_gain": row["at_once"] / base["at_once"],
-        "throughput_gain": row["tokens_per_unit"] / base["tokens_per_unit"],
+        "at_once_gain": ratio(row["at_once"], base["at_once"]),
+        "throughput_gain": ratio(row["tokens_per_unit"], base["tokens_per_unit"]),
     }
 
 
@@ -285,7 +307,7 @@ def conclusion(rows: list[Row]) -> str:
         return "Found: contiguous reservation did not run, so there is nothing to compare with."
     text = f"Found: contiguous reservation serves {ok[0]['at_once']:.1f} requests at once."
     for way in (PAGED, SHARED):
-        group = [row for row in ok if row["way"] == way]
+        group = [row for row in ok if row["way"] == way and row["at_once_gain"] and row["throughput_gain"]]
         if group:
             best = max(group, key=lambda row: row["tokens_per_unit"])
             text += (

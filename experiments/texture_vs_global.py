@@ -368,7 +368,7 @@ def counter_rows(smoke: bool) -> tuple[list[Row], str]:
     command = [sys.executable, os.path.abspath(__file__), "--launch-only", "--backend", "cuda", *["--smoke"] * smoke]
     try:
         launches = parse_ncu(run_ncu(tuple(METRICS), (KERNEL, "gather_paths"), command))
-    except (pg.BackendUnavailableError, RuntimeError) as error:
+    except (pg.BackendUnavailableError, RuntimeError, ValueError) as error:
         return [], " ".join(str(error).split())[:300]
     cells = list(product(PATHS, (KERNEL, "gather_paths")))
     if [launch.kernel for launch in launches] != [kernel for _, kernel in cells]:

@@ -10,11 +10,20 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import cupaged as pg
 from cupaged.bench.ncu import parse_ncu, run_ncu
-from cupaged.bench.report import argument_parser, console, machine_stamp, print_table, run_experiment, write_results
+from cupaged.bench.report import (
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    print_table,
+    run_experiment,
+    write_results,
+)
 from cupaged.bench.traffic import cache_traffic
 from cupaged.bench.workload import DecodeWorkload, decode_workload
 
@@ -56,21 +65,15 @@ def main(arguments: list[str] | None = None) -> int:
     counted = list(count_on_gpu(options.smoke))
     if len(counted) != len(cases):
         raise RuntimeError(f"ncu counted {len(counted)} launches of {KERNEL}; expected {len(cases)}")
-    rows = [compare(case, *gpu) for case, gpu in zip(cases, counted, strict=True)]
+    rows = [measured_row(asdict(case), partial(compare, case, *gpu)) for case, gpu in zip(cases, counted, strict=True)]
     print_table(rows, COLUMNS, "Global loads of one launch: the recorder on the CPU beside Nsight Compute on the GPU")
-    agree = sum(row["difference"] <= AGREEMENT for row in rows)
-    worst = max(rows, key=lambda row: row["difference"])
-    verdict = (
-        f"Sectors per request agree within {AGREEMENT:.0%} in {agree} of {len(rows)} launches; the largest difference "
-        f"is {worst['difference']:.2%}, for {worst['layout']} at D = {worst['head_dim']}, block size "
-        f"{worst['block_size']}, {worst['dtype']}. {merges(rows)}"
-    )
+    verdict = conclusion(rows)
     console.print(verdict)
     folder = write_results(
         rows, machine_stamp("cuda"), "traffic_agreement", options.out, metrics=[SECTORS, REQUESTS], conclusion=verdict
     )
     console.print(f"table and JSON: {folder}")
-    return 0 if agree == len(rows) else 1
+    return 0 if agreeing(rows) == len(rows) else 1
 
 
 COLUMNS = {
@@ -83,23 +86,29 @@ COLUMNS = {
     "gpu_sectors_per_request": "sec/req GPU|.3f",
     "host_sectors_per_request": "host|.3f",
     "difference": "off|.2%",
+    "status": "status",
 }
 
 
-def count_on_gpu(smoke: bool) -> Iterator[tuple[int, int]]:
-    """Yield requests and sectors of every launch, in order, as Nsight Compute counts them."""
+def count_on_gpu(smoke: bool) -> Iterator[tuple[float | None, float | None]]:
+    """Yield requests and sectors of every launch, in order, as Nsight Compute counts them; None where it could not."""
     command = [sys.executable, os.path.abspath(__file__), "--launch-only", *["--smoke"] * smoke]
     for launch in parse_ncu(run_ncu((REQUESTS, SECTORS), (KERNEL,), command)):
-        yield int(launch.values[REQUESTS]), int(launch.values[SECTORS])
+        yield launch.values.get(REQUESTS), launch.values.get(SECTORS)
 
 
-def compare(case: Case, gpu_requests: int, gpu_sectors: int) -> dict[str, Any]:
+def compare(case: Case, requests: float | None, sectors: float | None) -> dict[str, Any]:
     """Count the case on the host and set it beside the GPU's counters."""
+    if not requests or not sectors:
+        raise ValueError(f"ncu counted requests: {requests}, sectors: {sectors}")
+    gpu_requests, gpu_sectors = int(requests), int(sectors)
     work = case.workload("host")
     host, _ = cache_traffic(lambda: pg.paged_attention(*work.arguments, kernel=KERNEL))
+    if not host.requests or not host.sectors:
+        raise ValueError(f"the recorder counted requests: {host.requests}, sectors: {host.sectors}")
     gpu_ratio = gpu_sectors / gpu_requests
     return {
-        **asdict(case),
+        "status": "ok",
         "host_requests": host.requests,
         "gpu_requests": gpu_requests,
         "request_ratio": gpu_requests / host.requests,
@@ -109,6 +118,24 @@ def compare(case: Case, gpu_requests: int, gpu_sectors: int) -> dict[str, Any]:
         "gpu_sectors_per_request": gpu_ratio,
         "difference": abs(host.sectors_per_request / gpu_ratio - 1),
     }
+
+
+def agreeing(rows: list[dict[str, Any]]) -> int:
+    """Return the number of launches of which both counted alike."""
+    return sum(row["status"] == "ok" and row["difference"] <= AGREEMENT for row in rows)
+
+
+def conclusion(rows: list[dict[str, Any]]) -> str:
+    """Say how well the two agree, and where least."""
+    verdict = f"Sectors per request agree within {AGREEMENT:.0%} in {agreeing(rows)} of {len(rows)} launches"
+    good = [row for row in rows if row["status"] == "ok"]
+    if not good:
+        return f"{verdict}; none could be compared."
+    worst = max(good, key=lambda row: row["difference"])
+    return (
+        f"{verdict}; the largest difference is {worst['difference']:.2%}, for {worst['layout']} at "
+        f"D = {worst['head_dim']}, block size {worst['block_size']}, {worst['dtype']}. {merges(good)}"
+    )
 
 
 def merges(rows: list[dict[str, Any]]) -> str:

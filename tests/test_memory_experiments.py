@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.kit.experiments import functions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +44,27 @@ def test_a_smoke_run_writes_rows_a_stamp_and_a_picture(name, tmp_path):
 @pytest.mark.parametrize("name", ["bookkeeping", "eviction", "prefix_sharing"])
 def test_help_tells_the_question(name):
     assert "?" in run(name, "--help")
+
+
+def test_a_hit_rate_of_nothing_is_none():
+    script = functions("eviction")
+    prompts = [script["Prompt"](np.arange(9, dtype=np.int32))]  # shorter than a block: nothing can be found
+    assert script["replay"](script["SMOKE"], prompts, "lru", 4) == (None, None)
+    assert [script["of_best"](*rates) for rates in ((None, 0.5), (0.0, 0.0), (0.2, 0.4))] == [None, None, 0.5]
+    workload = next(iter(script["WORKLOADS"]))
+    rows = [{"workload": workload, "policy": "lru", "of_belady": share} for share in (None, 0.5, 1.0)]
+    assert script["mean_of_belady"](rows, workload, "lru") == 0.75
+    assert script["mean_of_belady"](rows[:1], workload, "lru") is None
+    timed = [
+        {"policy": policy, "mode": mode, "p50": 1.0, "p99_9": 2.0}
+        for policy in ("lru", "lfu")
+        for mode in script["MODES"]
+    ]
+    empty = [
+        {"workload": name, "policy": p, "of_belady": None} for name in script["WORKLOADS"] for p in script["POLICIES"]
+    ]
+    assert script["conclusion"](empty, timed).count("Belady finds nothing") == len(script["WORKLOADS"])
+    assert functions("prefix_sharing")["Usage"]().saved is None
 
 
 def test_no_policy_beats_belady(tmp_path):

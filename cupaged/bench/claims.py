@@ -114,7 +114,7 @@ def judge(claim: Claim, document: Document | None) -> Finding:
         return Finding("", OPEN, "timings need a GPU; the result is from a CPU")
     try:
         return claim.compare(document or {})
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:  # None: nothing was measured
         return Finding("", OPEN, f"the result of {claim.command} lacks what this takes: {error}")
 
 
@@ -138,7 +138,7 @@ def good_rows(document: Document) -> list[Row]:
 
 def _occupancy(document: Document) -> dict[str, float]:
     """Return by allocator the percentage of all slots that hold tokens; of the paged ones block 16 only."""
-    rows = {row["system"]: 100 * row["tokens"] for row in document["rows"]}
+    rows = {row["system"]: 100 * row["tokens"] for row in good_rows(document)}
     return {name: value for name, value in rows.items() if not name.startswith("paged") or name == "paged 16"}
 
 
@@ -187,7 +187,7 @@ def waste(document: Document) -> Finding:
 
 def more_requests(document: Document) -> Finding:
     """How many times more requests run at once."""
-    running = {row["system"]: row["running"] for row in document["rows"]}
+    running = {row["system"]: row["running"] for row in good_rows(document)}
     gains = {name: running["paged 16"] / running[name] for name in _unpaged(document)}
     inside = [name for name, gain in gains.items() if gain >= 5]
     reason = (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import math
 import os
 import platform
 import re
@@ -29,7 +31,9 @@ __all__ = [
     "machine_stamp",
     "measured_row",
     "new_figure",
+    "positive",
     "print_table",
+    "ratio",
     "result_folder",
     "run_experiment",
     "save_figure",
@@ -41,7 +45,7 @@ FAILURES = (RuntimeError, ValueError, MemoryError)
 FOLDERS = re.compile(r"(?<![\w.:/])/(?:[\w.+~-]+/)+(?=\w)")  # of an absolute path
 COULD_NOT_RUN = 69  # EX_UNAVAILABLE: the status of an experiment that something on the machine kept from running
 SOURCE_TREE = Path(__file__).resolve().parents[2]
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # brackets and colons are printed as they are
 
 
 def argument_parser(question: str, *, backends: bool = True) -> argparse.ArgumentParser:
@@ -54,6 +58,22 @@ def argument_parser(question: str, *, backends: bool = True) -> argparse.Argumen
             "--backend", choices=("cuda", "host"), default=None, help="where kernels run (default: the best here)"
         )
     return parser
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """Return the `type` of a command line's argument that is a whole number of at least 1, or a number above 0."""
+    expected = "a whole number of at least 1" if kind is int else "a finite number above 0"
+
+    def parse(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind(0)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return number
+
+    return parse
 
 
 def run_experiment(main: Callable[[], int]) -> NoReturn:
@@ -111,26 +131,49 @@ def measured_row(
 ) -> dict[str, Any]:
     """Return a row: `what` was measured and what `measure` found, or, if it raises one of `errors`, that it failed.
 
-    Of a path in an error's message the file's name is left: folders are the machine's own.
+    It has also failed if a number that it found is NaN or infinite. Of a path in an error's message the file's name is
+    left: folders are the machine's own.
     """
     try:
-        return {**what, **measure()}
+        found = measure()
     except errors as error:
         text = " ".join(FOLDERS.sub("", str(error)).split()) or type(error).__name__
         return {**what, "status": f"failed: {text[:300]}"}
+    endless = [f"{key} is {number}" for key, value in found.items() for number in _not_finite(value)]
+    return {**what, **found} if not endless else {**what, "status": f"failed: {', '.join(endless)}"[:300]}
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """Return ``part / whole``; None, which is written as null, where there is nothing to divide by."""
+    return part / whole if whole else None
 
 
 def write_results(rows: Sequence[Row], stamp: Mapping[str, str], name: str, out: Path | None, **notes: Any) -> Path:
-    """Write ``<name>.csv`` and ``<name>.json`` (rows, stamp and `notes`) and return their folder."""
+    """Write ``<name>.csv`` and ``<name>.json`` (rows, stamp and `notes`) and return their folder.
+
+    Both hold the same values: None is an empty cell and null.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A number is NaN or infinite, or a value has no form in JSON; the message names its place. Nothing is written.
+    """
+    plain = [
+        {key: _plain(value, f"{name}, row {number}, column {key!r}") for key, value in row.items()}
+        for number, row in enumerate(rows, start=1)
+    ]
+    said = {key: _plain(value, f"{name}, {key}") for key, value in notes.items()}
+    table = io.StringIO()
+    columns = list(dict.fromkeys(key for row in plain for key in row))
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    document = {"experiment": name, "stamp": dict(stamp), **said, "rows": plain}
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
     folder = result_folder(stamp, out)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    document = {"experiment": name, "stamp": dict(stamp), **notes, "rows": [dict(row) for row in rows]}
-    text = json.dumps(document, indent=1, default=_plain, ensure_ascii=False, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    for suffix, content in (("csv", table.getvalue()), ("json", text + "\n")):
+        # a byte of a file's name that is no UTF-8 is escaped as JSON does
+        (folder / f"{name}.{suffix}").write_text(content, encoding="utf-8", errors="backslashreplace", newline="")
     return folder
 
 
@@ -173,12 +216,33 @@ def _cell(value: Any, spec: str) -> str:
     return format(value, spec) if spec and isinstance(value, int | float) else str(value)
 
 
-def _plain(value: Any) -> Any:
-    if hasattr(value, "item"):
-        return value.item()
+def _plain(value: Any, where: str) -> Any:
+    """Return a value as JSON knows it; `where` names its place in an error."""
+    if hasattr(value, "tolist"):  # a number or an array of NumPy's, or of a library like it
+        value = value.tolist()
     if isinstance(value, Path):
         return str(value)
-    raise TypeError(f"a result holds {type(value).__name__}, which JSON has no form for")
+    if isinstance(value, Mapping):
+        return {key: _plain(each, f"{where}, {key!r}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        each = [_plain(each, where) for each in value]
+        return each if isinstance(value, list) else tuple(each)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: expected a finite number or None, got {value}")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{where}: a result holds {type(value).__name__}, which JSON has no form for")
+
+
+def _not_finite(value: Any) -> list[float]:
+    """Return the numbers in a value that are NaN or infinite."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [number for each in value for number in _not_finite(each)]
+    return [value] if isinstance(value, float) and not math.isfinite(value) else []
 
 
 def _commit() -> str:

@@ -70,11 +70,13 @@ class ContiguousAllocator(ABC):
     Parameters
     ----------
     num_slots : int
-        Token slots of the arena, at least 1.
+        Token slots of the arena, 1 to 2**63 - 1.
     """
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = whole_number("num_slots", num_slots, at_least=1)
+        if self.num_slots > np.iinfo(np.int64).max:
+            raise ValueError(f"num_slots must be at most {np.iinfo(np.int64).max}, got {num_slots}")
         self._rows: dict[Hashable, int] = {}
         self._vacant: list[int] = []
         self._table = np.zeros((len(Regions._fields), 0), np.int64)
@@ -165,15 +167,15 @@ class ContiguousAllocator(ABC):
         if len(set(rows)) < len(rows):
             raise ValueError("request_ids must name each request once")
         _, sizes, tokens, finals = self._table
-        after = tokens[rows] + n
-        if (after > sizes[rows]).any():
-            full = int(np.argmax(after > sizes[rows]))
+        room = sizes[rows] - tokens[rows]
+        if (room < n).any():
+            full = int(np.argmax(room < n))
             raise ValueError(
-                f"n must be at most {sizes[rows[full]] - tokens[rows[full]]} more tokens for request "
+                f"n must be at most {room[full]} more tokens for request "
                 f"{request_ids[full]!r}, whose region has {sizes[rows[full]]} slots, got {n}"
             )
-        tokens[rows] = after
-        finals[rows] = np.maximum(finals[rows], after)
+        tokens[rows] += n
+        finals[rows] = np.maximum(finals[rows], tokens[rows])
 
     def free(self, request_id: Hashable) -> None:
         """Give a request's region back."""

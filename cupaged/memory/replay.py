@@ -21,7 +21,7 @@ from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.contiguous import ContiguousAllocator, Usage
 from cupaged.memory.manager import BlockManager
-from cupaged.memory.sampler import Trace
+from cupaged.memory.sampler import Trace, exact_sum
 
 __all__ = ["STATES", "ContiguousMemory", "Memory", "PagedMemory", "Replay", "Requests", "replay"]
 
@@ -31,6 +31,7 @@ SlotStates = npt.NDArray[np.uint8]
 STATES = Usage._fields
 """What a slot can be; a painted memory holds indices into this."""
 TOKENS, RESERVATION, INTERNAL, EXTERNAL, FREE = range(len(STATES))
+MOST_STEPS = 2**53  # beyond it a float64 skips whole numbers
 
 
 class Requests(NamedTuple):
@@ -56,6 +57,12 @@ class Requests(NamedTuple):
         offered_tokens : float
             Tokens that would be held on average if every request ran as soon as it arrives; arrivals keep their
             pattern.
+
+        Raises
+        ------
+        ValueError
+            The trace is so short, or so many tokens are offered, that all requests would arrive at once; or an arrival
+            would be no exact number of steps.
         """
         if len(trace) < 2 or trace.arrival[-1] == trace.arrival[0]:
             raise ValueError("trace must hold at least two requests that arrive over time")
@@ -64,7 +71,18 @@ class Requests(NamedTuple):
         if not offered_tokens > 0:
             raise ValueError(f"offered_tokens must be positive, got {offered_tokens}")
         elapsed = (trace.arrival - trace.arrival[0]) / (trace.arrival[-1] - trace.arrival[0])
-        arrival = np.floor(elapsed * trace.token_steps().sum() / offered_tokens).astype(np.int64)
+        token_steps = float(exact_sum(trace.token_steps()))
+        if token_steps / offered_tokens < 1:
+            raise ValueError(
+                f"offered_tokens must be at most the {token_steps:.0f} that the trace's {len(trace)} requests hold, "
+                f"summed over their decode steps, or all arrive in one step; got {offered_tokens}"
+            )
+        if token_steps / offered_tokens > MOST_STEPS:
+            raise ValueError(
+                f"offered_tokens must be at least {token_steps / MOST_STEPS:g}, so that requests arrive within "
+                f"{MOST_STEPS} decode steps; got {offered_tokens}"
+            )
+        arrival = np.floor(elapsed * token_steps / offered_tokens).astype(np.int64)
         return cls(arrival, trace.prompt_tokens, trace.output_tokens)
 
 
@@ -145,17 +163,20 @@ class PagedMemory:
     Parameters
     ----------
     num_slots, block_size : int
-        Token slots of the memory and of a block; slots short of a last block stay free.
+        Token slots of the memory, at least a block, and of a block; slots short of a last block stay free.
     requests : Requests
         Those to be replayed.
     kept_free : float
-        Share of the blocks that an admission must leave free for the requests that run.
+        Share of the blocks that an admission must leave free for the requests that run, at least 0 and below 1.
     """
 
     def __init__(self, num_slots: int, block_size: int, requests: Requests, kept_free: float = 0.01) -> None:
-        self.num_slots, self.block_size = num_slots, block_size
-        self.num_blocks = num_slots // block_size
-        self.manager = BlockManager(num_gpu_blocks=self.num_blocks, block_size=block_size)
+        self.block_size = whole_number("block_size", block_size, at_least=1)
+        self.num_slots = whole_number("num_slots", num_slots, at_least=self.block_size)
+        if not 0 <= kept_free < 1:
+            raise ValueError(f"kept_free must be at least 0 and below 1, got {kept_free}")
+        self.num_blocks = self.num_slots // self.block_size
+        self.manager = BlockManager(num_gpu_blocks=self.num_blocks, block_size=self.block_size)
         self._kept_free = int(kept_free * self.num_blocks)
         self._final = requests.final
 
@@ -184,7 +205,7 @@ class PagedMemory:
 
     def paint(self, running: IntArray, held: IntArray, upcoming: int | None) -> SlotStates:
         tables = self.manager.block_tables(running.tolist())
-        position = np.arange(tables.size // max(len(tables), 1) * self.block_size).reshape(-1, self.block_size)
+        position = np.arange(tables.shape[1] * self.block_size).reshape(-1, self.block_size)
         states = np.full((len(tables), *position.shape), INTERNAL, np.uint8)
         states[position < self._final[running, None, None]] = RESERVATION
         states[position < held[running, None, None]] = TOKENS
@@ -232,8 +253,10 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     Raises
     ------
     ValueError
-        A request does not fit into the memory although it is alone there.
+        Requests are not in order of arrival, or have no tokens; or a request does not fit into the memory although it
+        is alone there.
     """
+    _check(requests)
     engine = _Engine(requests, memory, whole_number("max_waiting", max_waiting, at_least=1))
     usage, counts, painted = [], [], []
     for step in count():
@@ -246,9 +269,22 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
         counts.append(engine.counts())
         if step in paint_at:
             painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
-    running, waiting, refused, preempted, completed = np.array(counts, np.int64).T
+    running, waiting, refused, preempted, completed = np.array(counts, np.int64).reshape(-1, 5).T
     pictures = np.array(painted, np.uint8).reshape(-1, memory.num_slots)
-    return Replay(np.array(usage, np.int64), running, waiting, refused, preempted, completed, pictures)
+    slots = np.array(usage, np.int64).reshape(-1, len(STATES))
+    return Replay(slots, running, waiting, refused, preempted, completed, pictures)
+
+
+def _check(requests: Requests) -> None:
+    """Refuse requests that would be replayed wrongly, or for ever."""
+    shapes = {np.shape(column) for column in requests}
+    if len(shapes) > 1 or len(shapes.pop()) != 1:
+        raise ValueError(f"requests must have columns of one length, got {[np.shape(column) for column in requests]}")
+    if (requests.arrival[1:] < requests.arrival[:-1]).any():
+        raise ValueError("requests must be in order of arrival, got an arrival that falls")
+    for name, column in (("prompt", requests.prompt), ("output", requests.output)):
+        if (column < 1).any():
+            raise ValueError(f"requests must have {name}s of at least 1 token everywhere, got {column.min()}")
 
 
 class _Engine:
@@ -288,6 +324,8 @@ class _Engine:
 
     def preempt(self, youngest: int) -> None:
         """Release the request admitted last; what it has generated joins its prompt, to be computed again."""
+        if len(self.running) == 1:
+            raise self.no_room(youngest, int(self.held[youngest]) + 1)
         self.memory.release(youngest)
         self.waiting.appendleft(youngest)
         self.running = self.running[:-1]
@@ -307,5 +345,7 @@ class _Engine:
             admitted.append(self.waiting.popleft())
         self.running = np.append(self.running, np.array(admitted, np.int64))
         if self.waiting and not len(self.running):
-            request, held = self.waiting[0], self.held[self.waiting[0]]
-            raise ValueError(f"memory must have room for request {request} alone, which holds {held} tokens")
+            raise self.no_room(self.waiting[0], int(self.held[self.waiting[0]]))
+
+    def no_room(self, request: int, held: int) -> ValueError:
+        return ValueError(f"memory must have room for request {request} alone, which holds {held} tokens")

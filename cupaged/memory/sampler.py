@@ -7,16 +7,22 @@ follows the length distributions of one (`sample_trace`), so that every experime
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+import textwrap
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from os import PathLike
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +34,8 @@ __all__ = ["FORMS", "WORKLOADS", "Trace", "TraceForm", "Workload", "load_trace",
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 MOST_TOKENS = 2**31 - 1
+LONGEST = 1e300
+GZIP = b"\x1f\x8b"
 
 
 # --- a trace --------------------------------------------------------------------------------------
@@ -42,7 +50,9 @@ class Trace:
     arrival : float64 [num_requests]
         Seconds, never falling.
     prompt_tokens, output_tokens : int64 [num_requests]
-        Prompt (at least 1) and generated tokens (at least 0; published traces keep failed requests).
+        Tokens of the prompt and generated tokens, together at most 2**31 - 1. A request that generated none failed:
+        published traces keep such requests, and BurstGPT also writes 0 for their prompts. Any other prompt has at least
+        1 token.
     name : str
         What a table calls this trace.
     """
@@ -61,11 +71,23 @@ class Trace:
                 "arrival, prompt_tokens and output_tokens must have equal lengths, "
                 f"got {len(arrival)}, {len(prompt)} and {len(output)}"
             )
-        if not np.isfinite(arrival).all() or (np.diff(arrival) < 0).any():
+        if not np.isfinite(arrival).all() or (arrival[1:] < arrival[:-1]).any():
             raise ValueError("arrival must be finite seconds that never fall")
-        for name, column, least in (("prompt_tokens", prompt, 1), ("output_tokens", output, 0)):
+        if (abs(arrival) > LONGEST).any():  # so that the difference of two is finite
+            raise ValueError(f"arrival must be at most {LONGEST:g} seconds, got {abs(arrival).max()}")
+        for name, column, least in (
+            ("prompt_tokens", prompt, 0),
+            ("prompt_tokens", prompt[output > 0], 1),
+            ("output_tokens", output, 0),
+        ):
             if (column < least).any():
                 raise ValueError(f"{name} must be at least {least} everywhere, got {column.min()}")
+        if (prompt > MOST_TOKENS - output).any():
+            longest = int(np.argmax(prompt > MOST_TOKENS - output))
+            raise ValueError(
+                f"prompt_tokens and output_tokens must be at most {MOST_TOKENS} together, "
+                f"got {prompt[longest]} and {output[longest]} for request {longest}"
+            )
         for name, column in (("arrival", arrival), ("prompt_tokens", prompt), ("output_tokens", output)):
             column.setflags(write=False)
             object.__setattr__(self, name, column)
@@ -94,14 +116,29 @@ class Trace:
     def slot_steps(self, block_size: int) -> IntArray:
         """Return the slots of the blocks behind `token_steps`, summed alike, int64 [num_requests]."""
         block_size = whole_number("block_size", block_size, at_least=1)
+        if block_size > MOST_TOKENS:
+            raise ValueError(f"block_size must be at most {MOST_TOKENS}, got {block_size}")
         return _block_triangle(self.total_tokens - 1, block_size) - _block_triangle(self.prompt_tokens - 1, block_size)
 
     def paged_occupancy(self, block_size: int) -> float:
         """Return the share of allocated slots that hold tokens if these requests are paged, averaged over decode steps.
 
         It follows from the lengths alone, without a replay: paging wastes a part of each request's last block only.
+
+        Raises
+        ------
+        ValueError
+            No request generates a token, so that there is no decode step.
         """
-        return float(self.token_steps().sum() / self.slot_steps(block_size).sum())
+        slots = exact_sum(self.slot_steps(block_size))
+        if not slots:
+            raise ValueError(f"trace must hold a request that generates at least one token, got {len(self)} without")
+        return exact_sum(self.token_steps()) / slots
+
+
+def exact_sum(numbers: IntArray) -> int:
+    """Return the sum of int64 numbers, which may be more than an int64 holds."""
+    return sum(numbers.tolist())
 
 
 def _column(name: str, values: Any, dtype: type) -> npt.NDArray[Any]:
@@ -185,10 +222,14 @@ def sample_trace(
     rate = source.requests_per_second if requests_per_second is None else requests_per_second
     if not (math.isfinite(rate) and rate > 0):
         raise ValueError(f"requests_per_second must be a positive number, got {requests_per_second!r}")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(whole_number("seed", seed, at_least=0))
     gaps = random.exponential(1 / rate, num_requests)
+    with np.errstate(over="ignore", invalid="ignore"):
+        arrival = np.cumsum(gaps) - gaps[0]
+    if not np.isfinite(arrival).all():
+        raise ValueError(f"requests_per_second must be such that arrivals are finite seconds, got {rate!r}")
     return Trace(
-        arrival=np.cumsum(gaps) - gaps[0],
+        arrival=arrival,
         prompt_tokens=_draw_lengths(random, source.prompt, source.num_requests, num_requests),
         output_tokens=_draw_lengths(random, source.output, source.num_requests, num_requests),
         name=f"sampled {workload}",
@@ -217,17 +258,23 @@ class TraceForm(NamedTuple):
     seconds: Callable[[Any], float]
 
 
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
+
+
 class _Malformed(ValueError):
     """What was expected of a value; the loader adds the file, the line, the column and what was found."""
 
 
 def _seconds(value: Any) -> float:
     try:
-        seconds = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+        seconds = math.nan if isinstance(value, bool) or (isinstance(value, str) and "_" in value) else float(value)
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not math.isfinite(seconds):
         raise _Malformed("a finite number")
+    if abs(seconds) > LONGEST:
+        raise _Malformed(f"a number of at most {LONGEST:g}")
     return seconds
 
 
@@ -238,13 +285,13 @@ def _milliseconds(value: Any) -> float:
 def _date(value: Any) -> float:
     try:
         moment = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _Malformed("a date and time such as 2023-11-16 18:15:46.68") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _tokens(value: Any, least: int) -> int:
-    text = str(value).strip()
+    text = str(value).strip() if type(value) in (int, str) else ""
     if not (text.isascii() and text.isdecimal() and len(text) <= 10 and least <= int(text) <= MOST_TOKENS):
         raise _Malformed(f"a whole number of tokens from {least} to {MOST_TOKENS}")
     return int(text)
@@ -265,8 +312,10 @@ FORMS: Mapping[str, TraceForm] = {
 def load_trace(path: str | PathLike[str], *, limit: int | None = None) -> Trace:
     """Read a trace file; its form (`FORMS`) is recognised by its column names.
 
-    Comma-separated values with a header line, or one JSON object a line. Requests are put in order of arrival (those at
-    the same moment stay in the file's order), and the first arrives at 0. Other columns are passed over.
+    Comma-separated values with a header line, or one JSON object a line (a JSON array is refused), in UTF-8, plain or
+    compressed by gzip. Blank lines and other columns are passed over. A date without an offset is in UTC. Requests are
+    put in order of arrival (those at the same moment stay in the file's order), and the first arrives at 0. Failed
+    requests, which generated no token, are kept: ``trace[trace.output_tokens > 0]`` leaves them out.
 
     Parameters
     ----------
@@ -283,61 +332,115 @@ def load_trace(path: str | PathLike[str], *, limit: int | None = None) -> Trace:
     if limit is not None:
         limit = whole_number("limit", limit, at_least=1)
     path = Path(path)
-    columns: tuple[list[float], list[int], list[int]] = ([], [], [])
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    requests: list[tuple[float, int, int]] = []
+    with open(path, "rb") as file:
         form: TraceForm | None = None
         for line, record in islice(_records(path, file), limit):
-            form = form or _form_of(path, record)
-            columns[0].append(_read(path, line, record, form.arrival, form.seconds))
-            columns[1].append(_read(path, line, record, form.prompt, lambda value: _tokens(value, 1)))
-            columns[2].append(_read(path, line, record, form.output, lambda value: _tokens(value, 0)))
-    if form is None:
+            form = form or _form_of(path, line, record)
+            requests.append(_request(path, line, record, form))
+    if not requests:
         raise ValueError(f"{path}: expected a header and at least one request, got none")
-    arrival = np.array(columns[0])
+    arrivals, prompts, outputs = zip(*requests, strict=True)
+    arrival = np.array(arrivals)
     order = np.argsort(arrival, kind="stable")
-    prompt, output = (np.array(column, np.int64)[order] for column in columns[1:])
-    return Trace(arrival[order] - arrival[order[0]], prompt, output, path.stem)
+    prompt, output = (np.array(column, np.int64)[order] for column in (prompts, outputs))
+    name = Path(path.stem).stem if path.suffix == ".gz" else path.stem
+    return Trace(arrival[order] - arrival[order[0]], prompt, output, name)
 
 
-def _records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _request(path: Path, line: int, record: Mapping[str, Any], form: TraceForm) -> tuple[float, int, int]:
+    arrival = _read(path, line, record, form.arrival, form.seconds)
+    output = _read(path, line, record, form.output, lambda value: _tokens(value, 0))
+    prompt = _read(path, line, record, form.prompt, lambda value: _tokens(value, min(output, 1)))
+    if prompt + output > MOST_TOKENS:
+        raise ValueError(f"{path}, line {line}: expected at most {MOST_TOKENS} tokens together, got {prompt + output}")
+    return arrival, prompt, output
+
+
+def _records(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, record) of either kind of file; a JSON Lines file begins with a brace."""
-    beginning = file.read(1)
-    file.seek(0)
-    return _json_records(path, file) if beginning == "{" else _csv_records(path, file)
+    lines = enumerate(_lines(path, file), start=1)
+    line, first = next(((line, text) for line, text in lines if text.strip()), (1, ""))
+    if "\0" in first:
+        raise ValueError(f"{path}, line {line}: expected text in UTF-8, got a byte of 0: another encoding, or no text")
+    if first.lstrip().startswith("["):
+        raise ValueError(f"{path}, line {line}: expected one JSON object a line, got a JSON array")
+    rest = chain([first], (text for _, text in lines))
+    read = _json_records if first.lstrip().startswith("{") else _csv_records
+    return read(path, rest, line)
 
 
-def _csv_records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
+def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
+    """Yield the lines of a file, with their ends; what is no UTF-8 becomes a replacement character."""
+    zipped = cast(io.BufferedReader, file).peek(len(GZIP)).startswith(GZIP)
+    plain = gzip.GzipFile(fileobj=file) if zipped else file
+    text = io.TextIOWrapper(plain, encoding="utf-8-sig", errors="replace", newline="")
+    line = 0
     try:
-        for record in reader:
-            if None in record:
-                width = len(reader.fieldnames or ())
-                got = width + len(record[None])
-                raise ValueError(f"{path}, line {reader.line_num}: expected {width} columns, got {got}")
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+        for content in text:
+            line += 1
+            yield content
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}, line {line + 1}: the gzip file is damaged: {error}") from None
 
 
-def _json_records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, start=1):
+def _csv_records(path: Path, lines: Iterable[str], first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _csv_rows(path, lines, first)
+    names = [name.strip() for name in next(rows, (first, []))[1]]
+    for column in (column for form in FORMS.values() for column in form[:3]):
+        if names.count(column) > 1:
+            raise ValueError(f"{path}, line {first}: expected one column {column!r}, got {names.count(column)}")
+    for line, values in rows:
+        if len(values) > len(names):
+            raise ValueError(f"{path}, line {line}: expected {len(names)} columns, got {len(values)}")
+        yield line, dict(zip_longest(names, values))
+
+
+def _csv_rows(path: Path, lines: Iterable[str], first: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not blank, each with the line on which it begins."""
+    rows = csv.reader(lines, strict=True)
+    while True:
+        line = first + rows.line_num
+        try:
+            values = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+        if values is None:
+            return
+        if len(values) > 1 or "".join(values).strip():
+            yield line, values
+
+
+def _json_records(path: Path, lines: Iterable[str], first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(lines, start=first):
         if not text.strip():
             continue
         try:
-            record = json.loads(text.rstrip())
+            record = json.loads(text.rstrip(), object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # a name twice, too many digits, nested too deep
+            raise ValueError(f"{path}, line {line}: not JSON that can be read: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {line}: expected a JSON object, got {type(record).__name__}")
         yield line, record
 
 
-def _form_of(path: Path, record: Mapping[str, Any]) -> TraceForm:
-    for form in FORMS.values():
-        if record.keys() >= {form.arrival, form.prompt, form.output}:
-            return form
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"expected one value of {name!r}, got {count}")
+    return record
+
+
+def _form_of(path: Path, line: int, record: Mapping[str, Any]) -> TraceForm:
+    forms = {name: form for name, form in FORMS.items() if record.keys() >= set(form[:3])}
+    if len(forms) == 1:
+        return next(iter(forms.values()))
     known = "; ".join(f"{name} ({', '.join(form[:3])})" for name, form in FORMS.items())
-    raise ValueError(f"{path}: expected the columns of one of {known}; got {', '.join(record)}")
+    got = f"those of {' and '.join(forms)}" if forms else textwrap.shorten(", ".join(record), 300)
+    raise ValueError(f"{path}, line {line}: expected the columns of one of {known}; got {got}")
 
 
 def _read(path: Path, line: int, record: Mapping[str, Any], column: str, parse: Callable[[Any], Any]) -> Any:
@@ -345,5 +448,5 @@ def _read(path: Path, line: int, record: Mapping[str, Any], column: str, parse: 
     try:
         return parse(value)
     except _Malformed as expected:
-        got = "nothing" if value in (None, "") else repr(value)
+        got = "nothing" if value in (None, "") else SHORT.repr(value)
         raise ValueError(f"{path}, line {line}, column {column!r}: expected {expected}, got {got}") from None

@@ -1,5 +1,6 @@
 """Error budgets, workloads and reports."""
 
+import csv
 import json
 from time import sleep
 
@@ -69,6 +70,96 @@ def test_results_are_written_with_their_stamp(tmp_path, monkeypatch):
     assert (tmp_path / "trial.csv").read_text(encoding="utf-8") == "a,b,c\n1,0.5,\n2,,x\n"
     with pytest.raises(TypeError, match="a result holds object"):
         report.write_results([{"a": object()}], stamp, "trial", tmp_path)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        float,
+        np.float32,
+        np.float16,
+        lambda x: [1.0, x],
+        lambda x: (x,),
+        lambda x: {"of": {"a": x}},
+        lambda x: np.array([0, x]),
+    ],
+)
+def test_a_number_that_is_none_is_never_written(wrap, number, tmp_path):
+    stamp = {"backend": "host"}
+    rows = [{"kernel": "a", "time_us": 1.0}, {"kernel": "b", "time_us": wrap(number)}]
+    with pytest.raises(
+        ValueError, match=f"trial, row 2, column 'time_us'.*: expected a finite number or None, got {number}"
+    ):
+        report.write_results(rows, stamp, "trial", tmp_path / "new")
+    with pytest.raises(ValueError, match=f"trial, ceiling.*: expected a finite number or None, got {number}"):
+        report.write_results(rows[:1], stamp, "trial", tmp_path / "new", ceiling=wrap(number))
+    with pytest.raises(TypeError, match="trial, row 1, column 'a': a result holds complex"):
+        report.write_results([{"a": 1j}], stamp, "trial", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_csv_and_json_hold_the_same(tmp_path):
+    rows = [
+        {"a": np.float32(0.1), "b": np.int8(3), "c": None, "d": np.bool_(True), "e": np.arange(2), "f": tmp_path},
+        {"a": float(np.float32(0.1)), "b": 3, "c": '\udce9 é, "x"', "d": True, "e": [0, 1], "f": str(tmp_path)},
+    ]
+    report.write_results(rows, {"backend": "host"}, "trial", tmp_path, pair=(np.float64(1), np.int64(2)))
+    document = json.loads((tmp_path / "trial.json").read_text(encoding="utf-8"))
+    assert document["pair"] == [1.0, 2]
+    assert document["rows"] == [{**rows[1], "c": None}, rows[1]]
+    with open(tmp_path / "trial.csv", encoding="utf-8", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first == {**second, "c": ""}
+    assert second == {key: str(value) for key, value in rows[1].items() if key != "c"} | {"c": '\\udce9 é, "x"'}
+
+
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [
+        ({"status": "ok", "time_us": 3.0, "gb_s": np.nan}, "failed: gb_s is nan"),
+        ({"time_us": np.float32("inf"), "values": [1.0, -np.inf]}, "failed: time_us is inf, values is -inf"),
+        ({"counts": {"a": np.array([0.5, np.nan])}}, "failed: counts is nan"),
+    ],
+)
+@pytest.mark.parametrize("errors", [(), (ValueError,)])
+def test_a_row_with_a_number_that_is_none_has_failed(found, status, errors, tmp_path):
+    row = report.measured_row({"kernel": "a"}, lambda: found, errors)
+    assert row == {"kernel": "a", "status": status}
+    report.write_results([row], {"backend": "host"}, "trial", tmp_path)
+
+
+def test_nothing_to_divide_by_is_none():
+    assert report.ratio(0, 0) is None and report.ratio(3, 0.0) is None
+    assert report.ratio(3, 4) == 0.75 and report.ratio(0, 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (int, ("1", "30"), ("0", "-3", "1.5", "x", "", "9" * 5000)),
+        (float, ("1e-9", "2"), ("0", "-1", "nan", "inf", "x")),
+    ],
+)
+def test_arguments_are_above_zero(kind, right, wrong, capsys):
+    parser = report.argument_parser("?")
+    parser.add_argument("--size", type=report.positive(kind))
+    for text in right:
+        assert parser.parse_args([f"--size={text}"]).size == kind(text)
+    for text in wrong:
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--size={text}"])
+        assert f"argument --size: expected a {'whole' if kind is int else 'finite'} number" in capsys.readouterr().err
+
+
+def test_a_table_shows_what_it_holds(capsys, monkeypatch):
+    """Brackets are no markup here, and colons no emoji."""
+    monkeypatch.setattr(report.console, "_width", 200)
+    hostile = "[num_seqs, H] [/red] [bold] decode.cu:100: x\\"
+    report.print_table([{"a": hostile, "b": None, "c": 0.25}], {"a": hostile, "b": "b", "c": "c|.1%"}, hostile)
+    report.console.print(hostile)
+    printed = capsys.readouterr().out
+    assert printed.count(hostile) == 4 and "25.0%" in printed and "–" in printed
 
 
 @pytest.mark.parametrize(

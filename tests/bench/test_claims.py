@@ -185,3 +185,27 @@ def test_swapping_is_held_to_recomputing_at_both_ends():
     assert finding.verdict == HOLDS and finding.values == (0.4, 10.0) and "1.20 at 16" in finding.reason
     assert verdict("swap", **swaps(at_1=2.0, at_16=2.0, at_256=2.0)).verdict == PARTLY
     assert verdict("swap", **swaps(at_1=2.0, at_16=6.0, at_256=20.0)).verdict == FAILS
+
+
+@pytest.mark.parametrize("name", ["utilisation", "before paging", "waste", "requests"])
+@pytest.mark.parametrize("failed", ["paged 16", "buddy oracle", "every one"])
+def test_an_allocator_that_failed_is_no_evidence(name, failed):
+    """It is left out; without paged 16, which these claims are about, there is no verdict."""
+    shares = {"tokens": 0.5, "reservation": 0.2, "internal": 0.2, "external": 0.0, "running": 4.0}
+    systems = {"reserve-max": None, "buddy oracle": None, "paged 16": 16}
+    rows = [
+        {"system": system, "block_size": size, "status": "failed: x"}
+        if failed in (system, "every one")
+        else {"system": system, "block_size": size, "status": "ok", **shares}
+        for system, size in systems.items()
+    ]
+    claim = next(claim for claim in CLAIMS if claim.name == name)
+    finding = judge(claim, {"stamp": {"backend": "cpu"}, "trace": "x", "rows": rows})
+    assert (finding.verdict == OPEN) == (failed != "buddy oracle")
+    assert failed not in finding.measured
+
+
+def test_a_null_is_no_evidence():
+    claim = next(claim for claim in CLAIMS if claim.experiment == "prefix_sharing")
+    rows = [{"workload": "chat", "saved_percent": None}]
+    assert judge(claim, {"stamp": {"backend": "cpu"}, "rows": rows}).verdict == OPEN

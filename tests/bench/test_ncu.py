@@ -28,7 +28,7 @@ def test_launches_are_read_in_order_in_base_units():
 @pytest.mark.parametrize(
     ("unit", "value"),
     [("byte", 3), ("Gbyte", 3e9), ("ns", 3e-9), ("nsecond", 3e-9), ("msecond", 3e-3), ("s", 3), ("%", 3), ("inst", 3),
-     ("sector", 3), ("", 3)],
+     ("sector", 3), ("", 3), ("Gbyte/s", 3e9), ("byte/ns", 3e9), ("inst/cycle", 3), ("Mbyte/us", 3e12)],
 )  # fmt: skip
 def test_units(unit, value):
     text = f'"ID","Kernel Name","a__b.sum"\n"","","{unit}"\n"0","k(int)","3"\n'
@@ -36,7 +36,95 @@ def test_units(unit, value):
     assert launch.kernel == "k" and launch.values == {"a__b.sum": pytest.approx(value)}
 
 
+HEADS = '"ID","Process ID","Kernel Name","a__b.sum"\n"","","","byte"\n'
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        '"hello"',
+        '"a","b"',
+        '"1","2","3"',
+        '"x","y","z","4"',
+        '"',
+        '""',
+        '"un","closed',
+        '"' + "x" * 200_000,
+        '"a"\r"b"',
+        "n: 3",
+    ],
+)
+def test_lines_of_the_program_that_begin_with_a_quote_are_its_own(noise, end):
+    rows = '"0","4711","k(int)","3"\n"1","4711","l","4"\n'
+    first, second = rows.splitlines(keepends=True)
+    text = f"{noise}\n{HEADS}{noise}\n{first}{noise}\n{second}{noise}\n"
+    launches = parse_ncu(text.replace("\n", end))
+    assert [(launch.kernel, launch.values) for launch in launches] == [("k", {"a__b.sum": 3}), ("l", {"a__b.sum": 4})]
+
+
+def test_heads_behind_a_line_without_an_end_are_found():
+    (launch,) = parse_ncu(f'sum of "x" is 3{HEADS}"0","1","k","5"')
+    assert launch.values == {"a__b.sum": 5}
+
+
+def test_each_table_has_its_own_heads_and_units():
+    """As of several processes, or of outputs put together."""
+    text = (
+        f'{HEADS}"0","1","k","3"\n'
+        '"ID","Kernel Name","c__d.sum","a__b.sum"\n"","","us","Kbyte"\n"0","l","2,000","4"\n"1,024","m","1","n/a"\n'
+        '"ID","Kernel Name","a__b.sum"\n"0","n","7"\n'
+    )
+    assert [(launch.kernel, launch.values) for launch in parse_ncu(text)] == [
+        ("k", {"a__b.sum": 3}),
+        ("l", {"c__d.sum": pytest.approx(2e-3), "a__b.sum": 4000}),
+        ("m", {"c__d.sum": pytest.approx(1e-6)}),
+        ("n", {"a__b.sum": 7}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("k", "k"),
+        ("k(int, float *)", "k"),
+        ("void ns::k<(int)3, float>(const float *, int)", "void ns::k<(int)3, float>"),
+        ("(anonymous namespace)::k(void (*)(int))", "(anonymous namespace)::k"),
+        ('k<""a,b"">(int)', 'k<"a,b">'),
+        ("k)", "k)"),
+    ],
+)
+def test_names_of_kernels_hold_what_they_will(name, kernel):
+    (launch,) = parse_ncu(f'{HEADS}"0","1","{name}","5"\n')
+    assert launch.kernel == kernel and launch.values == {"a__b.sum": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("1,234,567", 1234567), ("1,234.5", 1234.5), ("-3", -3), ("1e3", 1000), ("2.", 2), (" 7 ", 7),
+     ("n/a", None), ("(!) n/a", None), ("", None), ("nan", None), ("-nan", None), ("inf", None), ("1e999", None),
+     ("NVIDIA H100", None), ("(128, 1, 1)", None)],
+)  # fmt: skip
+def test_numbers(text, number):
+    (launch,) = parse_ncu(f'{HEADS}"0","1","k","{text}"\n')
+    assert launch.values == ({} if number is None else {"a__b.sum": number})
+
+
+@pytest.mark.parametrize("text", ["1,5", "1.234,5", "12,34", "1,2345", "1 234", "1'234", "1.2.3"])
+def test_a_number_in_another_form_is_said(text):
+    """As under a locale with decimal commas: read without its comma it would be another number."""
+    with pytest.raises(ValueError, match=f"line 3 of what ncu printed, a__b.sum: expected a number .* got .{text}"):
+        parse_ncu(f'{HEADS}"0","1","k","{text}"\n')
+
+
+def test_another_page_is_said():
+    with pytest.raises(ValueError, match="must be what ncu --csv --page raw prints, with metrics as columns; got"):
+        parse_ncu('"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n"0","k","a__b.sum","byte","3"\n')
+
+
 def test_text_without_launches():
+    assert parse_ncu("") == []
+    assert parse_ncu('"hello"\n') == []
     assert parse_ncu("==PROF== nothing\n") == []
     assert parse_ncu('"ID","Kernel Name","a__b.sum"\n"","","%"\n') == []
     with pytest.raises(ValueError, match="columns ID and Kernel Name; got"):
@@ -77,3 +165,14 @@ def test_what_stops_ncu_is_said(monkeypatch, tmp_path, body, error, message):
     fake_ncu(tmp_path, monkeypatch, body)
     with pytest.raises(error, match=message):
         run_ncu(("a",), ("k",), ("true",))
+
+
+def test_what_a_program_prints_need_not_be_utf_8(monkeypatch, tmp_path):
+    fake_ncu(tmp_path, monkeypatch, "printf 'caf\\351\\n'")
+    assert run_ncu(("a",), ("k",), ("true",)) == "caf\ufffd\n"
+
+
+def test_an_ncu_that_does_not_end_is_said(monkeypatch, tmp_path):
+    fake_ncu(tmp_path, monkeypatch, "exec sleep 60")
+    with pytest.raises(RuntimeError, match="ncu failed: it had not ended after 0.2 s"):
+        run_ncu(("a",), ("k",), ("true",), timeout=0.2)

@@ -39,6 +39,15 @@ def test_missing_results_are_made(tmp_path):
     )
 
 
+@pytest.mark.parametrize("text", ["", '{"rows": [', "[]", '{"rows": []}', '{"stamp": null}', '"cuda"'])
+def test_a_file_that_is_no_result_is_named(text, tmp_path):
+    script = functions("claims")
+    claim = next(claim for claim in CLAIMS if claim.experiment)
+    (tmp_path / f"{claim.experiment}.json").write_text(text)
+    with pytest.raises(OSError, match=f"{claim.experiment}.json is no result of an experiment: "):
+        script["find"](claim, [tmp_path])
+
+
 def test_what_was_made_now_goes_before_what_was_committed(tmp_path):
     script = functions("claims")
     for name, device in (("out", "new"), ("results/dev", "own"), ("results/other", "old")):

@@ -128,3 +128,17 @@ def test_on_a_gpu_with_ncu_every_kernel_is_counted(tmp_path):
         pytest.skip("ncu is not on PATH")
     run("kernel_profile", "--workload", "gqa 32/8 b8 1k", "--out", str(tmp_path))
     assert all(row["status"] == "ok" for row in document(tmp_path, "kernel_profile")["rows"])
+
+
+def test_a_file_that_is_not_of_ncu_is_a_sentence(tmp_path):
+    for name, text, message in (
+        (
+            "table.csv",
+            b'"a","b"\n"1","2"\n',
+            "must be what ncu --csv --page raw prints, with columns ID and Kernel Name",
+        ),
+        ("comma.txt", b'"ID","Kernel Name","a__b.sum"\n"0","k","1,5"\n', "line 2 of what ncu printed, a__b.sum"),
+    ):
+        (tmp_path / name).write_bytes(text)
+        _, errors = run("kernel_profile", "--smoke", "--read", str(tmp_path / name), "--out", str(tmp_path), status=2)
+        assert f"{name}: " in errors and message in " ".join(errors.split()) and "Traceback" not in errors

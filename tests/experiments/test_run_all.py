@@ -113,6 +113,15 @@ def test_files_of_an_earlier_run_are_left_out(tmp_path, monkeypatch):
     assert outcome.status == "ok" and not outcome.documents
 
 
+def test_a_result_that_is_not_whole_has_failed(tmp_path, monkeypatch):
+    script = functions("run_all")
+    monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)
+    (tmp_path / "layouts.py").write_text("open('layouts.json', 'w').write('{\"rows\": [')")
+    monkeypatch.chdir(tmp_path)
+    outcome = script["run"]("layouts", "host", tmp_path, True)
+    assert outcome.status.startswith("failed: layouts.json is not JSON: ") and not outcome.documents
+
+
 def test_what_hangs_is_stopped(tmp_path, monkeypatch):
     script = functions("run_all")
     monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)

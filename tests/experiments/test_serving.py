@@ -43,6 +43,45 @@ def test_block_sizes_and_requests_are_the_callers(tmp_path):
     assert all(row["status"] == "ok" for row in result["rows"]) and result["config"]["requests"] == 3
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--rate", "0"), "argument --rate: expected a finite number above 0, got '0'"),
+        (("--rate", "nan"), "argument --rate: expected a finite number above 0, got 'nan'"),
+        (("--requests", "0"), "argument --requests: expected a whole number of at least 1, got '0'"),
+        (("--block-sizes", "8", "0"), "argument --block-sizes: expected a whole number of at least 1, got '0'"),
+        (("--trace", "wrong.csv"), "wrong.csv, line 2, column 'num_decode_tokens': expected a whole number of tokens"),
+        (("--trace", "failed.csv"), "failed.csv: expected a request that generates at least one token, got none"),
+    ],
+)
+def test_mistakes_are_a_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    header = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+    (tmp_path / "wrong.csv").write_text(f"{header}0,1,x\n")
+    (tmp_path / "failed.csv").write_text(f"{header}0,0,0\n1,5,0\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        functions("serving")["main"](["--smoke", "--backend", "host", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_failed_requests_of_a_trace_are_not_served(tmp_path):
+    path = tmp_path / "some.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,96,48\n1,0,0\n2,480,0\n3,480,96\n")
+    trace = functions("serving")["trace_of"](path, 4)
+    assert trace.prompt_tokens.tolist() == [96, 480] and trace.output_tokens.tolist() == [48, 96]
+
+
+def test_a_gain_over_nothing_is_none():
+    script = functions("serving")
+    base, way = {"at_once": 0.0, "tokens_per_unit": 2.0}, {"at_once": 3.0, "tokens_per_unit": 3.0}
+    assert script["gains"](way, base) == {"at_once_gain": None, "throughput_gain": 1.5}
+    rows = [
+        {"way": name, "status": "ok", "block_size": 16, **way, **script["gains"](way, base)}
+        for name in (CONTIGUOUS, PAGED)
+    ]
+    assert script["conclusion"](rows) == "Found: contiguous reservation serves 3.0 requests at once."
+
+
 def test_a_load_has_the_lengths_of_its_trace_and_common_beginnings():
     script = functions("serving")
     config = script["CONFIGS"]["host", True]

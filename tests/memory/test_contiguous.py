@@ -156,6 +156,8 @@ def test_bad_input_changes_nothing(make) -> None:
         (lambda: memory.append(["a", "a"]), ValueError, "request_ids must name each request once"),
         (lambda: memory.append(["a"], 0), ValueError, "n must be at least 1, got 0"),
         (lambda: memory.append(["a"], size), ValueError, f"n must be at most {size - 2} more tokens for request 'a'"),
+        (lambda: memory.append(["a"], 2**63 - 1), ValueError, f"n must be at most {size - 2} more tokens for"),
+        (lambda: memory.append(["a"], 10**30), ValueError, f"n must be at most {size - 2} more tokens for"),
         (lambda: memory.free("b"), ValueError, "request_id must be in use, got 'b'"),
     ]
     for mistake, kind, message in mistakes:
@@ -164,6 +166,19 @@ def test_bad_input_changes_nothing(make) -> None:
         assert (holes(memory), memory.usage(5)) == before
     with pytest.raises(ValueError, match="num_slots must be at least 1, got 0"):
         make(0)
+    with pytest.raises(ValueError, match="num_slots must be at most 9223372036854775807, got 9223372036854775808"):
+        make(2**63)
+
+
+@pytest.mark.parametrize("make", [FirstFit, Buddy], ids=["first", "buddy"])
+def test_the_largest_arena_counts_right(make) -> None:
+    memory = make(2**63 - 1)
+    memory.allocate("a", 1, 2**62)
+    memory.append(["a"], 2**62 - 1)
+    assert memory.usage(2**62) == Usage(2**62, 0, 0, 2**62 - 1, 0)
+    with pytest.raises(NoHoleError):
+        memory.allocate("b", 1, 2**64)
+    assert memory.usage() == Usage(2**62, 0, 0, 0, 2**62 - 1)
 
 
 def test_no_hole_error_survives_pickling() -> None:

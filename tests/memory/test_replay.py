@@ -85,6 +85,62 @@ def test_a_request_that_never_fits_is_an_error() -> None:
         replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
 
 
+def test_a_request_that_outgrows_the_memory_alone_is_an_error() -> None:
+    """The last block is full and the request is alone: to preempt it would go on for ever."""
+    these = requests((0, 3, 2), (2, 7, 3))
+    with pytest.raises(ValueError, match="memory must have room for request 1 alone, which holds 9 tokens"):
+        replay(these, PagedMemory(8, 2, these, kept_free=0), max_waiting=8)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64, 100])
+def test_a_memory_is_painted_free_while_nothing_runs(block_size: int) -> None:
+    these = requests((3, 10, 5), (50, 10, 5))
+    outcome = replay(these, PagedMemory(200, block_size, these), 4, paint_at=[0, 2, 5, 30, 52, 54, 55])
+    running = outcome.running[[0, 2, 5, 30, 52, 54, 55]]
+    assert running.tolist() == [0, 0, 1, 0, 1, 1, 0]
+    for runs, painted in zip(running, outcome.painted, strict=True):
+        assert (painted != STATES.index("free")).any() == runs
+
+
+def test_no_requests_are_no_steps() -> None:
+    these = Requests(*np.empty((3, 0), np.int64))
+    outcome = replay(these, PagedMemory(8, 2, these), max_waiting=1, paint_at=[0])
+    assert outcome.usage.shape == (0, len(STATES)) and outcome.painted.shape == (0, 8)
+    assert all(len(column) == 0 for column in outcome)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (([1, 0], [1, 1], [1, 1]), "requests must be in order of arrival"),
+        (([0, 1], [1, 0], [1, 1]), "requests must have prompts of at least 1 token everywhere, got 0"),
+        (([0, 1], [1, 1], [0, 1]), "requests must have outputs of at least 1 token everywhere, got 0"),
+        (([0, 1], [1], [1, 1]), r"requests must have columns of one length, got \[\(2,\), \(1,\), \(2,\)\]"),
+    ],
+)
+def test_a_replay_refuses(columns: tuple, message: str) -> None:
+    these = Requests(*(np.array(column, np.int64) for column in columns))
+    memory = PagedMemory(8, 2, requests((0, 1, 1)))
+    with pytest.raises(ValueError, match=message):
+        replay(these, memory, max_waiting=1)
+    assert memory.manager.gpu.num_used == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_slots": 15}, "num_slots must be at least 16, got 15"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"kept_free": -0.1}, "kept_free must be at least 0 and below 1, got -0.1"),
+        ({"kept_free": 1.0}, "kept_free must be at least 0 and below 1, got 1.0"),
+        ({"kept_free": float("nan")}, "kept_free must be at least 0 and below 1, got nan"),
+    ],
+)
+def test_a_paged_memory_refuses(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedMemory(**{"num_slots": 64, "block_size": 16, "requests": requests((0, 1, 1)), **arguments})
+
+
 # --- on a sampled trace ---------------------------------------------------------------------------
 
 NUM_SLOTS = 20_000
@@ -124,6 +180,17 @@ def test_in_ample_memory_occupancy_is_what_the_lengths_say(block_size: int) -> N
     assert tokens / allocated == TRACE.paged_occupancy(block_size)
 
 
+def test_the_longest_trace_that_can_be_offered_arrives_in_one_step() -> None:
+    assert Requests.from_trace(Trace([0.0, 1.0], [1, 3], [1, 1]), 4.0).arrival.tolist() == [0, 1]
+
+
+def test_the_longest_requests_arrive_over_time() -> None:
+    """Together they hold more token steps than an int64 holds."""
+    trace = Trace(np.arange(41.0), np.full(41, 2**30), np.full(41, 2**30 - 1))
+    steps = 41 * sum((2**31 - 2, -(2**30 - 1))) * (2**31 - 2 + 2**30) // 2
+    assert Requests.from_trace(trace, 2.0**31).arrival.tolist() == [step * steps // 40 // 2**31 for step in range(41)]
+
+
 def test_offered_tokens_are_what_an_ample_memory_holds() -> None:
     these = Requests.from_trace(TRACE, offered_tokens=30_000)
     outcome = replay(these, PagedMemory(10**6, 16, these), max_waiting=16)
@@ -137,6 +204,10 @@ def test_offered_tokens_are_what_an_ample_memory_holds() -> None:
         (Trace([1.0, 1.0], [1, 1], [1, 1]), 10, "trace must hold at least two requests that arrive over time"),
         (Trace([0.0, 1.0], [1, 1], [1, 0]), 10, "trace must hold requests that generate at least one token"),
         (Trace([0.0, 1.0], [1, 1], [1, 1]), 0, "offered_tokens must be positive, got 0"),
+        (Trace([0.0, 1.0], [1, 1], [1, 1]), float("nan"), "offered_tokens must be positive, got nan"),
+        (Trace([0.0, 1.0], [1, 3], [1, 1]), 4.1, "must be at most the 4 that the trace's 2 requests hold, .* got 4.1"),
+        (Trace([0.0, 1.0], [1, 3], [1, 1]), float("inf"), "must be at most the 4 that the trace's 2 .* got inf"),
+        (Trace([0.0, 1.0], [1, 1], [1, 1]), 1e-300, "must be at least 2.22045e-16, .* got 1e-300"),
     ],
 )
 def test_requests_refuse(trace: Trace, offered: float, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,12 @@ def test_arrivals_come_at_the_rate_asked_for() -> None:
         ({"num_requests": 1, "workload": "poetry"}, "workload must be one of conversation, code, got 'poetry'"),
         ({"num_requests": 1, "requests_per_second": 0.0}, "requests_per_second must be a positive number, got 0.0"),
         ({"num_requests": 1, "requests_per_second": float("inf")}, "requests_per_second must be a positive number"),
+        (
+            {"num_requests": 9, "requests_per_second": 1e-308},
+            "requests_per_second must be such that arrivals are finite",
+        ),
+        ({"num_requests": 9, "requests_per_second": 5e-324}, "requests_per_second must be such that .* got 5e-324"),
+        ({"num_requests": 1, "seed": -1}, "seed must be at least 0, got -1"),
     ],
 )
 def test_sampler_refuses(arguments: dict, message: str) -> None:
@@ -70,6 +77,45 @@ def test_paged_occupancy_is_the_sum_over_steps(block_size: int) -> None:
     trace = Trace(np.zeros(4), np.array(prompt), np.array(output))
     assert trace.paged_occupancy(block_size) == brute_occupancy(prompt, output, block_size)
     assert trace.total_tokens.tolist() == [6, 17, 57, 250]
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 2**31 - 1])
+@pytest.mark.parametrize(("prompt", "output"), [(1, 2**31 - 2), (2**31 - 2, 1), (2**30, 2**30 - 1)])
+def test_the_longest_requests_are_summed_exactly(prompt: int, output: int, block_size: int) -> None:
+    """By the same sums in Python's integers, which have no end; 40 of them are more than an int64 holds."""
+
+    def blocks_up_to(n: int) -> int:
+        full, rest = divmod(n, block_size)
+        return block_size * full * (full + 1) // 2 + rest * (full + 1)
+
+    held, slots = (
+        of(prompt + output - 1) - of(prompt - 1)
+        for of in (lambda n: n * (n + 1) // 2, lambda n: block_size * blocks_up_to(n))
+    )
+    trace = Trace(np.zeros(40), np.full(40, prompt), np.full(40, output))
+    assert trace.token_steps().tolist() == [held] * 40
+    assert trace.slot_steps(block_size).tolist() == [slots] * 40
+    assert trace.paged_occupancy(block_size) == held / slots
+
+
+def test_failed_requests_weigh_nothing() -> None:
+    """BurstGPT writes 0 for prompt and output of some of them."""
+    trace = Trace(np.zeros(3), np.array([0, 5, 7]), np.array([0, 2, 0]))
+    assert trace.token_steps().tolist() == [0, 11, 0]
+    assert trace.slot_steps(4).tolist() == [0, 16, 0]
+    assert trace.paged_occupancy(4) == 11 / 16
+    for failed in (trace[:1], trace[:0]):
+        with pytest.raises(ValueError, match=f"trace must hold a request that generates .*, got {len(failed)} without"):
+            failed.paged_occupancy(4)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "message"),
+    [(0, "block_size must be at least 1, got 0"), (2**31, "block_size must be at most 2147483647, got 2147483648")],
+)
+def test_slot_steps_refuse(block_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Trace([0.0], [1], [1]).slot_steps(block_size)
 
 
 def test_a_trace_is_read_only_and_sliced() -> None:
@@ -96,6 +142,9 @@ def test_a_trace_is_read_only_and_sliced() -> None:
         (([0.0], [0], [1]), ValueError, "prompt_tokens must be at least 1 everywhere, got 0"),
         (([0.0], [1], [-1]), ValueError, "output_tokens must be at least 0 everywhere, got -1"),
         (([0.0], [1.5], [1]), TypeError, "prompt_tokens must be int64, got float64"),
+        (([-1e308, 1e308], [1, 1], [1, 1]), ValueError, "arrival must be at most 1e\\+300 seconds, got 1e\\+308"),
+        (([0.0, 1.0], [1, 2], [1, 2**31 - 2]), ValueError, "must be at most 2147483647 together, got 2 and 2147483646"),
+        (([0.0], [2**62], [2**62]), ValueError, "prompt_tokens and output_tokens must be at most 2147483647 together"),
     ],
 )
 def test_a_trace_refuses(columns: tuple, error: type, message: str) -> None:
@@ -141,6 +190,67 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         load_trace(path, limit=0)
 
 
+@pytest.mark.parametrize("form", FILES)
+def test_a_file_reads_alike_compressed_and_below_blank_lines(form: str, tmp_path: Path) -> None:
+    plain = load_trace(write(tmp_path, FILES[form]))
+    compressed = tmp_path / "requests.csv.gz"
+    compressed.write_bytes(gzip.compress(FILES[form].encode()))
+    blank = tmp_path / "blank" / "requests.jsonl"
+    blank.parent.mkdir()
+    blank.write_text("\n \r\n" + FILES[form].lstrip("\ufeff"), encoding="utf-8-sig", newline="")
+    for path in (compressed, blank):
+        trace = load_trace(path)
+        assert trace.name == "requests"
+        for name in ("arrival", "prompt_tokens", "output_tokens"):
+            assert np.array_equal(getattr(trace, name), getattr(plain, name))
+
+
+def test_failed_requests_of_burstgpt_are_kept(tmp_path: Path) -> None:
+    text = (
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "1072,ChatGPT,733,180,913,Conversation log\n1106,ChatGPT,0,0,0,Conversation log\n"
+        "1129,ChatGPT,1305,0,1305,Conversation log\n"
+    )
+    trace = load_trace(write(tmp_path, text))
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([733, 0, 1305], [180, 0, 0])
+    assert trace[trace.output_tokens > 0].prompt_tokens.tolist() == [733]
+
+
+def test_quotes_spaces_and_foreign_bytes_do_not_matter_beside_the_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_bytes(
+        b'"Note, long", arrived_at ,num_prefill_tokens,"num_decode_tokens"\r\n'
+        b'"a, ""b""\r\nc",0,"12", 7\r\n\xff\xe9,1,13,8\r\n'
+    )
+    trace = load_trace(path)
+    assert (trace.prompt_tokens.tolist(), trace.output_tokens.tolist()) == ([12, 13], [7, 8])
+
+
+def test_an_error_below_a_field_of_two_lines_names_its_own_line(tmp_path: Path) -> None:
+    path = write(tmp_path, '\nnote,arrived_at,num_prefill_tokens,num_decode_tokens\n"a\nb",0,1,1\nc,1,x,1\n')
+    with pytest.raises(ValueError, match="line 5, column 'num_prefill_tokens': .* got 'x'"):
+        load_trace(path)
+
+
+def test_a_damaged_gzip_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv.gz"
+    whole = gzip.compress((HEADER + "".join(f"{i},{i % 97 + 1},{i * i % 89}\n" for i in range(9999))).encode())
+    wrong_sum = whole[:-8] + bytes(4) + whole[-4:]
+    wrong_kind = whole[:10] + b"\xff" + whole[11:]
+    for damaged in (whole[: len(whole) // 2], wrong_sum, wrong_kind, whole[:5]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"requests.csv.gz, line \d+: the gzip file is damaged"):
+            load_trace(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le"])
+def test_another_encoding_is_said(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_bytes((HEADER + "0,1,1\n").encode(encoding))
+    with pytest.raises(ValueError, match="requests.csv, line 1: expected text in UTF-8, got a byte of 0"):
+        load_trace(path)
+
+
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 MALFORMED = [
     (HEADER + "0,12,7\n1,twelve,7\n", "line 3, column 'num_prefill_tokens': expected a whole number .* got 'twelve'"),
@@ -160,6 +270,46 @@ MALFORMED = [
     ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n[1]\n', "line 2: expected a JSON object, got list"),
     ('{"timestamp": 1, "input_length": true, "output_length": 3}\n', "line 1, column 'input_length': .* got True"),
     ('{"timestamp": 1, "input_length": 2, "output_length": 3}\n{}\n', "line 2, column 'timestamp': .* got nothing"),
+    (HEADER + "0,0,0\n1,0,1\n", "line 3, column 'num_prefill_tokens': expected a whole number of tokens from 1 .* '0'"),
+    (HEADER + "0,2147483647,1\n", "line 2: expected at most 2147483647 tokens together, got 2147483648"),
+    (HEADER + "0,12,7\nnan,12,1\n", "line 3, column 'arrived_at': expected a finite number, got 'nan'"),
+    (HEADER + "1_0,12,1\n", "line 2, column 'arrived_at': expected a finite number, got '1_0'"),
+    (HEADER + "-1e308,1,1\n1e308,1,1\n", "line 2, column 'arrived_at': expected a number of at most 1e\\+300, got"),
+    (HEADER + f"0,{'9' * 5000},1\n", r"line 2, column 'num_prefill_tokens': .* got '9+\.\.\.9+'$"),
+    (HEADER + "0,nan,1\n", "line 2, column 'num_prefill_tokens': expected a whole number .* got 'nan'"),
+    (HEADER + "0,1e3,1\n", "line 2, column 'num_prefill_tokens': expected a whole number .* got '1e3'"),
+    (HEADER + '0,"1,374",1\n', "line 2, column 'num_prefill_tokens': expected a whole number .* got '1,374'"),
+    (HEADER + '0,12,"1\n1,13,2\n2,14,3\n', "line 2: unexpected end of data"),
+    ("a," + HEADER + '"x"y,0,1,1\n', "line 2: ',' expected after"),
+    (HEADER.replace("\n", ",num_prefill_tokens\n") + "0,1,1,2\n", "line 1: expected one column 'num_prefill_tokens'"),
+    (
+        HEADER.replace("\n", ",timestamp,input_length,output_length\n") + "0,1,1,0,2,2\n",
+        "got those of mooncake and vidur",
+    ),
+    ("arrived_at,num_prefill_tokens\n0,1\n", "line 2: expected the columns .*; got arrived_at, num_prefill_tokens"),
+    ("x" * 5000 + "\n1\n", r"line 2: expected the columns of one of .{0,700}$"),
+    ("\n\n", "expected a header and at least one request, got none"),
+    (
+        '[\n{"timestamp": 1, "input_length": 2, "output_length": 3}]\n',
+        "line 1: expected one JSON object a line, got a JSON",
+    ),
+    ('\n[{"timestamp": 1}]\n', "line 2: expected one JSON object a line, got a JSON array"),
+    (f'{{"timestamp": {"[" * 100_000}\n', "line 1: not JSON that can be read"),
+    (f'{{"timestamp": {"9" * 400}, "input_length": 2, "output_length": 3}}\n', "line 1, column 'timestamp': .* finite"),
+    (f'{{"timestamp": 1, "input_length": {"9" * 5000}}}\n', "line 1: not JSON that can be read: Exceeds the limit"),
+    (
+        f'{{"timestamp": 1, "input_length": {"9" * 4000}, "output_length": 3}}\n',
+        "line 1, column 'input_length': .* got 9",
+    ),
+    ('{"timestamp": NaN, "input_length": 2, "output_length": 3}\n', "line 1, column 'timestamp': .* got nan"),
+    ('{"timestamp": 1, "input_length": 2.0, "output_length": 3}\n', "line 1, column 'input_length': .* got 2.0"),
+    ('{"timestamp": 1, "input_length": [[[2]]], "output_length": 3}\n', "line 1, column 'input_length': .* got "),
+    ('{"timestamp": [1], "input_length": 2, "output_length": 3}\n', "line 1, column 'timestamp': .* got "),
+    (
+        '{"timestamp": 1, "input_length": 2, "output_length": 3, "input_length": 9}\n',
+        "line 1: .* one value of 'input_length'",
+    ),
+    ("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "9" * 400 + ",1,1\n", "line 2, column 'TIMESTAMP': expected a date"),
 ]
 
 
