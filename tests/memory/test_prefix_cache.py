@@ -207,6 +207,7 @@ def test_what_is_unpublished_is_not_restored_from_the_cpu():
     manager.unpublish("second")
     assert len(manager.cpu.cache) == len(manager.gpu.cache) == 0
     manager.free("second")
+    manager.take_transfers()  # what they read is reserved until then
     assert manager.cpu.num_free == 8 and cached(manager, range(9)) == 0
     with pytest.raises(ValueError, match="seq_id must be a sequence that was admitted and not freed, got 'second'"):
         manager.unpublish("second")
