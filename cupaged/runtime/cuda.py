@@ -17,7 +17,7 @@ from typing import Any
 
 from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
-from cupaged.runtime.cache import cache_folder, store
+from cupaged.runtime.cache import cached_file
 from cupaged.runtime.driver import DriverLaunch
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.source import KernelSource, Parameter
@@ -108,11 +108,9 @@ def cached_cubin(source: KernelSource, architecture: str) -> Path:
     """Return the file of the compiled kernel, compiling it only if the cache does not hold it."""
     major, minor = nvrtc_version()
     suffix = "ptx" if architecture.startswith("compute") else "cubin"
-    folder = cache_folder("cuda")
     identity = repr((source.digest, OPTIONS, str(cuda_headers()))).encode()
-    name = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{hashlib.sha256(identity).hexdigest()[:32]}.{suffix}"
-    path = folder / name
-    return path if path.exists() else store(folder, name, compile_cubin(source, architecture))
+    stem = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{hashlib.sha256(identity).hexdigest()[:32]}"
+    return cached_file("cuda", stem, f".{suffix}", lambda work: compile_cubin(source, architecture))
 
 
 def architecture_of(device_id: int) -> str:
