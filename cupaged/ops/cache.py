@@ -272,7 +272,7 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     if name not in cache.turns:
         exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
         high = exact.astype(np.float32)
-        cache.turns[name] = cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)]))
+        cache.turns.setdefault(name, cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)])))
     return cache.turns[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -167,17 +168,21 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
         )
     if cache.config != host.config:
         raise ValueError(f"src and dst must be of the same config; got {cache.config} and {host.config}")
-    if cache.mover is None:
-        cache.mover = _Mover((cache,))  # kept: its buffers must outlive the copies
+    with _mover_lock:
+        if cache.mover is None:
+            cache.mover = _Mover((cache,))  # kept: its buffers must outlive the copies
     cache.mover.move((cache,), (host,), pairs, out)
     cache.mover.wait()
+
+
+_mover_lock = threading.Lock()
 
 
 class _Mover:
     """Two buffers on the device that take turns, each with a stream on which it is filled and emptied.
 
     What all layers have in common is worked out once a call; a layer's share of it is a launch, and a copy for each run
-    of neighbours, a buffer at a time.
+    of neighbours, a buffer at a time. Threads may share a mover: it takes their calls one after the other.
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
@@ -190,6 +195,7 @@ class _Mover:
         self.words_of_caches = [as_words(each.storage) for each in caches]
         self.launches: dict[tuple[int, bool], CheckedCall] = {}
         self.moved: Any = None  # an event: when all that was started is done
+        self.lock = threading.Lock()  # on the buffers, and on what `streams` notes of a move
         self.streams = _Streams() if cache.backend == "cuda" else None
         if self.streams is not None:
             self.streams.wait_for_current()  # which may still use what the buffers' memory held before
@@ -199,7 +205,12 @@ class _Mover:
         on_device, on_host = _checked(caches[0].config, hosts[0].num_blocks, pairs, out)
         if not len(on_host):
             return
-        blocks = _Blocks(self, caches[0], on_device, on_host, out)
+        with self.lock:
+            self._move(caches, hosts, _Blocks(self, caches[0], on_device, on_host, out), on_device)
+
+    def _move(
+        self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks, on_device: np.ndarray
+    ) -> None:
         if self.streams is None:
             self._move_layers(caches, hosts, blocks)
             return

@@ -128,7 +128,7 @@ def bind_textures(cache: KVCache, binding: str = "linear", *, floats: bool = Fal
         raise ValueError(f"binding must be one of {', '.join(BINDINGS)}; got {binding!r}")
     key = binding, bool(floats)
     if key not in cache.textures:
-        cache.textures[key] = TextureView(cache, binding, bool(floats))
+        cache.textures.setdefault(key, TextureView(cache, binding, bool(floats)))
     return cache.textures[key]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -26,6 +27,7 @@ __all__ = ["CudaKernel", "compile_cubin", "cuda_headers", "nvrtc_version"]
 
 SHARED_BYTES_WITHOUT_OPT_IN = 40 * 1024  # of dynamic shared memory: 48 KiB with the static, which kernels keep small
 OPTIONS = ("-std=c++17", "--generate-line-info")
+_shared_bytes_lock = threading.Lock()  # one for all: two CudaKernels of the same source have one function on the GPU
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -143,6 +145,7 @@ class CudaKernel:
     source: KernelSource
     _built: dict[int, Any] = field(default_factory=dict, repr=False)
     _shared_bytes: dict[int, int] = field(default_factory=dict, repr=False)
+    _build_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     backend = "cuda"
 
@@ -157,10 +160,18 @@ class CudaKernel:
 
         device = cupy.cuda.runtime.getDevice()
         if device not in self._built:
-            module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
-            self._built[device] = module.get_function(self.source.entry)
-            int(self._built[device].num_regs)  # loads it now: its first launch may be one that a graph captures
+            with self._build_lock:
+                if device not in self._built:
+                    self._built[device] = self._load_on(device)
         return self._built[device]
+
+    def _load_on(self, device: int) -> Any:
+        import cupy
+
+        module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
+        kernel = module.get_function(self.source.entry)
+        int(kernel.num_regs)  # loads it now: its first launch may be one that a graph captures
+        return kernel
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
         """Launch the kernel on CuPy's current stream; returns without waiting for it.
@@ -201,14 +212,22 @@ class CudaKernel:
         values = typed_values(self.source.entry, self._converters, arguments)
         kernel, device = self.raw_kernel(), cupy.cuda.runtime.getDevice()
         if shared_bytes > self._shared_bytes.get(device, SHARED_BYTES_WITHOUT_OPT_IN):
-            limit = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-            if shared_bytes > limit:
-                raise UnsupportedError(
-                    f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
-                )
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_bytes[device] = shared_bytes
+            self._allow_shared_bytes(kernel, device, shared_bytes)
         return grid, block, kernel, values
+
+    def _allow_shared_bytes(self, kernel: Any, device: int, shared_bytes: int) -> None:
+        """Let the kernel have so much dynamic shared memory; never less than before, which other launches need."""
+        import cupy
+
+        limit = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"] - kernel.shared_size_bytes
+        if shared_bytes > limit:
+            raise UnsupportedError(
+                f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
+            )
+        with _shared_bytes_lock:
+            if kernel.max_dynamic_shared_size_bytes < shared_bytes:
+                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_bytes[device] = max(shared_bytes, self._shared_bytes.get(device, 0))
 
     @cached_property
     def _converters(self) -> dict[str, Callable[[Any], Any]]:

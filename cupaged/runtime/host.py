@@ -326,7 +326,7 @@ def _compile(command: tuple[str, ...], name: str, built: Path) -> None:
         raise KernelBuildError(f"{failed}:\n{said}")
 
 
-def _load(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+def _load_library(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
     """Load a library of the cache."""
     try:
         return ctypes.CDLL(str(path), mode=mode)
@@ -388,7 +388,7 @@ def _scheduler(sanitized: bool) -> ctypes.CDLL:
     """Return the scheduler, built with or without sanitizers, loaded so that kernels find its symbols."""
     del sanitized  # part of the key only
     path = _build("scheduler", f'#include "{SCHEDULER}"\n', "scheduler", (f"-I{HEADERS}",))
-    return _load(path, ctypes.RTLD_GLOBAL)
+    return _load_library(path, ctypes.RTLD_GLOBAL)
 
 
 _scheduler_lock = threading.Lock()  # kernels may be built on several threads; one of them builds the scheduler
@@ -453,25 +453,30 @@ class HostKernel:
 
     source: KernelSource
     _built: tuple[Any, Any, Any, tuple[ctypes.CDLL, ...]] | None = field(default=None, repr=False)
+    _build_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     backend = "host"
 
     def build(self) -> HostKernel:
         """Compile now, or load what the cache holds; raises KernelBuildError with the compiler's message."""
         if self._built is None:
-            with _scheduler_lock:
-                scheduler = _scheduler(sanitizing())
-            source = self.source
-            flags = [f"-D{name}={value}" for name, value in source.defines]
-            flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
-            twins = "\n".join(f'#include "{path.name}"' for path in sorted(HEADERS.glob("*.cuh")))
-            text = WRAPPER.format(twins=twins, path=source.path, entry=source.entry)
-            source.check_unchanged()
-            built = _load(_build(source.entry, text, source.digest, tuple(flags)))
-            entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
-            touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
-            self._built = scheduler.cupaged_launch, entry, touch, (built, scheduler)
+            with self._build_lock:
+                self._built = self._built or self._load()
         return self
+
+    def _load(self) -> tuple[Any, Any, Any, tuple[ctypes.CDLL, ...]]:
+        with _scheduler_lock:
+            scheduler = _scheduler(sanitizing())
+        source = self.source
+        flags = [f"-D{name}={value}" for name, value in source.defines]
+        flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
+        twins = "\n".join(f'#include "{path.name}"' for path in sorted(HEADERS.glob("*.cuh")))
+        text = WRAPPER.format(twins=twins, path=source.path, entry=source.entry)
+        source.check_unchanged()
+        built = _load_library(_build(source.entry, text, source.digest, tuple(flags)))
+        entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
+        touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
+        return scheduler.cupaged_launch, entry, touch, (built, scheduler)
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
         """Run the kernel to its end.
