@@ -214,10 +214,18 @@ def test_threads_that_swap_blocks_of_one_cache_get_their_own_blocks(monkeypatch)
     cache, cpu = pg.KVCache(config, backend="host"), pg.HostBlocks(config, 8, pinned=False)
     for block in range(8):
         cache.key[block], cache.value[block] = block + 1, -block - 1
+    pg.swap_blocks(cache, cpu, [(7, 7)])
     monkeypatch.setattr(swap._Mover, "_use_link", slowly(swap._Mover._use_link))
-    monkeypatch.setattr(swap, "_Mover", slowly(swap._Mover))
     at_once(*[lambda block=block: pg.swap_blocks(cache, cpu, [(block, 7 - block)]) for block in range(4)])
     back = pg.KVCache(config, backend="host")
     pg.swap_blocks(cpu, back, [(7 - block, block) for block in range(4)])
     for block in range(4):
         assert (back.key[block] == block + 1).all() and (back.value[block] == -block - 1).all()
+
+
+def test_threads_that_swap_first_share_the_buffers(monkeypatch):
+    config = pg.CacheConfig(num_blocks=8, block_size=16, num_kv_heads=1, head_dim=64, dtype="float32")
+    cache, cpu, made, make = pg.KVCache(config, backend="host"), pg.HostBlocks(config, 8, pinned=False), [], swap._Mover
+    monkeypatch.setattr(swap, "_Mover", slowly(lambda caches: made.append(make(caches)) or made[-1]))
+    at_once(*[lambda block=block: pg.swap_blocks(cache, cpu, [(block, block)]) for block in range(4)])
+    assert made == [cache.mover]
