@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from cupaged.config import CacheConfig
-from cupaged.errors import BackendUnavailableError
+from cupaged.errors import BackendUnavailableError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
 from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
-from cupaged.ops.checks import check_at_least_one, check_cache
+from cupaged.ops.checks import check_at_least_one, check_cache, checked_flag, checked_integer
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
@@ -51,7 +51,10 @@ class HostBlocks:
     """
 
     def __init__(self, config: CacheConfig, num_blocks: int, pinned: bool | None = None) -> None:
-        check_at_least_one(num_blocks, "num_blocks")
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config must be a CacheConfig; got {type(config).__name__} {written(config)}")
+        num_blocks = checked_integer(num_blocks, "num_blocks", 1)
+        pinned = None if pinned is None else checked_flag(pinned, "pinned")
         reason = why_no_gpu()
         if pinned and reason:
             raise BackendUnavailableError(f"pinned memory needs a GPU: {reason}")
@@ -103,7 +106,10 @@ class SwapEngine:
     """
 
     def __init__(self, caches: Sequence[KVCache], num_host_blocks: int, pinned: bool | None = None) -> None:
+        if not isinstance(caches, Sequence):
+            raise TypeError(f"caches must be a sequence of KVCache; got {type(caches).__name__} {written(caches)}")
         self.caches = tuple(caches)
+        check_at_least_one(num_host_blocks, "num_host_blocks")
         if not self.caches:
             raise ValueError("caches must hold one cache at least; got none")
         for cache in self.caches:

@@ -61,15 +61,17 @@ def cuda_headers() -> Path:
             found = None
         if found is not None:
             places += [Path(folder) / "include" for folder in found.submodule_search_locations or ()]
-    places += [Path(os.environ[name]) / "include" for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    named = {name: os.environ[name] for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)}
+    places += [Path(folder) / "include" for folder in named.values()]
     places += [Path(f"/usr/local/cuda-{major}/include"), Path("/usr/local/cuda/include")]
     for place in places:
         if (place / "cuda_fp16.h").is_file():
             return place
     package = "nvidia-cuda-runtime-cu12" if major == 12 else "nvidia-cuda-runtime"
+    looked = "".join(f"; {name} is {folder!r}, whose include folder has none" for name, folder in named.items())
     raise BackendUnavailableError(
         f"found NVRTC {major} but not its headers (cuda_fp16.h): pip install {package}, "
-        f"or let CUDA_PATH name the toolkit"
+        f"or let CUDA_PATH name the toolkit{looked}"
     )
 
 

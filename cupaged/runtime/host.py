@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError
+from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError, written
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
 from cupaged.runtime.cache import ANOTHER, cached_file
+from cupaged.runtime.environment import environment_flag
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.source import KernelSource, Parameter
 
@@ -74,9 +75,11 @@ def schedule(seed: int) -> Iterator[None]:
     A kernel without races gives the same result in every order. Reading shared memory that another thread writes,
     with no barrier between, gives a different one.
     """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer; got {type(seed).__name__} {written(seed)}")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in [0, 2**63); got {seed}")
-    token = _seed.set(seed)
+        raise ValueError(f"seed must lie in [0, 2**63); got {written(int(seed))}")
+    token = _seed.set(int(seed))
     try:
         yield
     finally:
@@ -271,7 +274,7 @@ def sanitizing() -> bool:
     BackendUnavailableError
         If they do but their library was not loaded before Python, which would end the process.
     """
-    if os.environ.get("CUPAGED_HOST_SANITIZE", "") in ("", "0"):
+    if not environment_flag("CUPAGED_HOST_SANITIZE"):
         return False
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         raise BackendUnavailableError(
@@ -550,7 +553,7 @@ def workers() -> int:
     named = os.environ.get("CUPAGED_HOST_THREADS")
     if not named:
         return min(os.cpu_count() or 1, MAX_WORKERS)
-    if not (named.isascii() and named.isdigit()) or not 1 <= int(named) <= MAX_WORKERS:
+    if not (named.isascii() and named.isdigit() and len(named) < 10) or not 1 <= int(named) <= MAX_WORKERS:
         raise ValueError(f"CUPAGED_HOST_THREADS must be an integer from 1 to {MAX_WORKERS}; got {named!r}")
     return int(named)
 

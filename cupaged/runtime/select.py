@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from cupaged.errors import BackendUnavailableError
+from cupaged.errors import BackendUnavailableError, written
 from cupaged.runtime.source import KernelSource, added_defines, kernels_folder
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def choose_backend(backend: str | None = None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(
-            f"backend must be one of {', '.join(BACKENDS)}, or None; got {type(backend).__name__} {backend!r}"
+            f"backend must be one of {', '.join(BACKENDS)}, or None; got {type(backend).__name__} {written(backend)}"
         )
     name, origin = backend, "backend"
     if backend is None:
