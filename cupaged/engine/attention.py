@@ -16,7 +16,7 @@ from cupaged.ops.arrays import as_backend_array, like_caller
 from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.cache import append_kv, checked_rows
-from cupaged.ops.checks import check_cache
+from cupaged.ops.checks import check_cache, checked_scale, checked_softcap, checked_window
 from cupaged.ops.prefill import paged_prefill, why_no_prefill
 from cupaged.ops.swap import SwapEngine
 
@@ -134,6 +134,7 @@ class PagedAttention:
         if swaps is None and self.manager.gpu.on_evict is not None:
             raise ValueError('swaps must be given for a manager with on_evict="offload"')
         self.swaps = swaps
+        scale, window, softcap = checked_scale(scale, config.head_dim), checked_window(window), checked_softcap(softcap)
         self.options = {
             "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import array_module, as_backend_array, backend_of, check_alignment
-from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.checks import check_contiguous, check_dtype, check_shape, checked_real
 from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -61,6 +61,8 @@ def rms_norm(x: Any, weight: Any, eps: float, dtype: Any) -> Any:
     check_shape(x, "x", ("rows", "width"))
     check_dtype(weight, "weight", FLOAT32)
     check_shape(weight, "weight", (x.shape[1],))
+    if checked_real(eps, "eps") < 0:
+        raise ValueError(f"eps must be at least 0; got {eps!r}")
     if dtype not in STORAGE_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16 or float32; got {dtype}")
     if x.shape[1] % NORM_VECTOR:

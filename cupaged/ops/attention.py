@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupaged import layouts
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
 from cupaged.ops.checks import (
@@ -19,6 +19,7 @@ from cupaged.ops.checks import (
     check_query_to_seq,
     check_shape,
     check_shared_prefix,
+    checked_flag,
     checked_out,
     checked_scale,
     checked_shared_prefix,
@@ -167,11 +168,11 @@ def paged_attention(
             window,
             softcap,
             shared_prefix,
-            bool(return_lse),
+            return_lse,
             validate,
         )
         asked = options, (*arrays, out)
-        always_read = validate or (validate is None and cache.backend == "host")
+        always_read = cache.backend == "host" if validate is None else validate is not False
         checked = None if always_read else known_calls.find(*asked)
         if checked is not None and (out is None or shares_memory(out, query, cache) is None):
             result = cache.xp.empty_like(query) if out is None else out
@@ -272,7 +273,7 @@ def _checked_call(
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
         check_query_to_seq(query_to_seq, seq_lens.shape[0])
         check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, variants.query_tokens)
-    lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
+    lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if checked_flag(return_lse, "return_lse") else None
     mapped = query_to_seq is not None
     choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
@@ -340,6 +341,8 @@ def choose_kernel(
     UnsupportedError
         If it was named and does not serve the cache or the variants.
     """
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be a name; got {type(kernel).__name__} {written(kernel)}")
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
     choice = _choose(cache, kernel, mapped, variants or Variants())

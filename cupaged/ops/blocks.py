@@ -47,7 +47,7 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
     """
     check_cache(cache)
     pairs = _as_ids(cache, pairs, "pairs", ("num_pairs", 2))
-    if isinstance(pairs, np.ndarray) or must_validate(validate, cache.backend):
+    if must_validate(validate, cache.backend) or isinstance(pairs, np.ndarray):
         sources, targets = as_numpy(pairs).T
         _check_ids(cache, sources, "pairs")
         _check_ids(cache, targets, "pairs")
@@ -231,7 +231,7 @@ def _as_ids(cache: KVCache, ids: Any, name: str, shape: tuple[int | str, ...]) -
 def _checked_ids(cache: KVCache, block_ids: Any, validate: bool | None, once: bool = False) -> Any:
     """Return block ids as int32 on the cache's device, checked if they lie on the host or it is asked for."""
     ids = _as_ids(cache, block_ids, "block_ids", ("num_blocks",))
-    if isinstance(ids, np.ndarray) or must_validate(validate, cache.backend):
+    if must_validate(validate, cache.backend) or isinstance(ids, np.ndarray):
         _check_ids(cache, as_numpy(ids), "block_ids")
         if once:
             _check_once(as_numpy(ids), "block_ids")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupaged import layouts
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, like_caller
 from cupaged.ops.checks import (
@@ -19,6 +19,9 @@ from cupaged.ops.checks import (
     check_positions,
     check_shape,
     check_slots,
+    checked_flag,
+    checked_integer,
+    checked_real,
     must_validate,
 )
 from cupaged.ops.textures import refresh_slots
@@ -50,19 +53,25 @@ class Llama3Scaling:
     original_context: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "original_context"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)!r}")
-        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            _checked_positive(getattr(self, name), name)
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"high_freq_factor must be above low_freq_factor, {self.low_freq_factor}, and finite; "
                 f"got {self.high_freq_factor!r}"
             )
 
 
+def _checked_positive(number: Any, name: str) -> float:
+    checked = checked_real(number, name)
+    if checked <= 0:
+        raise ValueError(f"{name} must be positive and finite; got {written(number)}")
+    return checked
+
+
 def frequencies(rotary_dim: int, theta: float = 10000.0, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """Return RoPE's angle of each pair of dimensions a position, in radians, float64 [rotary_dim / 2]."""
-    plain: np.ndarray = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+    plain: np.ndarray = _checked_positive(theta, "theta") ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
     if scaling is None:
         return plain
     turns = scaling.original_context * plain / (2 * math.pi)
@@ -208,14 +217,14 @@ def rope_append_kv(
         query = checked_rows(cache, query, "query", key.shape[0], "H", between=True)
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
-    if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):
-        raise TypeError(f"rotary_dim must be an integer; got {type(rotary_dim).__name__} {rotary_dim!r}")
+    rotary_dim = checked_integer(rotary_dim, "rotary_dim")
+    checked_flag(interleaved, "interleaved")
     if not 0 < rotary_dim <= config.head_dim or rotary_dim % step:
         raise UnsupportedError(
-            f"rotary_dim must be a multiple of {step}, at most the head_dim {config.head_dim}; got {rotary_dim}"
+            f"rotary_dim must be a multiple of {step}, at most the head_dim {config.head_dim}; "
+            f"got {written(rotary_dim)}"
         )
-    if not (math.isfinite(theta) and theta > 0):
-        raise ValueError(f"theta must be positive and finite; got {theta!r}")
+    _checked_positive(theta, "theta")
     if scaling is not None and not isinstance(scaling, Llama3Scaling):
         raise TypeError(f"scaling must be a Llama3Scaling; got {type(scaling).__name__}")
     if validates:
@@ -226,8 +235,8 @@ def rope_append_kv(
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
             **_append_defines(cache, slot_mapping),
-            "ROTARY_DIM": int(rotary_dim),
-            "INTERLEAVED": int(bool(interleaved)),
+            "ROTARY_DIM": rotary_dim,
+            "INTERLEAVED": int(interleaved),
         }
         kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
         heads = max(config.num_kv_heads, 0 if query is None else query.shape[1])
@@ -242,7 +251,7 @@ def rope_append_kv(
             value=Strided(value),
             slot_mapping=slot_mapping,
             positions=positions,
-            turns=_turns(cache, int(rotary_dim), float(theta), scaling),
+            turns=_turns(cache, rotary_dim, float(theta), scaling),
             num_heads=0 if query is None else query.shape[1],
             num_kv_heads=config.num_kv_heads,
             query_stride=0 if query is None else _token_stride(query),
@@ -272,7 +281,7 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     if name not in cache.turns:
         exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
         high = exact.astype(np.float32)
-        cache.turns[name] = cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)]))
+        cache.turns.setdefault(name, cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)])))
     return cache.turns[name]
 
 

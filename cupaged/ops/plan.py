@@ -15,11 +15,14 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import (
     as_numpy,
-    check_at_least_one,
     check_cache,
     check_dtype,
     check_shape,
+    checked_flag,
+    checked_heads,
+    checked_integer,
     checked_shared_prefix,
+    checked_window,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks, shared_bytes_for_at_most
 from cupaged.runtime.driver import can_overlap_launches
@@ -344,17 +347,12 @@ def plan_decode(
         If tensor cores do not serve the cache, or there is a window besides a shared prefix; the message names it.
     """
     check_cache(cache)
-    check_at_least_one(query_tokens, "query_tokens")
-    if window is not None:
-        check_at_least_one(window, "window")
+    query_tokens, window = checked_integer(query_tokens, "query_tokens", 1), checked_window(window)
+    overlap, num_heads = checked_flag(overlap, "overlap"), checked_heads(num_heads, cache)
     shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, window)
     reason = why_no_tensor_cores(cache)
     if reason:
         raise UnsupportedError(reason)
-    if num_heads < 1 or num_heads % cache.config.num_kv_heads:
-        raise ValueError(
-            f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
-        )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
     plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix, overlap=overlap)

@@ -15,15 +15,18 @@ from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
 from cupaged.ops.attention import MAX_TOKENS, paged_attention
 from cupaged.ops.checks import (
     as_numpy,
-    check_at_least_one,
     check_block_tables,
     check_cache,
     check_contiguous,
     check_dtype,
     check_query_start,
     check_shape,
+    checked_flag,
+    checked_heads,
+    checked_integer,
     checked_out,
     checked_scale,
+    checked_window,
     must_validate,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
@@ -265,17 +268,13 @@ def plan_prefill(
         If tensor cores do not serve the cache, or there is a window without causality; the message names it.
     """
     check_cache(cache)
+    causal, overlap = checked_flag(causal, "causal"), checked_flag(overlap, "overlap")
+    window = checked_window(window)
     _check_served(cache, causal, window)
-    check_at_least_one(total_tokens, "total_tokens")
-    if window is not None:
-        check_at_least_one(window, "window")
-    if num_heads < 1 or num_heads % cache.config.num_kv_heads:
-        raise ValueError(
-            f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
-        )
+    total_tokens, num_heads = checked_integer(total_tokens, "total_tokens", 1), checked_heads(num_heads, cache)
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
-    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, bool(causal), window, overlap)
+    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, causal, window, overlap)
     plan.update(seq_lens, query_start)
     return plan
 
@@ -359,6 +358,8 @@ def paged_prefill(
     """
     caller = query
     check_cache(cache)
+    causal, return_lse = checked_flag(causal, "causal"), checked_flag(return_lse, "return_lse")
+    window = checked_window(window)
     if not isinstance(plan, DecodePlan):  # whose kernel asks for less shared memory
         _check_served(cache, causal, window)
     query, block_tables, seq_lens, query_start = _checked_arrays(query, cache, block_tables, seq_lens, query_start)
@@ -382,7 +383,7 @@ def paged_prefill(
         if return_lse:
             lse = cache.xp.empty(query.shape[:-1], dtype=np.float32)
         if plan is not None:
-            _check_plan(plan, cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window, capacity)
+            _check_plan(plan, cache, num_seqs, total_tokens, num_heads, causal, variants.window, capacity)
         if must_read:
             check_query_start(query_start, total_tokens)
             new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
@@ -391,7 +392,7 @@ def paged_prefill(
                 plan.check_lens(seq_lens, query_start)
         if query.size:
             if plan is None:
-                plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window)
+                plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, causal, variants.window)
                 plan.update(seq_lens, query_start)
                 if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
                     _captured_plans.append(plan)

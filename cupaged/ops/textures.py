@@ -16,9 +16,9 @@ import numpy as np
 
 from cupaged import layouts
 from cupaged.config import CacheConfig
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache, aligned_zeros
-from cupaged.ops.checks import check_cache
+from cupaged.ops.checks import check_cache, checked_flag
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, added_defines
@@ -124,11 +124,14 @@ def bind_textures(cache: KVCache, binding: str = "linear", *, floats: bool = Fal
         long for one texture object is tiled over several.
     """
     check_cache(cache)
+    if not isinstance(binding, str):
+        raise TypeError(f"binding must be a name; got {type(binding).__name__} {written(binding)}")
     if binding not in BINDINGS:
         raise ValueError(f"binding must be one of {', '.join(BINDINGS)}; got {binding!r}")
-    key = binding, bool(floats)
+    floats = checked_flag(floats, "floats")
+    key = binding, floats
     if key not in cache.textures:
-        cache.textures[key] = TextureView(cache, binding, bool(floats))
+        cache.textures.setdefault(key, TextureView(cache, binding, floats))
     return cache.textures[key]
 
 

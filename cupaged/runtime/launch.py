@@ -126,6 +126,8 @@ class CheckedCalls:
     What a call's checks go by is the values of its options, and of its arrays all but where they lie and what they
     hold. Whoever also checks the latter must do so for each call. The arrays themselves are not held.
 
+    Threads may share it: of two calls that are added at once, one may be forgotten, and is checked again.
+
     Parameters
     ----------
     backend : {"cuda", "host"}
@@ -179,9 +181,8 @@ class CheckedCalls:
 
 def remembered(name: str, backend: str) -> CheckedCalls:
     """Return the calls of a function that is told all its arrays: what one layer checked, the next layers launch."""
-    if (name, backend) not in _remembered:
-        _remembered[name, backend] = CheckedCalls(backend)
-    return _remembered[name, backend]
+    known = _remembered.get((name, backend))
+    return known if known is not None else _remembered.setdefault((name, backend), CheckedCalls(backend))
 
 
 _remembered: dict[tuple[str, str], CheckedCalls] = {}
