@@ -10,6 +10,8 @@ import numpy as np
 
 from cupaged import layouts
 from cupaged.config import CacheConfig
+from cupaged.ops.arrays import as_backend_array
+from cupaged.ops.overlap import check_apart
 from cupaged.runtime.arguments import byte_bounds
 from cupaged.runtime.launch import CheckedCalls
 from cupaged.runtime.select import choose_backend
@@ -101,17 +103,21 @@ class KVCache:
         Raises
         ------
         ValueError
-            If a shape or dtype differs from the cache's.
+            If a shape or dtype differs from the cache's, or an array lies in the cache.
         """
         config = self.config
         expected = (config.num_blocks, config.block_size, config.num_kv_heads, config.head_dim)
-        for name, dense in (("key", key), ("value", value)):
+        given = {"key": key, "value": value}
+        for name, dense in given.items():
+            if not isinstance(dense, np.ndarray):
+                given[name] = dense = as_backend_array(dense, name, self.backend)
             if tuple(dense.shape) != expected or dense.dtype != config.numpy_dtype:
                 raise ValueError(
                     f"{name} must be {config.dtype} with shape {expected}; got {dense.dtype} with shape {dense.shape}"
                 )
-        self.key[...] = layouts.from_dense(self.xp.asarray(key), config.layout, "key")
-        self.value[...] = layouts.from_dense(self.xp.asarray(value), config.layout, "value")
+        check_apart({"cache": self}, given)
+        self.key[...] = layouts.from_dense(self.xp.asarray(given["key"]), config.layout, "key")
+        self.value[...] = layouts.from_dense(self.xp.asarray(given["value"]), config.layout, "value")
 
     def blocks(self, block_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return NumPy copies of the listed blocks' keys and values, [len(block_ids), block_size, heads, dim]."""

@@ -17,6 +17,7 @@ from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.cache import append_kv, checked_rows
 from cupaged.ops.checks import check_cache
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.prefill import paged_prefill, why_no_prefill
 from cupaged.ops.swap import SwapEngine
 
@@ -253,9 +254,11 @@ class PagedAttention:
     def _check_rows(self, query: Any, key: Any, value: Any) -> None:
         """Raise by name what would be refused once the tokens have their places."""
         config = self.cache.config
-        num_rows, num_heads, _ = checked_rows(self.cache, query, "query", "num_rows", "H").shape
-        for array, name in ((key, "key"), (value, "value")):
-            checked_rows(self.cache, array, name, num_rows, config.num_kv_heads)
+        query = checked_rows(self.cache, query, "query", "num_rows", "H")
+        num_rows, num_heads, _ = query.shape
+        key = checked_rows(self.cache, key, "key", num_rows, config.num_kv_heads)
+        value = checked_rows(self.cache, value, "value", num_rows, config.num_kv_heads)
+        check_apart({"cache": self.cache}, {"query": query, "key": key, "value": value})
         if num_heads % config.num_kv_heads:
             raise ValueError(
                 f"query must have a multiple of the cache's {config.num_kv_heads} KV heads; got {num_heads}"

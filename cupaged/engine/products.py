@@ -20,6 +20,7 @@ import numpy as np
 from cupaged.errors import BackendUnavailableError
 from cupaged.ops.arrays import as_backend_array, backend_of
 from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.overlap import check_apart
 
 __all__ = ["add_product", "product"]
 
@@ -88,12 +89,16 @@ def product(a: Any, b: Any, dtype: Any = None) -> Any:
 
 
 def add_product(c: Any, a: Any, b: Any) -> None:
-    """Add the product of `a` and `b` to `c`, float32 [m, n], C-contiguous, in place; the rest is as in `product`."""
+    """Add the product of `a` and `b` to `c`, float32 [m, n], C-contiguous, in place; the rest is as in `product`.
+
+    `c` shares no memory with `a` or `b`.
+    """
     backend, a, b = _checked(a, b)
     c = as_backend_array(c, "c", backend)
     check_dtype(c, "c", FLOAT32)
     check_shape(c, "c", (a.shape[0], b.shape[1]))
     check_contiguous(c, "c")
+    check_apart({"c": c}, {"a": a, "b": b})
     if backend == "host":
         c += _host_product(a, b)
     else:

@@ -8,6 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cupaged.runtime.arguments import address_of
+
 __all__ = ["array_module", "as_backend_array", "backend_of", "check_alignment", "like_caller"]
 
 DLPACK_CPU, DLPACK_CUDA = 1, 2
@@ -72,7 +74,7 @@ def like_caller(result: Any, example: Any) -> Any:
 
 def check_alignment(array: Any, name: str) -> None:
     """Raise ValueError unless the array's first element lies on a 16-byte boundary."""
-    address = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+    address = address_of(array)
     if address % VECTOR_BYTES:
         raise ValueError(
             f"{name} must start on a {VECTOR_BYTES}-byte boundary, as kernels move {VECTOR_BYTES} bytes at once; "

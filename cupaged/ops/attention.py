@@ -23,7 +23,6 @@ from cupaged.ops.checks import (
     checked_scale,
     checked_shared_prefix,
     must_validate,
-    shares_memory,
 )
 from cupaged.ops.plan import DecodePlan, PreparedAttention, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
@@ -172,8 +171,8 @@ def paged_attention(
         )
         asked = options, (*arrays, out)
         always_read = validate or (validate is None and cache.backend == "host")
-        checked = None if always_read else known_calls.find(*asked)
-        if checked is not None and (out is None or shares_memory(out, query, cache) is None):
+        checked = None if always_read else known_calls.find(*asked, cache.bounds, len(arrays))
+        if checked is not None:
             result = cache.xp.empty_like(query) if out is None else out
             lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
             checked.launch(*arrays, cache.key, cache.value, result, lse)
@@ -266,7 +265,13 @@ def _checked_call(
     )  # fmt: skip
     block_size, max_blocks = cache.config.block_size, block_tables.shape[1]
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, variants.window, max_blocks)
-    result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
+    if out is None:
+        result = cache.xp.empty_like(query)
+    else:
+        result = checked_out(
+            out, query, cache, block_tables=block_tables, seq_lens=seq_lens, query_to_seq=query_to_seq,
+            alibi_slopes=variants.alibi_slopes, sinks=variants.sinks,
+        )  # fmt: skip
     validating = must_validate(validate, cache.backend)
     if validating:
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)

@@ -9,6 +9,7 @@ import numpy as np
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.ops.checks import as_numpy, check_cache, check_contiguous, check_dtype, check_shape, must_validate
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.launch import CheckedCall, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -47,6 +48,7 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
     """
     check_cache(cache)
     pairs = _as_ids(cache, pairs, "pairs", ("num_pairs", 2))
+    check_apart({"cache": cache}, {"pairs": pairs})
     if isinstance(pairs, np.ndarray) or must_validate(validate, cache.backend):
         sources, targets = as_numpy(pairs).T
         _check_ids(cache, sources, "pairs")
@@ -90,11 +92,14 @@ def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: 
     ids = _checked_ids(cache, block_ids, validate)
     shape = (ids.shape[0], block_elements(cache))
     if out is None:
-        out = cache.xp.empty(shape, cache.config.numpy_dtype)
-    _check_blocks(cache, out, "out", shape)
+        result = out = cache.xp.empty(shape, cache.config.numpy_dtype)
+    else:
+        result = as_backend_array(out, "out", cache.backend)
+        _check_blocks(cache, result, "out", shape)
+        check_apart({"out": result}, {"cache": cache, "block_ids": ids})
     if len(ids):
         strides = _strides_in_array(cache), _strides_in_cache(cache)
-        _prepared(cache, halves(cache, out), cache.storage, None, ids, *strides, len(ids))()
+        _prepared(cache, halves(cache, result), cache.storage, None, ids, *strides, len(ids))()
     return out
 
 
@@ -107,6 +112,7 @@ def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: boo
     ids = _checked_ids(cache, block_ids, validate, once=True)
     blocks = as_backend_array(blocks, "blocks", cache.backend)
     _check_blocks(cache, blocks, "blocks", (ids.shape[0], block_elements(cache)))
+    check_apart({"cache": cache}, {"block_ids": ids, "blocks": blocks})
     if len(ids):
         strides = _strides_in_cache(cache), _strides_in_array(cache)
         _prepared(cache, cache.storage, halves(cache, blocks), ids, None, *strides, len(ids))()

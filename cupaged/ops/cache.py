@@ -21,6 +21,7 @@ from cupaged.ops.checks import (
     check_slots,
     must_validate,
 )
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.launch import remembered
@@ -94,12 +95,13 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     check_cache(cache)
     config, given = cache.config, (key, value, slot_mapping)
     if not must_validate(validate, cache.backend):
-        checked = cache.appends.find((config,), given)
+        checked = cache.appends.find((config,), given, cache.bounds)
         if checked is not None:
             checked.launch(*given, cache.key, cache.value)
             refresh_slots(cache, slot_mapping)
             return
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
+    check_apart({"cache": cache}, {"key": key, "value": value, "slot_mapping": slot_mapping})
     if key.size == 0:
         return
     if must_validate(validate, cache.backend):
@@ -191,12 +193,14 @@ def rope_append_kv(
     """
     check_cache(cache)
     config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
-    options = (config, rotary_dim, theta, interleaved, scaling)
-    given = (key, value, slot_mapping, positions, query, cache.key, cache.value)
-    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given)
+    options = (config, cache.device, rotary_dim, theta, interleaved, scaling)
+    given = (key, value, slot_mapping, positions, query)
+    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given, cache.bounds)
     if checked is not None:
         rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
-        checked.launch(*given, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling))
+        checked.launch(
+            *given, cache.key, cache.value, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling)
+        )
         refresh_slots(cache, slot_mapping)
         return rotated
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
@@ -206,6 +210,10 @@ def rope_append_kv(
     check_contiguous(positions, "positions")
     if query is not None:
         query = checked_rows(cache, query, "query", key.shape[0], "H", between=True)
+    check_apart(
+        {"cache": cache},
+        {"key": key, "value": value, "slot_mapping": slot_mapping, "positions": positions, "query": query},
+    )
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
     if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):

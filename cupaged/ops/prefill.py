@@ -29,7 +29,7 @@ from cupaged.ops.checks import (
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
 from cupaged.ops.plan import DecodePlan, why_no_tensor_cores
 from cupaged.ops.rungs import multiprocessors
-from cupaged.ops.variants import Variants, checked_variants
+from cupaged.ops.variants import Variants, checked_of_heads, checked_variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.select import load_kernel
@@ -365,7 +365,13 @@ def paged_prefill(
     config, (total_tokens, num_heads, head_dim) = cache.config, query.shape
     num_seqs, must_read = seq_lens.shape[0], must_validate(validate, cache.backend)
     options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
+    if out is None:
+        result = cache.xp.empty_like(query)
+    else:
+        result = checked_out(
+            out, query, cache, block_tables=block_tables, seq_lens=seq_lens, query_start=query_start,
+            **checked_of_heads(query, cache.backend, alibi_slopes, sinks),
+        )  # fmt: skip
     lse = None
     if isinstance(plan, DecodePlan):
         _check_few(plan, query_start, total_tokens, causal, must_read)

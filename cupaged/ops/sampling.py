@@ -10,6 +10,7 @@ import numpy as np
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import array_module, as_backend_array, backend_of, like_caller
 from cupaged.ops.checks import as_numpy, check_contiguous, check_dtype, check_shape, must_validate
+from cupaged.ops.overlap import check_apart
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -93,6 +94,10 @@ def sample(
         check_dtype(tokens, "out", np.dtype(np.int32))
         check_shape(tokens, "out", (num_seqs,))
         check_contiguous(tokens, "out")
+        check_apart(
+            {"out": tokens},
+            {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+        )
     if must_validate(validate, backend):
         _check_values(logits, temperature, top_k, top_p)
     if num_seqs:

@@ -18,6 +18,7 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
 from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
 from cupaged.ops.checks import check_at_least_one, check_cache
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
@@ -98,7 +99,7 @@ class SwapEngine:
     Raises
     ------
     TypeError, ValueError
-        If there is no cache, or they are not alike.
+        If there is no cache, if they are not alike, or if one comes twice.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_host_blocks: int, pinned: bool | None = None) -> None:
@@ -109,6 +110,7 @@ class SwapEngine:
             check_cache(cache)
             if cache.config != self.caches[0].config or cache.backend != self.caches[0].backend:
                 raise ValueError(f"caches must be alike; got {self.caches[0]} and {cache}")
+        check_apart({f"caches[{i}]": cache for i, cache in enumerate(self.caches)}, {})
         if pinned is None:
             pinned = self.caches[0].backend == "cuda"
         self.host = tuple(HostBlocks(cache.config, num_host_blocks, pinned) for cache in self.caches)
