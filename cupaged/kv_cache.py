@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.arguments import byte_bounds
 from cupaged.runtime.launch import CheckedCalls
 from cupaged.runtime.select import choose_backend
@@ -97,6 +99,7 @@ class KVCache:
         name = self.config.layout
         return layouts.to_dense(self.key, name, "key"), layouts.to_dense(self.value, name, "value")
 
+    @on_callers_streams
     def fill_from_dense(self, key: Any, value: Any) -> None:
         """Copy dense keys and values, each [num_blocks, block_size, num_kv_heads, head_dim], into the cache.
 
@@ -119,11 +122,14 @@ class KVCache:
         self.key[...] = layouts.from_dense(self.xp.asarray(given["key"]), config.layout, "key")
         self.value[...] = layouts.from_dense(self.xp.asarray(given["value"]), config.layout, "value")
 
+    @on_callers_streams
     def blocks(self, block_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return NumPy copies of the listed blocks' keys and values, [len(block_ids), block_size, heads, dim]."""
+        host_ids = isinstance(block_ids, np.ndarray | Sequence)
+        ids = self.xp.asarray(block_ids if host_ids else as_backend_array(block_ids, "block_ids", self.backend))
         pair = []
         for array, kind in ((self.key, "key"), (self.value, "value")):
-            dense = layouts.take_blocks(array, self.config.layout, kind, self.xp.asarray(block_ids))  # type: ignore[arg-type]
+            dense = layouts.take_blocks(array, self.config.layout, kind, ids)  # type: ignore[arg-type]
             pair.append(dense if isinstance(dense, np.ndarray) else dense.get())
         return pair[0], pair[1]
 

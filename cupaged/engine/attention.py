@@ -19,7 +19,9 @@ from cupaged.ops.cache import append_kv, checked_rows
 from cupaged.ops.checks import check_cache
 from cupaged.ops.overlap import check_apart
 from cupaged.ops.prefill import paged_prefill, why_no_prefill
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.swap import SwapEngine
+from cupaged.runtime.captures import refuse_in_capture
 
 __all__ = ["PagedAttention", "PagedStep"]
 
@@ -121,6 +123,7 @@ class PagedAttention:
             "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip
 
+    @on_callers_streams
     def forward(
         self,
         query: Any,
@@ -160,6 +163,7 @@ class PagedAttention:
         OutOfBlocksError
             If there is no room; nothing has changed then.
         """
+        self._refuse_in_capture()
         self._check_rows(query, key, value)
         return self.attend(query, key, value, self.step(sequence_ids, is_prompt, query.shape[0], tokens=tokens))
 
@@ -174,9 +178,11 @@ class PagedAttention:
             raise ValueError("sequence_ids must name each sequence once")
         return self._prompt_step(names, num_rows, tokens) if is_prompt else self._decode_step(names, num_rows, tokens)
 
+    @on_callers_streams
     def attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
         """Write a step's keys and values to this layer's cache, and attend with its queries."""
         cache, xp = self.cache, self.cache.xp
+        self._refuse_in_capture()
         if len(step.copies):
             copy_blocks(cache, step.copies)
         append_kv(cache, key, value, xp.asarray(step.slots))
@@ -250,6 +256,10 @@ class PagedAttention:
         if self.swaps is not None and (transfers := self.manager.take_transfers()):
             self.swaps.carry_out(transfers)
             self.swaps.wait()
+
+    def _refuse_in_capture(self) -> None:
+        what = "PagedAttention must be called, as each step uploads where its rows lie"
+        refuse_in_capture(self.cache.backend, what)
 
     def _check_rows(self, query: Any, key: Any, value: Any) -> None:
         """Raise by name what would be refused once the tokens have their places."""

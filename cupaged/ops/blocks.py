@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment
+from cupaged.ops.arrays import as_backend_array, check_alignment, on_device
 from cupaged.ops.checks import as_numpy, check_cache, check_contiguous, check_dtype, check_shape, must_validate
 from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.launch import CheckedCall, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -27,6 +28,7 @@ def block_elements(cache: KVCache) -> int:
     return 2 * config.block_size * config.num_kv_heads * config.head_dim
 
 
+@on_callers_streams
 def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> None:
     """Copy blocks within a cache, as copy-on-write asks for it.
 
@@ -57,13 +59,14 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
         both = np.intersect1d(sources, targets)
         if both.size:
             raise ValueError(f"pairs must not read a block that they write; block {both[0]} is read and written")
-    ids = cache.xp.ascontiguousarray(cache.xp.asarray(pairs, dtype=INT32)).reshape(-1)
+    ids = _on_device(cache, pairs, "pairs").reshape(-1)
     of_cache = _strides_in_cache(cache)
     if len(ids):
         _prepared(cache, cache.storage, cache.storage, ids[1:], ids, of_cache, of_cache, len(ids) // 2, id_stride=2)()
     refresh_blocks(cache, ids[1::2])
 
 
+@on_callers_streams
 def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: bool | None = None) -> Any:
     """Copy blocks of a cache into an array, one behind the other.
 
@@ -103,6 +106,7 @@ def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: 
     return out
 
 
+@on_callers_streams
 def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: bool | None = None) -> None:
     """Copy blocks from an array, as `gather_blocks` made it, into a cache; no block may come twice.
 
@@ -241,7 +245,14 @@ def _checked_ids(cache: KVCache, block_ids: Any, validate: bool | None, once: bo
         _check_ids(cache, as_numpy(ids), "block_ids")
         if once:
             _check_once(as_numpy(ids), "block_ids")
-    return cache.xp.ascontiguousarray(cache.xp.asarray(ids, dtype=INT32))
+    return _on_device(cache, ids, "block_ids")
+
+
+def _on_device(cache: KVCache, ids: Any, name: str) -> Any:
+    """Return ids as int32, in one piece on the cache's device."""
+    if isinstance(ids, np.ndarray):
+        ids = ids.astype(INT32, copy=False)
+    return cache.xp.ascontiguousarray(on_device(ids, name, cache.backend))
 
 
 def _check_ids(cache: KVCache, ids: np.ndarray, name: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from cupaged import layouts
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
@@ -22,8 +22,10 @@ from cupaged.ops.checks import (
     must_validate,
 )
 from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -100,6 +102,13 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
             checked.launch(*given, cache.key, cache.value)
             refresh_slots(cache, slot_mapping)
             return
+    _append_checked(cache, key, value, slot_mapping, validate)
+
+
+@on_callers_streams
+def _append_checked(cache: KVCache, key: Any, value: Any, slot_mapping: Any, validate: bool | None) -> None:
+    """Check a call of `append_kv`, launch it, and let the cache remember it."""
+    config, given = cache.config, (key, value, slot_mapping)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
     check_apart({"cache": cache}, {"key": key, "value": value, "slot_mapping": slot_mapping})
     if key.size == 0:
@@ -192,7 +201,7 @@ def rope_append_kv(
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
     """
     check_cache(cache)
-    config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
+    config, validates = cache.config, must_validate(validate, cache.backend)
     options = (config, cache.device, rotary_dim, theta, interleaved, scaling)
     given = (key, value, slot_mapping, positions, query)
     checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given, cache.bounds)
@@ -203,6 +212,26 @@ def rope_append_kv(
         )
         refresh_slots(cache, slot_mapping)
         return rotated
+    return _rotate_checked(cache, *given, options, validates, rotary_dim, theta, interleaved, scaling)
+
+
+@on_callers_streams
+def _rotate_checked(
+    cache: KVCache,
+    key: Any,
+    value: Any,
+    slot_mapping: Any,
+    positions: Any,
+    query: Any,
+    options: tuple[Any, ...],
+    validates: bool,
+    rotary_dim: int | None,
+    theta: float,
+    interleaved: bool,
+    scaling: Llama3Scaling | None,
+) -> Any:
+    """Check a call of `rope_append_kv`, launch it, and remember it by its options."""
+    config, caller, given = cache.config, query, (key, value, slot_mapping, positions, query)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
@@ -229,7 +258,7 @@ def rope_append_kv(
     if validates:
         check_slots(cache, slot_mapping)
         check_positions(positions, MAX_POSITION)
-    rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
+    rotated = None if query is None else empty_for(caller, query.shape, query.dtype, cache.backend)
     if key.shape[0]:
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
@@ -278,6 +307,7 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     """Return turns a position as two floats, float32 [2, rotary_dim / 2], on the cache's device; made once."""
     name = (rotary_dim, theta, scaling)
     if name not in cache.turns:
+        refuse_in_capture(cache.backend, "rope_append_kv must have uploaded its angles by a call before")
         exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
         high = exact.astype(np.float32)
         cache.turns[name] = cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)]))

@@ -8,9 +8,10 @@ import ml_dtypes
 import numpy as np
 
 from cupaged.errors import UnsupportedError
-from cupaged.ops.arrays import array_module, as_backend_array, backend_of, like_caller
+from cupaged.ops.arrays import array_module, as_backend_array, backend_of, empty_for, like_caller
 from cupaged.ops.checks import as_numpy, check_contiguous, check_dtype, check_shape, must_validate
 from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -22,6 +23,7 @@ TOKENS_OF_WARP = 512  # at least, where there are several warps
 MAX_WARPS = 32
 
 
+@on_callers_streams
 def sample(
     logits: Any,
     temperature: Any = 1.0,
@@ -86,9 +88,8 @@ def sample(
     top_k = _of_each_row(top_k, "top_k", np.int32, num_seqs, backend)
     top_p = _of_each_row(top_p, "top_p", np.float32, num_seqs, backend)
     seed = _of_each_row(seed, "seed", np.uint64, num_seqs, backend)
-    xp = array_module(backend)
     if out is None:
-        tokens = xp.empty(num_seqs, np.int32)
+        tokens = empty_for(caller, (num_seqs,), np.int32, backend)
     else:
         tokens = as_backend_array(out, "out", backend)
         check_dtype(tokens, "out", np.dtype(np.int32))

@@ -20,6 +20,7 @@ from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
 from cupaged.ops.checks import check_at_least_one, check_cache
 from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_blocks
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
 
@@ -205,6 +206,7 @@ class _Mover:
         if self.streams is None:
             self._move_layers(caches, hosts, blocks)
             return
+        refuse_in_capture("cuda", "blocks must be swapped by calls, as swaps run on streams of their own")
         self.streams.wait_for_current()
         self.streams.wait_for(host.moved for host in hosts)  # by this mover or another
         try:
