@@ -11,7 +11,7 @@ import numpy as np
 from cupaged import layouts
 from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
@@ -24,8 +24,11 @@ from cupaged.ops.checks import (
     checked_real,
     must_validate,
 )
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -103,12 +106,20 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     check_cache(cache)
     config, given = cache.config, (key, value, slot_mapping)
     if not must_validate(validate, cache.backend):
-        checked = cache.appends.find((config,), given)
+        checked = cache.appends.find((config,), given, cache.bounds)
         if checked is not None:
             checked.launch(*given, cache.key, cache.value)
             refresh_slots(cache, slot_mapping)
             return
+    _append_checked(cache, key, value, slot_mapping, validate)
+
+
+@on_callers_streams
+def _append_checked(cache: KVCache, key: Any, value: Any, slot_mapping: Any, validate: bool | None) -> None:
+    """Check a call of `append_kv`, launch it, and let the cache remember it."""
+    config, given = cache.config, (key, value, slot_mapping)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
+    check_apart({"cache": cache}, {"key": key, "value": value, "slot_mapping": slot_mapping})
     if key.size == 0:
         return
     if must_validate(validate, cache.backend):
@@ -199,15 +210,37 @@ def rope_append_kv(
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
     """
     check_cache(cache)
-    config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
-    options = (config, rotary_dim, theta, interleaved, scaling)
-    given = (key, value, slot_mapping, positions, query, cache.key, cache.value)
-    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given)
+    config, validates = cache.config, must_validate(validate, cache.backend)
+    options = (config, cache.device, rotary_dim, theta, interleaved, scaling)
+    given = (key, value, slot_mapping, positions, query)
+    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given, cache.bounds)
     if checked is not None:
         rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
-        checked.launch(*given, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling))
+        checked.launch(
+            *given, cache.key, cache.value, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling)
+        )
         refresh_slots(cache, slot_mapping)
         return rotated
+    return _rotate_checked(cache, *given, options, validates, rotary_dim, theta, interleaved, scaling)
+
+
+@on_callers_streams
+def _rotate_checked(
+    cache: KVCache,
+    key: Any,
+    value: Any,
+    slot_mapping: Any,
+    positions: Any,
+    query: Any,
+    options: tuple[Any, ...],
+    validates: bool,
+    rotary_dim: int | None,
+    theta: float,
+    interleaved: bool,
+    scaling: Llama3Scaling | None,
+) -> Any:
+    """Check a call of `rope_append_kv`, launch it, and remember it by its options."""
+    config, caller, given = cache.config, query, (key, value, slot_mapping, positions, query)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
@@ -215,6 +248,10 @@ def rope_append_kv(
     check_contiguous(positions, "positions")
     if query is not None:
         query = checked_rows(cache, query, "query", key.shape[0], "H", between=True)
+    check_apart(
+        {"cache": cache},
+        {"key": key, "value": value, "slot_mapping": slot_mapping, "positions": positions, "query": query},
+    )
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
     rotary_dim = checked_integer(rotary_dim, "rotary_dim")
@@ -230,7 +267,7 @@ def rope_append_kv(
     if validates:
         check_slots(cache, slot_mapping)
         check_positions(positions, MAX_POSITION)
-    rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
+    rotated = None if query is None else empty_for(caller, query.shape, query.dtype, cache.backend)
     if key.shape[0]:
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
@@ -279,6 +316,7 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     """Return turns a position as two floats, float32 [2, rotary_dim / 2], on the cache's device; made once."""
     name = (rotary_dim, theta, scaling)
     if name not in cache.turns:
+        refuse_in_capture(cache.backend, "rope_append_kv must have uploaded its angles by a call before")
         exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
         high = exact.astype(np.float32)
         cache.turns.setdefault(name, cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)])))

@@ -11,7 +11,7 @@ import numpy as np
 from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
-from cupaged.runtime.arguments import byte_bounds
+from cupaged.ops.overlap import check_apart
 from cupaged.runtime.environment import environment_flag
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "checked_softcap",
     "checked_window",
     "must_validate",
-    "shares_memory",
 ]
 
 INT32_MAX = 2**31 - 1  # the largest integer that a kernel takes for a size
@@ -301,30 +300,19 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     return head_dim**-0.5 if scale is None else checked_real(scale, "scale")
 
 
-def checked_out(out: Any, query: Any, cache: KVCache) -> Any:
-    """Return `out` as the backend's own array, or raise by name unless a result like `query` can be written to it."""
+def checked_out(out: Any, query: Any, cache: KVCache, **read: Any) -> Any:
+    """Return `out` as the backend's own array, or raise by name unless a result like `query` can be written to it.
+
+    `read` are the call's other arrays, the backend's own, which it must not overlap either.
+    """
     array = as_backend_array(out, "out", cache.backend)
     check_dtype(array, "out", query.dtype)
     check_shape(array, "out", query.shape)
     check_contiguous(array, "out")
     if array.size:
         check_alignment(array, "out")
-    name = shares_memory(array, query, cache)
-    if name is not None:
-        raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
+    check_apart({"out": array}, {"query": query, "cache": cache, **read})
     return array
-
-
-def shares_memory(out: Any, query: Any, cache: KVCache) -> str | None:
-    """Return whose memory `out` takes part of, "query" or "cache", or None."""
-    start, end = byte_bounds(out)
-    low, high = byte_bounds(query)
-    if start < high and low < end:
-        return "query"
-    for low, high in cache.bounds:
-        if start < high and low < end:
-            return "cache"
-    return None
 
 
 def as_numpy(array: Any) -> np.ndarray:

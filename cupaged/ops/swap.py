@@ -19,7 +19,9 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
 from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
 from cupaged.ops.checks import check_at_least_one, check_cache, checked_flag, checked_integer
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_blocks
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
 
@@ -102,7 +104,7 @@ class SwapEngine:
     Raises
     ------
     TypeError, ValueError
-        If there is no cache, or they are not alike.
+        If there is no cache, if they are not alike, or if one comes twice.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_host_blocks: int, pinned: bool | None = None) -> None:
@@ -116,6 +118,7 @@ class SwapEngine:
             check_cache(cache)
             if cache.config != self.caches[0].config or cache.backend != self.caches[0].backend:
                 raise ValueError(f"caches must be alike; got {self.caches[0]} and {cache}")
+        check_apart({f"caches[{i}]": cache for i, cache in enumerate(self.caches)}, {})
         if pinned is None:
             pinned = self.caches[0].backend == "cuda"
         self.host = tuple(HostBlocks(cache.config, num_host_blocks, pinned) for cache in self.caches)
@@ -220,6 +223,7 @@ class _Mover:
         if self.streams is None:
             self._move_layers(caches, hosts, blocks)
             return
+        refuse_in_capture("cuda", "blocks must be swapped by calls, as swaps run on streams of their own")
         self.streams.wait_for_current()
         self.streams.wait_for(host.moved for host in hosts)  # by this mover or another
         try:

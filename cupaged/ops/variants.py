@@ -10,7 +10,7 @@ import numpy as np
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import check_contiguous, check_dtype, check_shape, checked_softcap, checked_window
 
-__all__ = ["ALL_VARIANTS", "Variants", "checked_variants"]
+__all__ = ["ALL_VARIANTS", "Variants", "checked_of_heads", "checked_variants"]
 
 ALL_VARIANTS = frozenset({"query_tokens", "window", "softcap", "alibi_slopes", "sinks"})
 
@@ -86,6 +86,12 @@ def checked_variants(
     window, softcap = checked_window(window), checked_softcap(softcap)
     if window is not None and window >= max_tokens:
         window = None
+    of_heads = checked_of_heads(query, backend, alibi_slopes, sinks)
+    return Variants(query.shape[1] if query.ndim == 4 else 1, window, softcap, **of_heads)
+
+
+def checked_of_heads(query: Any, backend: str, alibi_slopes: Any, sinks: Any) -> dict[str, Any]:
+    """Return `alibi_slopes` and `sinks`, float32 [H] or None, as the backend's own arrays, or raise by name."""
     of_heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
     for name, array in of_heads.items():
         if array is not None:
@@ -93,4 +99,4 @@ def checked_variants(
             check_dtype(array, name, np.dtype(np.float32))
             check_shape(array, name, (query.shape[-2],))
             check_contiguous(array, name)
-    return Variants(query.shape[1] if query.ndim == 4 else 1, window, softcap, **of_heads)
+    return of_heads

@@ -104,8 +104,9 @@ def test_the_environment_asks_for_validation(stub, monkeypatch):
 
 
 def test_files_are_looked_at_now_and_then_only(stub, monkeypatch):
-    step, looks, now = Step(stub), [], [time.monotonic()]
+    step, looks = Step(stub), []
     step()
+    now = [time.monotonic()]
     monkeypatch.setattr("cupaged.runtime.source.KernelSource.is_unchanged", lambda source: looks.append(source) or True)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for expected in (1, 2):
