@@ -1,4 +1,4 @@
-"""What the memory manager promises in half sentences: each would be easy to lose, and nothing else would show it."""
+"""What the memory manager promises in half sentences: each would be easy to lose, and nothing else shows it."""
 
 from __future__ import annotations
 
