@@ -1,16 +1,15 @@
 """What kernels and their wrappers promise in half sentences: each would be easy to lose, and nothing else shows it."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 import cupaged as pg
 from cupaged.bench.accuracy import decode_budget
+from cupaged.kv_cache import aligned_zeros
 from cupaged.ops import plan as plans
 from cupaged.ops import textures
 from cupaged.ops.cache import MAX_POSITION, frequencies
-from cupaged.ops.checks import check_block_tables, check_shared_prefix, shares_memory
+from cupaged.ops.checks import check_block_tables, check_shared_prefix
 from cupaged.ops.registry import ATTENTION_KERNELS
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, assert_prefill_matches_reference
@@ -125,14 +124,22 @@ def test_query_tokens_stand_right_behind_a_shared_prefix_or_later():
         check_shared_prefix(32, 16, tables, np.array([34, 0], np.int32), query_tokens=3)
 
 
-def test_out_may_lie_right_beside_the_cache_and_the_query():
-    memory = np.zeros(96, np.uint8)
-    bounds = [(part.ctypes.data, part.ctypes.data + part.nbytes) for part in (memory[:32], memory[48:64])]
-    cache, query = SimpleNamespace(bounds=bounds), memory[80:]
-    assert shares_memory(memory[32:48], query, cache) is None
-    assert shares_memory(memory[64:80], query, cache) is None
-    for first, last, whose in ((31, 48, "cache"), (32, 49, "cache"), (63, 80, "cache"), (64, 81, "query")):
-        assert shares_memory(memory[first:last], query, cache) == whose
+def test_out_may_lie_right_beside_the_cache_and_the_query(monkeypatch):
+    """In memory: room for `out`, keys, values, room for `out`, the query, room for `out`. A row has 64 bytes."""
+    memory = aligned_zeros((6144,), np.dtype(np.uint8))
+    storage = iter((memory[64:2112], memory[2112:4160]))
+    monkeypatch.setattr("cupaged.kv_cache.aligned_zeros", lambda shape, dtype: next(storage).view(dtype).reshape(shape))
+    cache = pg.KVCache(pg.CacheConfig(2, 16, 1, 32), "host")
+
+    def row(first):
+        return memory[first : first + 64].view(np.float16).reshape(1, 1, 32)
+
+    arguments = row(4224), cache, np.array([[0, 1]], np.int32), np.array([20], np.int32)
+    for first in (0, 4160, 4288):
+        pg.paged_attention(*arguments, out=row(first))
+    for first, whose in ((16, "cache"), (4144, "cache"), (4176, "query"), (4272, "query")):
+        with pytest.raises(ValueError, match=f"out must not share memory with {whose}"):
+            pg.paged_attention(*arguments, out=row(first))
 
 
 # ---- rope and textures ----------------------------------------------------------------------------------------------
