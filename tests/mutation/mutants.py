@@ -289,8 +289,8 @@ MEMORY = [
     Mutant(
         "manager: a batch survives a swap",
         MANAGER,
-        "            self.counters.blocks_swapped_out += len(pairs)\n            self._epoch += 1\n",
-        "            self.counters.blocks_swapped_out += len(pairs)\n",
+        '            self._epoch += 1\n            self._note("out", pairs)\n',
+        '            self._note("out", pairs)\n',
         (SMALL_PRINT,),
         "a batch gives out no slots of a sequence that is swapped out",
     ),
@@ -961,9 +961,9 @@ OPS = [
     ),
     Mutant(
         "checks: what lies right behind the cache is its own",
-        CHECKS,
-        "    for low, high in cache.bounds:\n        if start < high",
-        "    for low, high in cache.bounds:\n        if start <= high",
+        "cupaged/ops/overlap.py",
+        "a[0] < b[1] and b[0] < a[1]",
+        "a[0] <= b[1] and b[0] < a[1]",
         (OPS_PRINT + "::test_out_may_lie_right_beside_the_cache_and_the_query",),
         "memory right behind the cache may be written",
     ),
@@ -1060,4 +1060,148 @@ OPS = [
     ),
 ]
 
-MUTANTS = [*MEMORY, *KERNELS, *OPS]
+UNWRITTEN_TESTS = "tests/memory/test_unwritten.py"
+MOVES_TESTS = "tests/memory/test_moves.py"
+FAILURE_TESTS = "tests/engine/test_failed_calls.py"
+MOVES = "cupaged/memory/moves.py"
+
+UNDISTURBED = [
+    Mutant(
+        "moves: what a move reads stays reserved for ever",
+        MOVES,
+        "            self._release(move.pairs[:, 0])\n",
+        "            pass\n",
+        (MOVES_TESTS,),
+        "a CPU block is free again once the move that reads it was made",
+    ),
+    Mutant(
+        "moves: a swap reserves nothing",
+        MANAGER,
+        "                self.cpu.reserve(pairs[:, 0])\n",
+        "                pass\n",
+        (MOVES_TESTS,),
+        "no other move writes to a CPU block that a swap is about to read",
+    ),
+    Mutant(
+        "moves: looking takes a move away",
+        MOVES,
+        "            if self._moves and self._moves[0] is move:",
+        "            if self._moves:",
+        (MOVES_TESTS,),
+        "a move is dropped only when it was made itself",
+    ),
+    Mutant(
+        "manager: an offload is not on the list",
+        MANAGER,
+        '            self.moves.add(Move("out", np.stack([source, target], axis=1), cached=True))\n',
+        "            pass\n",
+        (MANAGER_TESTS, MOVES_TESTS),
+        "what is kept on the CPU is moved there",
+    ),
+    Mutant(
+        "manager: a batch's last token counts as computed",
+        MANAGER,
+        "written = start if num_tokens == stop else num_tokens - 1",
+        "written = start if num_tokens == stop else num_tokens",
+        (UNWRITTEN_TESTS,),
+        "a block that the last token of a victim filled is not found",
+    ),
+    Mutant(
+        "manager: blocks left behind by a swap stay findable",
+        MANAGER,
+        "        if sequence.left_blocks is not None:",
+        "        if False:",
+        (UNWRITTEN_TESTS,),
+        "what was never computed is not found where it lay before a swap",
+    ),
+    Mutant(
+        "manager: offloaded copies stay findable",
+        MANAGER,
+        "        self.cpu.forget(digests)\n\n    def _publish_if_wanted",
+        "\n    def _publish_if_wanted",
+        (UNWRITTEN_TESTS,),
+        "what was never computed is not found on the CPU",
+    ),
+    Mutant(
+        "manager: a victim is dropped as if it were computed",
+        MANAGER,
+        "            self._unpublish_unwritten(self._known(seq_id))\n            self.free(seq_id)",
+        "            self.free(seq_id)",
+        (UNWRITTEN_TESTS,),
+        "a victim that was not computed is not found",
+    ),
+    Mutant(
+        "manager: undoing a copy loses the shared block",
+        MANAGER,
+        "            self.gpu.reserve(np.array([mark.tail], np.int32))\n",
+        "            pass\n",
+        (UNWRITTEN_TESTS,),
+        "after an undone copy both sequences read the block again",
+    ),
+    Mutant(
+        "manager: undo leaves what was published",
+        MANAGER,
+        "        self._unpublish(sequence, mark.num_published)\n",
+        "",
+        (UNWRITTEN_TESTS,),
+        "what an undone append filled is not found",
+    ),
+    Mutant(
+        "manager: a readmitted sequence counts its own prefix as a hit",
+        MANAGER,
+        "self.prefix_caching and not readmitted:",
+        "self.prefix_caching:",
+        (UNWRITTEN_TESTS,),
+        "the hit rate leaves out what a preempted sequence finds of its own",
+    ),
+    Mutant(
+        "scheduler: a preempted request is admitted as new",
+        SCHEDULER,
+        "readmitted=sequence.num_preemptions > 0",
+        "readmitted=False",
+        (FAILURE_TESTS + "::test_a_preempted_request_counts_no_hit_for_what_it_finds_of_its_own",),
+        "the hit rate leaves out what a preempted request finds of its own",
+    ),
+    Mutant(
+        "preemption: a prompt that others wait for gives way alone",
+        "cupaged/memory/preemption.py",
+        " >= short and not _are_waited_for(manager, victims)",
+        " >= short",
+        (UNWRITTEN_TESTS,),
+        "nobody is left to read blocks that nobody computes",
+    ),
+    Mutant(
+        "pool: a hook that raises loses the blocks",
+        "cupaged/memory/pool.py",
+        "            except BaseException:\n                self._make_evictable(blocks)\n                raise\n",
+        "            except BaseException:\n                raise\n",
+        (UNWRITTEN_TESTS,),
+        "blocks whose eviction failed are evictable again",
+    ),
+    Mutant(
+        "cache: naming a block twice counts anew",
+        "cupaged/memory/prefix_cache.py",
+        "if owner == ids[i] and not named[i]]",
+        "if owner == ids[i]]",
+        (UNWRITTEN_TESTS,),
+        "publishing the same blocks again changes no count",
+    ),
+    Mutant(
+        "engine: moves are forgotten before they are made",
+        "cupaged/engine/generate.py",
+        "            self._carry_out(step.moves)\n",
+        "            self.manager.moves.done(step.moves)\n            self._carry_out(step.moves)\n",
+        (FAILURE_TESTS,),
+        "moves that failed are made by the next step",
+    ),
+    Mutant(
+        "attention: a failed call keeps its tokens",
+        "cupaged/engine/attention.py",
+        "            self._undo(step.growth, error)\n            raise\n",
+        "            raise\n",
+        (FAILURE_TESTS,),
+        "a call that fails looks as if it had never been made",
+    ),
+]
+
+MUTANTS = [*MEMORY, *UNDISTURBED, *KERNELS, *OPS]
