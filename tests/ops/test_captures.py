@@ -163,10 +163,11 @@ def test_a_call_that_allocates_nothing_keeps_nothing(capturing):
     assert captures.kept_for_graphs() == 0
 
 
-def test_the_mode_of_captures_is_as_before_after_an_error(capturing):
+def test_after_an_error_the_mode_is_as_before_and_what_may_be_captured_is_kept(capturing):
     with pytest.raises(ZeroDivisionError):
-        on_callers_streams(lambda given: 1 / 0)(capturing.stub.array((4,)))
+        on_callers_streams(lambda given: capturing.allocate(16) and 1 / 0)(capturing.stub.array((4,)))
     assert capturing.driver.modes == [captures.RELAXED, 0]
+    assert captures.kept_for_graphs() == 1
 
 
 def test_what_a_replay_would_read_from_the_host_is_refused(capturing):

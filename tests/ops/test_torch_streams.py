@@ -103,6 +103,23 @@ def test_arrays_of_cupy_cost_no_event(monkeypatch):
     assert [len(stream.queue) for stream in step.streams.all] == [1, 0]
 
 
+def test_a_prepared_call_goes_to_the_stream_that_is_torchs_by_then(monkeypatch):
+    step = Step(monkeypatch, 0)
+    query, tables = step.torch.tensor(np.ones((2, 1, 32), np.float16)), step.torch.tensor(np.zeros((2, 1), np.int32))
+    lens = step.torch.tensor(np.array([4, 2], np.int32))
+    plan = pg.plan_decode(step.cache, lens, 1)
+    call = plan.prepare(query, step.cache, tables, lens)
+    step.streams.run()
+    earlier, step.torch.stream = step.torch.stream, Stream(step.streams)
+    out = call()
+    assert type(out) is type(query) and out.shape == query.shape
+    behind_cupys, the_launch, before_cupys = step.torch.stream.queue
+    assert behind_cupys[1] is not None and the_launch[1] is None and before_cupys[1] is None
+    assert not earlier.queue and len(step.streams.current[-1].queue) == 2  # a mark, and the wait for the call
+    step.streams.run()
+    assert (step.torch.seen(out) == 0).all()  # as the cache's values are
+
+
 def test_a_capture_on_another_stream_than_torchs_is_refused(monkeypatch):
     step = Step(monkeypatch, 0)
     stream = Stream(step.streams)
