@@ -81,6 +81,9 @@ def paged_attention(
     ``softcap * tanh(x / softcap)``, then ``+ slope * (t - p)``; keys outside the window take no part, and a sink joins
     the sum of exponentials that weights are divided by.
 
+    The work goes to CuPy's current stream, or, if any array is a torch tensor, to torch's current stream of its device,
+    in order with what is on CuPy's (`cupaged.ops.streams`).
+
     Parameters
     ----------
     query : array, [num_seqs, H, D] or [num_seqs, Q, H, D]
@@ -109,7 +112,7 @@ def paged_attention(
     sinks : array, float32 [H], optional
         One learned logit for each head, in the units of the logits after `scale`, that has no value (gpt-oss).
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each head's logits, the sink among them, by which `merge_states` merges parts
         of a context: give the sinks to one of the parts.

@@ -110,7 +110,9 @@ class DecodePlan:
     error where calls are validated.
 
     A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
-    keep. For several streams make several plans.
+    keep. For several streams make several plans. A graph that captured calls with a plan uses that work space, and
+    keeps neither the plan nor the arrays of the calls: keep them for as long as it is replayed. Calls without a plan
+    make one, which the graph keeps.
 
     Attributes
     ----------

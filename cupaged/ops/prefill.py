@@ -121,7 +121,7 @@ class PrefillPlan:
 
     A plan serves every layer of a step, and later steps with as many sequences and query tokens after `update`, which
     runs on the device and can be captured in a CUDA graph with the calls behind it. It has work space: its calls and
-    updates must run one after the other.
+    updates must run one after the other, and it must be kept for as long as a graph is replayed that captured them.
 
     Attributes
     ----------
@@ -333,7 +333,7 @@ def paged_prefill(
     window, softcap, alibi_slopes, sinks
         As `paged_attention` takes them; a window only with `causal`.
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each token's and head's logits, the sink among them.
     plan : PrefillPlan or DecodePlan, optional

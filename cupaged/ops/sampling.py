@@ -62,7 +62,7 @@ def sample(
     seed : int, or uint64 array [num_seqs]
         Of each row; one number, modulo 2**64, gives row i the seed ``seed + i``.
     out : array, int32 [num_seqs], optional
-        Where to write the tokens.
+        Where to write the tokens; it shares no memory with any other argument.
     validate : bool, optional
         Read all arrays and check them, which on a GPU waits for it. The default reads them on the host backend only,
         or everywhere if CUPAGED_VALIDATE is set to 1. Without it, a row that has no finite largest logit gives -1.
