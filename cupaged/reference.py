@@ -372,6 +372,8 @@ def uniform(seed: int) -> float:
 def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> np.ndarray:
     """Return the token drawn for each row: the first at which the probabilities, summed up, pass the row's number.
 
+    A row whose largest logit is not finite, or that holds NaN, has no token: it gives -1.
+
     Parameters
     ----------
     logits : array, [num_seqs, vocab_size]
@@ -382,8 +384,11 @@ def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float =
     -------
     ndarray, int32 [num_seqs]
     """
-    tokens = []
+    tokens: list[Any] = []
     for i, row in enumerate(as_numpy(logits)):
+        if not np.isfinite(row.astype(np.float64).max()):
+            tokens.append(-1)
+            continue
         cumulative = np.cumsum(sampling_probabilities(row, temperature, top_k, top_p))
         tokens.append(np.searchsorted(cumulative, uniform(seed + i) * cumulative[-1], side="right"))
     return np.array(tokens, np.int32)

@@ -19,6 +19,7 @@ LOGIT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat1
 MAX_VOCABULARY = 2**19  # so that weights of 44 bits sum up in 63
 TOKENS_OF_WARP = 512  # at least, where there are several warps
 MAX_WARPS = 32
+INVALID = ("raise", "mark")  # what to do with rows that have no token
 
 
 def sample(
@@ -30,6 +31,7 @@ def sample(
     *,
     out: Any = None,
     validate: bool | None = None,
+    invalid: str = "raise",
 ) -> Any:
     """Draw the next token of each sequence.
 
@@ -40,7 +42,8 @@ def sample(
     Parameters
     ----------
     logits : array, float16, bfloat16 or float32 [num_seqs, vocab_size]
-        A row needs a finite logit, and none that is NaN or plus infinity; minus infinity rules a token out.
+        A row needs a finite logit, and none that is NaN or plus infinity; minus infinity rules a token out. Any other
+        row is invalid: it has no token, and -1 stands in its place. Other rows are drawn as if it were not there.
     temperature : float, or float32 array [num_seqs]
         0 or more; 0 takes the most likely token, of equal ones the first.
     top_k : int, or int32 array [num_seqs]
@@ -53,12 +56,16 @@ def sample(
         Where to write the tokens.
     validate : bool, optional
         Read all arrays and check them, which on a GPU waits for it. The default reads them on the host backend only,
-        or everywhere if CUPAGED_VALIDATE is set to 1. Without it, a row that has no finite largest logit gives -1.
+        or everywhere if CUPAGED_VALIDATE is set to 1. Without it, an invalid row gives -1, and so does a row whose
+        temperature, top_k or top_p is out of its range.
+    invalid : {"raise", "mark"}
+        What a check does with rows of invalid logits: raise ValueError for the whole call, or leave -1 for them.
+        Without `validate` nothing is raised for them in any case.
 
     Returns
     -------
     array, int32 [num_seqs]
-        Token ids, of the kind of `logits`.
+        Token ids, of the kind of `logits`; -1 for an invalid row.
 
     Raises
     ------
@@ -93,8 +100,12 @@ def sample(
         check_dtype(tokens, "out", np.dtype(np.int32))
         check_shape(tokens, "out", (num_seqs,))
         check_contiguous(tokens, "out")
+    if invalid not in INVALID:
+        raise ValueError(f"invalid must be one of {', '.join(INVALID)}; got {invalid!r}")
     if must_validate(validate, backend):
-        _check_values(logits, temperature, top_k, top_p)
+        _check_ranges(temperature, top_k, top_p)
+        if invalid == "raise":
+            _check_logits(logits)
     if num_seqs:
         warps = min(MAX_WARPS, max(1, vocab_size // TOKENS_OF_WARP))
         defines = {"STORAGE": C_TYPE_OF_DTYPE[logits.dtype], "WARPS": 1 << (warps.bit_length() - 1)}
@@ -143,9 +154,12 @@ def _check_range(name: str, values: np.ndarray) -> None:
         raise ValueError(f"{name} must be {expected}; got {values[np.argmax(wrong)]}")
 
 
-def _check_values(logits: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
+def _check_ranges(temperature: Any, top_k: Any, top_p: Any) -> None:
     for name, array in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         _check_range(name, as_numpy(array).astype(np.float64))
+
+
+def _check_logits(logits: Any) -> None:
     largest = as_numpy(logits).astype(np.float32).max(axis=1, initial=-np.inf)  # NaN where there is one
     if not np.isfinite(largest).all():
         row = int(np.argmin(np.isfinite(largest)))
