@@ -13,6 +13,8 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.runtime.arguments import byte_bounds
 
+MAX_SCALE = float(np.finfo(np.float32).max) * math.log(2)  # which float32 holds in units of log 2
+
 __all__ = [
     "as_numpy",
     "check_at_least_one",
@@ -217,6 +219,8 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
         raise TypeError(f"scale must be a real number; got {type(scale).__name__} {scale!r}")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite; got {scale!r}")
+    if abs(scale) > MAX_SCALE:
+        raise ValueError(f"scale must be at most {MAX_SCALE:.3g} either way, as logits are float32; got {scale!r}")
     return float(scale)
 
 

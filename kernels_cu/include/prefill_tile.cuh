@@ -2,6 +2,10 @@
 // 2307.08691): queries, keys and values are read from shared memory, logits, a running softmax and the weighted sum of
 // values stay in registers.
 //
+// A weight is 2^(product * factor - maximum), by one multiply-add that rounds nothing before it subtracts. The maximum is
+// rounded, though, and where it is large that shifts all exponents by many units: logits are rounded alike there, and so
+// are those that a maximum is taken of (`make_logits`).
+//
 // Lane l has the rows l/4, l/4 + 8, l/4 + 16, ..., called halves here since two of them fill an operand. Weights are
 // rounded to the storage type before they meet the values; sums are float32.
 #pragma once
@@ -20,7 +24,8 @@ struct PrefillTile {
   static constexpr int STEPS = HeadDim / 16;                         // tiles of 16 dimensions
   static constexpr int EIGHTS = Tokens / 8, SIXTEENTHS = Tokens / 16;
   static constexpr float HEADROOM = 256.0f;   // how large a lane's weights may become before the maximum is raised
-  static constexpr float NO_LOGIT = -3.4028235e38f;   // a maximum of nothing: finite, as -infinity less -infinity is NaN
+  static constexpr float NO_LOGIT = -kLargestFloat;   // a maximum of nothing: finite, as -infinity less -infinity is NaN
+  static constexpr float LARGE = 1048576.0f;   // a maximum up to which rounding shifts exponents by a sixteenth at most
 
   using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
   using Weights = LeftTile[OPERANDS];              // of 16 tokens
@@ -81,13 +86,20 @@ struct PrefillTile {
     }
   }
 
-  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
-  // of -infinity leaves the token out. Weights of the next 16 tokens are made between the multiplications of 16.
-  __device__ __forceinline__ void add(const Products& product, float factor, const T* value) {   // [Tokens][HeadDim]
-    bool unset = false;
+  // Whether `add` wants logits instead of products: some row has no maximum yet, or a large one. The same for all lanes.
+  __device__ __forceinline__ bool wants_logits() const {
+    bool wants = false;
 #pragma unroll
-    for (const SoftmaxState& state : softmax) unset = unset || state.max == NO_LOGIT;
-    if (__any_sync(kAllLanes, unset)) raise(product, factor, 0);
+    for (const SoftmaxState& state : softmax) wants = wants || fabsf(state.max) > LARGE;
+    return __any_sync(kAllLanes, wants);
+  }
+
+  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
+  // of -infinity leaves the token out. With `find_largest` they are logits, and `factor` is 1. Weights of the next 16
+  // tokens are made between the multiplications of 16.
+  __device__ __forceinline__ void add(Products& product, float factor, bool find_largest,
+                                      const T* value) {   // [Tokens][HeadDim]
+    if (find_largest) raise(product, 0);
     const Walk walk(value, lane() % 16, lane() / 16);
     Weights weight[2];
     Totals total;
@@ -120,17 +132,31 @@ struct PrefillTile {
   }
 
  private:
+  // Turn products into logits from some 16 tokens on. What has outgrown a maximum is positive beside it: those that are
+  // too low for a float may be -infinity, as their weight is 0.
+  __device__ __forceinline__ void make_logits(Products& product, float factor, int first_sixteenth) {
+#pragma unroll
+    for (int operand = 0; operand < OPERANDS; ++operand)
+#pragma unroll
+      for (int eighth = 2 * first_sixteenth; eighth < EIGHTS; ++eighth)
+#pragma unroll
+        for (float& logit : product[operand][eighth].value) {
+          logit *= factor;
+          if (logit > kLargestFloat) logit = kLargestFloat;
+        }
+  }
+
   // Raise all maxima to the largest logits from some 16 tokens on.
-  __device__ __forceinline__ void raise(const Products& product, float factor, int first_sixteenth) {
+  __device__ __forceinline__ void raise(const Products& logits, int first_sixteenth) {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       float largest = minus_infinity();
 #pragma unroll
       for (int eighth = 2 * first_sixteenth; eighth < EIGHTS; ++eighth) {
-        const float* logit = product[half / 2][eighth].value + half % 2 * 2;
+        const float* logit = logits[half / 2][eighth].value + half % 2 * 2;
         largest = fmaxf(largest, fmaxf(logit[0], logit[1]));
       }
-      const float shrink = softmax[half].raise(warp_reduce<Max, 1, 4>(largest) * factor);
+      const float shrink = softmax[half].raise(warp_reduce<Max, 1, 4>(largest));
 #pragma unroll
       for (ResultTile& tile : out[half / 2]) tile.value[half % 2 * 2] *= shrink, tile.value[half % 2 * 2 + 1] *= shrink;
     }
@@ -148,14 +174,17 @@ struct PrefillTile {
   }
 
   // Take the weights of 16 tokens into the sums. If one of them has outgrown its maximum, which is seldom after the first
-  // tile, raise all maxima and make the weights again: looking at sums, which are there, spares looking for the largest.
-  __device__ __forceinline__ void settle(Weights& weight, Totals& total, const Products& product, float factor,
+  // tile, raise all maxima and make the weights again, from logits: looking at sums, which are there, spares looking for
+  // the largest.
+  __device__ __forceinline__ void settle(Weights& weight, Totals& total, Products& product, float& factor,
                                          int sixteenth) {
     bool outgrown = false;
 #pragma unroll
     for (float sum : total) outgrown = outgrown || sum > HEADROOM;
     if (__any_sync(kAllLanes, outgrown)) {
-      raise(product, factor, sixteenth);
+      make_logits(product, factor, sixteenth);
+      factor = 1.0f;
+      raise(product, sixteenth);
 #pragma unroll
       for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight, total, product, factor, sixteenth, pair);
     }
