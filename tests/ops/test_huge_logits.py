@@ -37,7 +37,7 @@ def cache_of(key, value, dtype, backend, layout="BSHD", block_size=4):
 
 
 def case_of(dtype, backend, query, keys, dim=64, heads=2):
-    """Return a decode call: query and keys lie along their first dimension, and a token's value is its number from 1."""
+    """Return a decode call: query and keys lie along the first dimension, and a token's value is its number from 1."""
     tokens = len(keys)
     key, value = np.zeros((tokens, 1, dim)), np.zeros((tokens, 1, dim))
     key[:, 0, 0], value[:, 0] = keys, np.arange(1, tokens + 1)[:, np.newaxis]
@@ -172,6 +172,7 @@ ORDERS = {
     "falling": lambda n: np.linspace(1, 0.1, n),
     "small, then huge": lambda n: np.where(np.arange(n) < 77, 1e-6, 1.0) * np.linspace(0.5, 1, n),
     "huge once": lambda n: np.where(np.arange(n) == 90, 1.0, 1e-8),
+    "huge again and again": lambda n: np.where(np.isin(np.arange(n), (70, 85, 101, 127, 128)), 1.0, 1e-8),
     "negative": lambda n: -np.linspace(1, 0.1, n),
     "alternating": lambda n: np.where(np.arange(n) % 2, 1, -1) * np.linspace(0.5, 1, n),
 }
