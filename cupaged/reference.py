@@ -31,6 +31,15 @@ __all__ = [
 ]
 
 
+LARGEST_LOGIT = float(np.finfo(np.float32).max) * np.log(2)  # kernels keep logits in float32, in units of log 2
+
+
+def saturated(logits: np.ndarray) -> np.ndarray:
+    """Return logits, or log-sum-exps; those that float32 cannot hold become the largest, or lowest, that it can."""
+    largest = logits.dtype.type(LARGEST_LOGIT)
+    return np.clip(logits, -largest, largest)
+
+
 def attention(
     query: np.ndarray,
     key: np.ndarray,
@@ -64,6 +73,8 @@ def attention(
     sinks : ndarray, [H], optional
         One more logit for each head, without a value: it takes weight away from the tokens.
 
+    A logit beyond `LARGEST_LOGIT` counts as that, as it does in the kernels: tokens beyond it weigh the same.
+
     Returns
     -------
     out : ndarray, [H, D]
@@ -73,15 +84,18 @@ def attention(
     num_heads, head_dim = query.shape
     tokens, num_kv_heads, _ = key.shape
     sink: np.ndarray = np.full(num_heads, -np.inf, dtype) if sinks is None else sinks.astype(dtype)
+    sink = np.where(np.isneginf(sink), sink, saturated(sink))
     if tokens == 0:
         return np.zeros((num_heads, head_dim), dtype), sink
     by_kv_head = (num_kv_heads, num_heads // num_kv_heads)
     grouped: np.ndarray = query.astype(dtype).reshape(*by_kv_head, head_dim)
-    logits = dtype(scale) * np.einsum("kgd,tkd->kgt", grouped, key.astype(dtype))
+    with np.errstate(over="ignore"):  # in float32
+        logits = dtype(scale) * np.einsum("kgd,tkd->kgt", grouped, key.astype(dtype))
     if softcap is not None:
         logits = dtype(softcap) * np.tanh(logits / dtype(softcap))
     if bias is not None:
         logits = logits + bias.astype(dtype).reshape(*by_kv_head, tokens)
+    logits = saturated(logits)
     sink = sink.reshape(*by_kv_head, 1)
     largest = np.maximum(logits.max(axis=-1, keepdims=True), sink)
     weights = np.exp(logits - largest)
@@ -283,6 +297,7 @@ def merge_states(outs: Any, lses: Any, dtype: type = np.float64) -> tuple[np.nda
     """
     outs, lses = as_numpy(outs).astype(dtype), as_numpy(lses).astype(dtype)
     empty = np.isneginf(lses)
+    lses = np.where(empty, lses, saturated(lses))
     largest = lses.max(axis=0)
     weights = np.where(empty, dtype(0), np.exp(lses - np.where(np.isneginf(largest), dtype(0), largest)))
     total = weights.sum(axis=0)
@@ -380,6 +395,8 @@ def uniform(seed: int) -> float:
 def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> np.ndarray:
     """Return the token drawn for each row: the first at which the probabilities, summed up, pass the row's number.
 
+    A row whose largest logit is not finite, or that holds NaN, has no token: it gives -1.
+
     Parameters
     ----------
     logits : array, [num_seqs, vocab_size]
@@ -390,8 +407,11 @@ def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float =
     -------
     ndarray, int32 [num_seqs]
     """
-    tokens = []
+    tokens: list[Any] = []
     for i, row in enumerate(as_numpy(logits)):
+        if not np.isfinite(row.astype(np.float64).max()):
+            tokens.append(-1)
+            continue
         cumulative = np.cumsum(sampling_probabilities(row, temperature, top_k, top_p))
         tokens.append(np.searchsorted(cumulative, uniform(seed + i) * cumulative[-1], side="right"))
     return np.array(tokens, np.int32)
