@@ -17,7 +17,7 @@ from cupaged import reference
 from cupaged.engine.decode_step import DecodeStep, ShapeClass, shape_class
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.engine.scheduler import Scheduler, Step
-from cupaged.engine.sequence import SamplingParams, State, checked_priority
+from cupaged.engine.sequence import SamplingParams, checked_priority
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
@@ -342,7 +342,7 @@ class LLM:
         request = self._requests.get(request_id)
         if request is not None:
             self.scheduler.cancel(request)
-            self._retire(request)
+            self._retire_ended()
 
     def fork(self, request_id: int, token: int | None = None, *, seed: int | None = None) -> int:
         """Let a new request run on from where another stands, and return its name.
@@ -442,10 +442,7 @@ class LLM:
         self.num_generated += len(sampling)
         for request in sampling:
             self._answers[request.seq_id].times.append(now)
-        ended = [work.sequence for work in step.work if work.sequence.state is State.FINISHED]
-        finished = [request for request in ended if request.seq_id in self._requests]
-        for request in finished:
-            self._retire(request)
+        finished = self._retire_ended()
         if not report:
             return None
         tokens = {request.seq_id: request.output[-1] for request in sampling}
@@ -527,9 +524,19 @@ class LLM:
         self.scheduler.add(request)
         return request.seq_id
 
+    def _retire_ended(self) -> list[Request]:
+        """Write down what became of the requests that have ended, and return them."""
+        ended = self.scheduler.ended
+        finished = []
+        while ended:  # one is taken out once all is written down: what is interrupted is done again
+            if ended[0].seq_id in self._requests:
+                self._retire(ended[0])
+                finished.append(ended[0])
+            del ended[0]
+        return finished
+
     def _retire(self, request: Request) -> None:
         """Write down what became of a request."""
-        del self._requests[request.seq_id]
         answer = self._answers[request.seq_id]
         answer.tokens = np.array(request.output, np.int32)
         answer.text = "" if self.tokenizer is None else self.tokenizer.decode(request.output)
@@ -540,6 +547,7 @@ class LLM:
                 f"the logits after its first {request.num_computed} tokens hold NaN or have no finite largest entry: "
                 "no token can be chosen"
             )
+        del self._requests[request.seq_id]
 
     def _on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._stream is None else self._stream

@@ -108,7 +108,9 @@ class Scheduler:
         self.spare_blocks = whole_number("spare_blocks", spare_blocks, at_least=0)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.ended: list[Sequence] = []  # those that have ended, for whoever asks to take them out
         self._preempted: list[int] = []
+        self._interrupted = False
         manager.moves.collect_all()
 
     # ---- requests ---------------------------------------------------------------------------------------------------
@@ -180,6 +182,10 @@ class Scheduler:
         OutOfBlocksError
             If a request cannot run though no other does: others hold the manager's blocks.
         """
+        if self._interrupted:
+            self._recover()
+        self._interrupted = True  # until the step is complete
+        self._finish_what_ended()
         self.running.sort(key=lambda sequence: sequence.rank)
         decoding = [sequence for sequence in self.running if self._decodes(sequence)]
         prompts = [sequence for sequence in self.running if not self._decodes(sequence)]
@@ -219,28 +225,53 @@ class Scheduler:
             "error", and no block of theirs can be found by others; neither can that of one without a token.
         """
         self.manager.moves.done(step.moves)
-        chosen = iter(tokens)
-        for work in step.work:
-            sequence, block_size = work.sequence, self.manager.block_size
-            samples, already = work.samples, sequence.num_computed // block_size
+        chosen, computed = iter(list(tokens)), []
+        for work in step.work:  # what the sequences say of themselves, whatever fails below
+            sequence, samples, full_before = work.sequence, work.samples, self._full_blocks(work.sequence.num_computed)
             token = int(next(chosen)) if samples else None
             if sequence.state is not State.RUNNING:
                 continue  # it was cancelled while the step ran
             sequence.num_computed = work.stop
-            if sequence.seq_id in failed or (token is not None and token < 0):
-                self.manager.unpublish(sequence.seq_id)
-                self._finish(sequence, "error")
-                continue
-            if work.stop // block_size > already:
-                self.manager.publish(sequence.seq_id, work.stop)
-            if token is not None:
-                sequence.output.append(token)
-                if token == end_token and not sequence.params.ignore_end:
-                    self._finish(sequence, "end")
-                elif len(sequence.output) >= sequence.params.max_tokens or sequence.num_tokens >= sequence.limit:
-                    self._finish(sequence, "length")
+            sequence.finish_reason = self._take_token(sequence, token, end_token, sequence.seq_id in failed)
+            computed.append((sequence, self._full_blocks(work.stop) > full_before))
+        self._interrupted = False
+        for sequence, fills_block in computed:
+            if fills_block and sequence.finish_reason != "error":
+                self.manager.publish(sequence.seq_id, sequence.num_computed)
+        self._finish_what_ended()
 
     # ---- steps of the above -----------------------------------------------------------------------------------------
+
+    def _full_blocks(self, num_tokens: int) -> int:
+        return num_tokens // self.manager.block_size
+
+    @staticmethod
+    def _take_token(sequence: Sequence, token: int | None, end_token: int | None, failed: bool) -> str:
+        """Give a sequence its next token, if it samples, and return why it ends; empty if it goes on."""
+        if failed or (token is not None and token < 0):
+            return "error"
+        if token is None:
+            return ""
+        sequence.output.append(token)
+        if token == end_token and not sequence.params.ignore_end:
+            return "end"
+        full = len(sequence.output) >= sequence.params.max_tokens or sequence.num_tokens >= sequence.limit
+        return "length" if full else ""
+
+    def _finish_what_ended(self) -> None:
+        for sequence in [running for running in self.running if running.finish_reason]:
+            self._finish(sequence, sequence.finish_reason)
+
+    def _recover(self) -> None:
+        """Bring sequences in line with the manager, after a step that was interrupted anywhere."""
+        for sequence in list(self.running):
+            if sequence.seq_id not in self.manager:
+                self._wait_again(sequence, swapped=False)
+            elif self.manager.is_swapped(sequence.seq_id):
+                self._wait_again(sequence, swapped=True)
+        for sequence in self.waiting:
+            if sequence.state is State.WAITING and sequence.seq_id in self.manager:
+                self.manager.free(sequence.seq_id, written=False)
 
     def _decode(self, decoding: list[Sequence]) -> list[Work]:
         """Give each sequence that decodes a slot for its next token, by preempting others if need be."""
@@ -333,7 +364,8 @@ class Scheduler:
         blocks = len(self.manager.blocks(sequence.seq_id))
         if not alone and self.manager.gpu.num_available < blocks + 1 + self.spare_blocks:
             return False
-        self.manager.swap_in(sequence.seq_id)
+        if self.manager.is_swapped(sequence.seq_id):  # unless a step was interrupted right here
+            self.manager.swap_in(sequence.seq_id)
         return True
 
     def _wait_again(self, sequence: Sequence, *, swapped: bool) -> None:
@@ -346,7 +378,12 @@ class Scheduler:
         self.add(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        if sequence.state in (State.RUNNING, State.SWAPPED):
+        """End a sequence; if that fails half-way, it ends with the next step."""
+        sequence.finish_reason = reason
+        if sequence.seq_id in self.manager:
+            if reason == "error":
+                self.manager.unpublish(sequence.seq_id)
             self.manager.free(sequence.seq_id)
         (self.running if sequence.state is State.RUNNING else self.waiting).remove(sequence)
-        sequence.state, sequence.finish_reason = State.FINISHED, reason
+        sequence.state = State.FINISHED
+        self.ended.append(sequence)

@@ -11,7 +11,9 @@ as free ones: `acquire` evicts what it lacks.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -234,14 +236,25 @@ class BlockPool:
             raise RuntimeError(f"eviction must return {n} of the blocks that its policy holds; got {blocks.tolist()}")
 
     def _make_evictable(self, blocks: Ids) -> None:
-        """Give `blocks`, named and without a reader, to the policy; if it fails they lose their names and are free."""
+        """Give `blocks`, named and without a reader, to the policy; if it fails they lose their names and are free.
+
+        A policy of somebody's own may raise. A warning tells of it: whoever gives blocks back can do nothing about it, and
+        must not stop half-way.
+        """
         try:
             self.policy.add(blocks)
-        except BaseException:
-            self.policy.remove(blocks)
+        except BaseException as error:
+            with suppress(Exception):
+                self.policy.remove(blocks)
             self.cache.forget(blocks)
             self.allocator.free(blocks)
-            raise
+            if not isinstance(error, Exception):
+                raise
+            warnings.warn(
+                f"the eviction policy raised {error!r} when it was given {len(blocks)} blocks, whose content is lost",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _note_use(self) -> None:
         free = self.allocator.num_free

@@ -85,6 +85,8 @@ class WatermarkEvictor:
         """Run in a thread, which sleeps until the pool runs short of free blocks."""
         if self._thread is not None:
             raise RuntimeError("the evictor runs already")
+        if self.manager.gpu.pressure_mark:
+            raise RuntimeError("manager must have one evictor that runs at most; another one runs already")
         self._stop, self.error = False, None
         self.manager.gpu.pressure_mark = self.start_below
         self.manager.gpu.pressure.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -323,3 +324,81 @@ def test_swap_offload_and_evictor_together_answer_as_an_engine_with_room(first):
 @pytest.mark.parametrize("first", range(0, 1000, 100))
 def test_swap_offload_and_evictor_together_answer_as_an_engine_with_room_in_1000_runs(first):
     check_random_engines(range(first, first + 100))
+
+
+# ---- interrupted anywhere -------------------------------------------------------------------------------------------
+
+
+def answers_with_one_failure(holder_of, what: str, after: bool, at: int, options: dict, backend) -> bool:
+    """Run requests with the `at`-th call of something failing once; returns whether there was such a call."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(SMALL.vocab_size, size=n).tolist() for n in (8, 11, 9, 12, 7)]
+    llm = engine(backend, num_blocks=13, num_cpu_blocks=40, **options)
+    ids = [llm.submit(prompt, pg.SamplingParams(6, ignore_end=True)) for prompt in prompts]
+    holder = holder_of(llm)
+    work = FailsOnce(getattr(holder, what), MemoryError("invented"), after, at)
+    setattr(holder, what, work)
+    for _ in range(300):
+        if not llm.unfinished and not llm._requests:
+            break
+        with suppress(MemoryError):
+            llm.step()
+    checkpoint = random_checkpoint(SMALL, seed=3)
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        assert llm.completion(request_id).tokens.tolist() == dense_greedy(checkpoint, prompt, 6)
+    assert llm._requests == llm._answers == {} and llm.manager.seq_ids == []
+    llm.manager.check()
+    return work.failed
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize(
+    ("holder_of", "what"),
+    [
+        (lambda llm: llm.manager, "publish"),
+        (lambda llm: llm.manager, "free"),
+        (lambda llm: llm.manager, "allocate"),
+        (lambda llm: llm.manager, "append"),
+        (lambda llm: llm.manager, "append_batch"),
+        (lambda llm: llm.manager, "swap_out"),
+        (lambda llm: llm.manager, "swap_in"),
+        (lambda llm: llm.manager, "drop"),
+        (lambda llm: llm.scheduler, "_finish"),
+        (lambda llm: llm.scheduler, "_wait_again"),
+        (lambda llm: llm.scheduler, "complete"),
+        (lambda llm: llm, "_retire"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_engine_that_is_interrupted_anywhere_answers_as_if_it_had_not_been(
+    holder_of, what, preemption, after, backend
+):
+    reached = [
+        answers_with_one_failure(holder_of, what, after, at, {"preemption": preemption}, backend) for at in (0, 2, 5)
+    ]
+    other_way = {"swap": ("drop",), "recompute": ("swap_out", "swap_in")}[preemption]
+    assert any(reached) or what in other_way
+
+
+def test_a_policy_that_raises_costs_content_and_no_request(backend):
+    from cupaged.memory.eviction import LFU
+
+    class Unsure(LFU):
+        calls = 0
+
+        def key(self, blocks):
+            Unsure.calls += 1
+            if Unsure.calls % 2:
+                raise RuntimeError("no key")
+            return super().key(blocks)
+
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(SMALL.vocab_size, size=n).tolist() for n in (8, 11, 9, 12, 7)]
+    llm = engine(backend, num_blocks=13, num_cpu_blocks=40, preemption="swap", eviction=Unsure)
+    with pytest.warns(RuntimeWarning, match="the eviction policy raised"):
+        answers = llm.generate(prompts, pg.SamplingParams(6, ignore_end=True))
+    checkpoint = random_checkpoint(SMALL, seed=3)
+    for answer, prompt in zip(answers, prompts, strict=True):
+        assert answer.tokens.tolist() == dense_greedy(checkpoint, prompt, 6)
+    llm.manager.check()

@@ -370,10 +370,13 @@ def test_a_policy_that_cannot_make_a_key_loses_content_and_no_block():
     for seq_id in "ab":
         manager.allocate(seq_id, np.arange(16) + 100 * ord(seq_id))
     for seq_id in "ab":
-        try:
+        if manager.gpu.stats.clock > 1:
+            with pytest.warns(
+                RuntimeWarning, match="the eviction policy raised RuntimeError.'no key'. when it was given"
+            ):
+                manager.free(seq_id)
+        else:
             manager.free(seq_id)
-        except RuntimeError as error:
-            assert str(error) == "no key"
         manager.check()
     assert manager.seq_ids == [] and manager.gpu.num_available == 8
 

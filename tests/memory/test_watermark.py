@@ -209,6 +209,13 @@ def wait_until(condition, seconds: float = 20.0) -> None:
         time.sleep(1e-3)
 
 
+def free_after_use(manager: BlockManager) -> int:
+    """Return the free blocks; taking one wakes the evictor if they are few, as it would in a server."""
+    manager.allocate("use", 1)
+    manager.free("use")
+    return manager.gpu.num_free
+
+
 def test_an_error_in_the_thread_is_told_at_once_and_raised_at_the_end():
     manager = BlockManager(10, 0, 4, eviction=FailsOnce)
     evictor = WatermarkEvictor(manager, 0.5, 0.2)
@@ -231,7 +238,7 @@ def test_an_error_in_the_thread_is_told_at_once_and_raised_at_the_end():
     with evictor:  # and it can begin again
         manager.allocate("c", np.arange(32))
         manager.free("c")
-        wait_until(lambda: manager.gpu.num_free == 8)
+        wait_until(lambda: free_after_use(manager) == 8)
     assert evictor.error is None and not evictor.running
 
 
@@ -244,3 +251,17 @@ def test_an_error_of_the_thread_does_not_hide_that_of_the_block():
         wait_until(lambda: not evictor.running)
         raise KeyError("mine")
     assert caught.value.__notes__ == ["the background evictor had ended early: RuntimeError('once')"]
+
+
+def test_a_manager_has_one_evictor_that_runs():
+    manager = manager_with(cached=0, total=8)
+    first, second = WatermarkEvictor(manager, 0.5, 0.2), WatermarkEvictor(manager, 0.9, 0.8)
+    with first:
+        with pytest.raises(RuntimeError, match="manager must have one evictor that runs at most"):
+            second.start()
+        second.stop()  # which never ran, and must not end what the first waits for
+        manager.allocate("a", np.arange(8))
+        manager.free("a")
+        wait_until(lambda: free_after_use(manager) >= 6)
+    with second:
+        assert second.running
