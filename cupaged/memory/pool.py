@@ -238,8 +238,8 @@ class BlockPool:
     def _make_evictable(self, blocks: Ids) -> None:
         """Give `blocks`, named and without a reader, to the policy; if it fails they lose their names and are free.
 
-        A policy of somebody's own may raise. A warning tells of it: whoever gives blocks back can do nothing about it, and
-        must not stop half-way.
+        A policy of somebody's own may raise. A warning tells of it: whoever gives blocks back can do nothing about it,
+        and must not stop half-way.
         """
         try:
             self.policy.add(blocks)
