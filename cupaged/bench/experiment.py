@@ -1,0 +1,451 @@
+"""What every experiment shares: arguments, stamp, progress, failed rows, resuming, worker processes, tables and files.
+
+A script in experiments/ says what is its own in a subclass of `Experiment`: the question, what to expect and why, the
+cells, how a cell is measured, the columns, the conclusion and the picture. `run` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+from tqdm import tqdm
+
+from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.partial import Partial
+from cupaged.bench.report import (
+    FAILURES,
+    SOURCE_TREE,
+    argument_parser,
+    console,
+    machine_stamp,
+    measured_row,
+    positive,
+    print_table,
+    result_folder,
+    run_experiment,
+    write_results,
+)
+from cupaged.runtime import choose_backend
+
+__all__ = ["Experiment", "Row", "all_experiments", "experiment_scripts", "print_failures", "run", "run_named",
+           "run_script"]  # fmt: skip
+
+Row = dict[str, Any]
+SCRIPTS = SOURCE_TREE / "experiments"
+STOPPED = 130  # what a shell calls the status of a command that Ctrl-C ended
+
+
+class Experiment:
+    """A question, how it is measured, and what its rows say.
+
+    A subclass sets the attributes that differ, and defines `cells`, `measure`, `conclusion` and `draw`. While it runs,
+    `options`, `backend`, `smoke`, `config`, `stamp` and `once` hold what this run was asked for and what it found
+    before its first cell.
+    """
+
+    name: str = ""
+    """Name of its results; unless given, the script's."""
+    question: str = ""
+    """What ``--help`` opens with, a question in its first line; unless given, the script's docstring."""
+    expectation: str = ""
+    """What to expect, and why; it is printed before the work."""
+    claim: str = ""
+    """What others state about the question; it is printed below the conclusion."""
+
+    place: int = 0
+    """Where it stands in the report of all experiments."""
+    runs_on: str = "both"
+    """ "gpu": it needs a GPU; "both": on a GPU, or on the host build of the kernels; "cpu": it runs no kernel."""
+    wants_quiet_cpu: bool = False
+    """Whether it times the CPU's work for the GPU, so that nothing may run beside it."""
+    spreads: bool = False
+    """Whether cells may run in several processes on a CPU: true only where no time of the CPU is measured."""
+
+    configs: ClassVar[Mapping[tuple[str, bool], Any]] = {}
+    """The configuration by backend and ``--smoke``."""
+    reads_ceiling: bool = False
+    """Whether rows are held to the GPU's read ceiling, which is then measured before the first cell."""
+    failures: tuple[type[Exception], ...] = FAILURES
+    """Errors of `measure` that make a failed row; others end the run."""
+    launches_for_ncu: bool = False
+    """Whether ``--launch-only`` makes the launches that Nsight Compute counts; see `launch`."""
+    keeps_what_was_measured: bool = False
+    """Whether an interrupted run reports its finished cells, as ``<name>_stopped``."""
+    unit: str = "cell"
+    """What the progress bar counts."""
+
+    options: argparse.Namespace
+    backend: str
+    smoke: bool
+    config: Any
+    stamp: dict[str, str]
+    once: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        script = sys.modules[cls.__module__]
+        cls.name = cls.name or Path(script.__file__ or "").stem
+        cls.question = cls.question or script.__doc__ or ""
+
+    # --- before the work ---
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add arguments of its own to the command line."""
+
+    def choose_backend(self) -> str:
+        """Return where this run works: "cuda", "host" or "cpu"."""
+        if self.runs_on == "cpu":
+            return "cpu"
+        return choose_backend("cuda" if self.runs_on == "gpu" else self.options.backend)
+
+    def set_up(self) -> None:
+        """Make what the cells need of `options` and `config`; a ValueError is a mistake in the arguments."""
+
+    def make_stamp(self) -> dict[str, str]:
+        """Return what a reader must know about the machine."""
+        return machine_stamp(self.backend)
+
+    def expect(self) -> str:
+        """Return what to expect, and why."""
+        return self.expectation
+
+    def measure_once(self) -> dict[str, Any]:
+        """Return what is measured before the first cell, as JSON knows it; a resumed run takes it over."""
+        return {"read_ceiling_gb_s": read_ceiling()} if self.reads_ceiling and self.backend == "cuda" else {}
+
+    def prepare(self) -> None:
+        """Do what must come before the first cell and leaves no number: build kernels, load a model."""
+
+    def launch(self) -> None:
+        """Make the launches that Nsight Compute counts, and nothing else."""
+
+    @property
+    def ceiling(self) -> float | None:
+        """The GPU's read ceiling in GB/s; None where none is measured."""
+        return self.once.get("read_ceiling_gb_s")
+
+    # --- the work ---
+
+    def cells(self) -> Sequence[Any]:
+        """Return what is measured, in the order of the rows; the same list for the same options."""
+        raise NotImplementedError
+
+    def what(self, cell: Any) -> Row:
+        """Return the part of a row that says what was measured."""
+        return asdict(cell) if is_dataclass(cell) and not isinstance(cell, type) else dict(cell)
+
+    def measure(self, cell: Any) -> Row:
+        """Return what was found, ``status`` included."""
+        raise NotImplementedError
+
+    def rows(self, cell: Any) -> list[Row]:
+        """Return the rows of a cell: one, unless several share what takes long to build."""
+        return [measured_row(self.what(cell), lambda: self.measure(cell), self.failures)]
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with what only all of them together tell: gains, ratios, overheads."""
+        return rows
+
+    # --- what it says ---
+
+    def columns(self) -> Mapping[str, str]:
+        """Return the columns of the table, as `print_table` takes them."""
+        raise NotImplementedError
+
+    def title(self) -> str:
+        """Return what the table shows."""
+        return self.question.split("\n", 1)[0]
+
+    def show(self, rows: list[Row]) -> None:
+        """Print the table, and what went wrong if the table has no room for it."""
+        columns = self.columns()
+        print_table(rows, columns, self.title())
+        if "status" not in columns:
+            print_failures(rows)
+
+    def conclusion(self, rows: list[Row]) -> str:
+        """Return what the rows say, in a few sentences."""
+        raise NotImplementedError
+
+    def notes(self, rows: list[Row]) -> dict[str, Any]:
+        """Return what the JSON file holds beside the stamp, the conclusion and the rows."""
+        return {"config": asdict(self.config)}
+
+    def file_name(self) -> str:
+        """Return the name of its results, without a suffix."""
+        return self.name
+
+    def write(self, rows: list[Row], name: str, verdict: str) -> Path:
+        """Write the results and return their folder."""
+        notes = {**self.notes(rows), "conclusion": verdict}
+        return write_results(rows, self.stamp, name, self.options.out, **notes)
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        """Draw the picture, if the rows have something to draw."""
+
+    def went_well(self, rows: list[Row]) -> bool:
+        """Whether the run succeeded: every row is right."""
+        return all(row.get("status", "ok") == "ok" for row in rows)
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Run it with these arguments; returns 0 if it succeeded."""
+        return run(self, arguments)
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
+    """Run an experiment as its command line says, and write what it found.
+
+    Returns
+    -------
+    int
+        0 if everything was measured and went well.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        The run was stopped, by Ctrl-C or SIGTERM; ``--resume`` continues it.
+    """
+    parser = _parser(experiment)
+    experiment.options = options = parser.parse_args(arguments)
+    experiment.smoke, experiment.once = options.smoke, {}
+    experiment.backend = experiment.choose_backend()
+    experiment.config = experiment.configs.get((experiment.backend, experiment.smoke))
+    if experiment.launches_for_ncu and options.launch_only:
+        experiment.launch()
+        return 0
+    if experiment.backend == "cuda" and options.workers > 1:
+        parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
+    try:
+        experiment.set_up()
+    except ValueError as error:
+        parser.error(str(error))
+    experiment.stamp = experiment.make_stamp()
+    folder = result_folder(experiment.stamp, options.out)  # before the work: a folder that cannot be written ends it
+    console.print(experiment.expect(), "\n")
+
+    cells, name = list(experiment.cells()), experiment.file_name()
+    partial = Partial(folder / f"{name}.partial.jsonl", _identity(experiment, cells))
+    found = _found_before(partial, parser) if options.resume else {}
+    experiment.once = partial.once if found else experiment.measure_once()
+    if not found:
+        if partial.path.exists() and not options.resume:
+            console.print(f"starting over; --resume would have gone on with {partial.path}\n")
+        partial.begin(experiment.once)
+    whole = _measure_all(experiment, cells, partial, found)
+    if not whole:
+        name += "_stopped"
+    rows = experiment.compare([row for number in sorted(found) for row in found[number]])
+    _report(experiment, rows, name)
+    if whole:
+        partial.remove()
+    return 0 if whole and experiment.went_well(rows) else 1
+
+
+def run_script(experiment: Experiment) -> NoReturn:
+    """Run an experiment as the script that defines it, and exit."""
+
+    def main() -> int:
+        try:
+            return experiment.main()
+        except KeyboardInterrupt:
+            return STOPPED
+
+    run_experiment(main)
+
+
+def print_failures(rows: Iterable[Row], most: int = 3) -> None:
+    """Print the first reasons why rows are not right."""
+    reasons = dict.fromkeys(row["status"] for row in rows if row.get("status", "ok") != "ok")
+    for reason in list(reasons)[:most]:
+        console.print(f"not ok: {reason}", style="bold red")
+
+
+def _parser(experiment: Experiment) -> argparse.ArgumentParser:
+    parser = argument_parser(experiment.question, backends=experiment.runs_on == "both")
+    parser.add_argument("--resume", action="store_true", help="go on with the run that was stopped in this folder")
+    parser.set_defaults(workers=1)
+    if experiment.spreads:
+        parser.add_argument(
+            "--workers", type=positive(int), default=1, help="processes that share the work on a CPU (default: 1)"
+        )
+    if experiment.launches_for_ncu:
+        parser.add_argument("--launch-only", action="store_true", help="launch what ncu counts, on the GPU")
+    experiment.add_options(parser)
+    return parser
+
+
+def _identity(experiment: Experiment, cells: list[Any]) -> dict[str, Any]:
+    """Return what two runs must have in common for one to go on with the other."""
+    neutral = ("out", "resume", "workers", "launch_only")
+    return {
+        "experiment": experiment.name,
+        "arguments": {key: str(value) for key, value in vars(experiment.options).items() if key not in neutral},
+        "machine": {key: value for key, value in experiment.stamp.items() if key != "date"},
+        "cells": len(cells),
+    }
+
+
+def _found_before(partial: Partial, parser: argparse.ArgumentParser) -> dict[int, list[Row]]:
+    """Return the rows, by the number of their cell, of the run that is resumed."""
+    try:
+        return partial.read()
+    except ValueError as error:
+        parser.error(f"argument --resume: {error}")
+
+
+def _measure_all(experiment: Experiment, cells: list[Any], partial: Partial, found: dict[int, list[Row]]) -> bool:
+    """Add the rows of all cells that are still to be measured to `found`; returns whether none is missing."""
+    left = [(number, cell) for number, cell in enumerate(cells) if number not in found]
+    bar = tqdm(total=len(cells), initial=len(found), desc=experiment.name, unit=experiment.unit)
+    try:
+        with bar, _terminated_as_interrupted():
+            experiment.prepare()
+            for number, rows in _each_measured(experiment, left):
+                found[number] = partial.add(number, rows)
+                bar.update()
+    except KeyboardInterrupt:
+        done = f"stopped after {len(found)} of {len(cells)} {experiment.unit}s"
+        console.print(f"{done}; the same command with --resume goes on\n" if found else done)
+        if not (experiment.keeps_what_was_measured and found):
+            raise
+    return len(found) == len(cells)
+
+
+def _report(experiment: Experiment, rows: list[Row], name: str) -> None:
+    """Print and write what was found."""
+    experiment.show(rows)
+    verdict = experiment.conclusion(rows)
+    console.print(verdict, *[experiment.claim] * bool(experiment.claim), "\n")
+    folder = experiment.write([_without_private(row) for row in rows], name, verdict)
+    picture = folder / f"{name}.png"
+    experiment.draw(rows, picture)
+    console.print(f"table, JSON and {'picture' if picture.exists() else 'no picture'}: {folder}")
+
+
+def _without_private(row: Row) -> Row:
+    """Return a row without the keys that begin with "_": what a conclusion or a picture needs and no table shows."""
+    return {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+# --- cell by cell, or spread over processes -----------------------------------------------------------------------
+
+
+def _each_measured(experiment: Experiment, cells: list[tuple[int, Any]]) -> Iterator[tuple[int, list[Row]]]:
+    """Yield the rows of each cell with its number, as they are done."""
+    workers = min(experiment.options.workers, len(cells))
+    if workers < 2:
+        for number, cell in cells:
+            yield number, _rows_of(experiment, cell)
+        return
+    others = active_children()
+    # spawned, not forked: threads of this process may hold locks
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (experiment,)) as pool:
+        jobs = [pool.submit(_work, number, cell) for number, cell in cells]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _rows_of(experiment: Experiment, cell: Any) -> list[Row]:
+    """Return a cell's rows; one that failed, if what its rows share could not be made."""
+    rows: list[Row] = []
+
+    def measure() -> Row:
+        rows.extend(experiment.rows(cell))
+        return {}
+
+    failed = measured_row(experiment.what(cell), measure, experiment.failures)
+    return [failed] if "status" in failed and not rows else rows
+
+
+_in_worker: Experiment
+
+
+def _begin_worker(experiment: Experiment) -> None:
+    """Keep the experiment for the cells that come; Ctrl-C is for the process that spreads them."""
+    global _in_worker
+    _in_worker = experiment
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _work(number: int, cell: Any) -> tuple[int, list[Row]]:
+    return number, _rows_of(_in_worker, cell)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, where this is the main thread."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- finding the scripts ------------------------------------------------------------------------------------------
+
+
+def experiment_scripts(folder: Path = SCRIPTS) -> dict[str, Path]:
+    """Return the scripts of a checkout's experiments/ folder by name; none where the package is installed alone."""
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def load_experiment(path: Path) -> Experiment | None:
+    """Return the experiment that a script defines as EXPERIMENT; None if it defines none."""
+    with _importable(path.parent):
+        return runpy.run_path(str(path)).get("EXPERIMENT")
+
+
+def all_experiments(paths: Iterable[Path] | None = None) -> list[Experiment]:
+    """Return the experiments of a checkout, in the order of the report."""
+    found = [load_experiment(path) for path in (experiment_scripts().values() if paths is None else paths)]
+    return sorted((each for each in found if each is not None), key=lambda each: (each.place, each.name))
+
+
+def run_named(name: str, arguments: Sequence[str]) -> int:
+    """Run the script of an experiment as ``python experiments/<name>.py`` does; returns 2 where no script has it."""
+    scripts = experiment_scripts()
+    if name not in scripts:
+        known = ", ".join(scripts) or f"none: there is no {SCRIPTS} (a wheel holds the package alone)"
+        print(f"no experiment is called {name!r}; experiments: {known}", file=sys.stderr)
+        return 2
+    sys.argv = [str(scripts[name]), *arguments]
+    with _importable(SCRIPTS):
+        runpy.run_path(str(scripts[name]), run_name="__main__")
+    return 0
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let a script import its neighbours, as Python does where it is run by its path."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
