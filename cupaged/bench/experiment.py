@@ -366,14 +366,15 @@ def _each_measured(experiment: Experiment, cells: list[tuple[int, Any]]) -> Iter
 
 def _rows_of(experiment: Experiment, cell: Any) -> list[Row]:
     """Return a cell's rows; one that failed, if what its rows share could not be made."""
-    rows: list[Row] = []
+    try:
+        return experiment.rows(cell)
+    except experiment.failures as error:
+        reason = error
 
-    def measure() -> Row:
-        rows.extend(experiment.rows(cell))
-        return {}
+    def fail() -> Row:
+        raise reason
 
-    failed = measured_row(experiment.what(cell), measure, experiment.failures)
-    return [failed] if "status" in failed and not rows else rows
+    return [measured_row(experiment.what(cell), fail, experiment.failures)]
 
 
 _in_worker: Experiment
