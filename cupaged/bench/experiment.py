@@ -35,6 +35,7 @@ from cupaged.bench.report import (
     run_experiment,
     write_results,
 )
+from cupaged.errors import UnsupportedError
 from cupaged.runtime import choose_backend
 
 __all__ = ["Experiment", "Row", "all_experiments", "experiment_scripts", "print_failures", "run", "run_named",
@@ -222,27 +223,21 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     experiment.smoke, experiment.once = options.smoke, {}
     experiment.backend = experiment.choose_backend()
     experiment.config = experiment.configs.get((experiment.backend, experiment.smoke))
+    if experiment.backend == "cuda" and options.workers > 1:
+        parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
+    with _mistakes_said(parser):
+        experiment.set_up()
     if experiment.launches_for_ncu and options.launch_only:
         experiment.launch()
         return 0
-    if experiment.backend == "cuda" and options.workers > 1:
-        parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
-    try:
-        experiment.set_up()
-    except ValueError as error:
-        parser.error(str(error))
     experiment.stamp = experiment.make_stamp()
     folder = result_folder(experiment.stamp, options.out)  # before the work: a folder that cannot be written ends it
     console.print(experiment.expect(), "\n")
 
     cells, name = list(experiment.cells()), experiment.file_name()
     partial = Partial(folder / f"{name}.partial.jsonl", _identity(experiment, cells))
-    found = _found_before(partial, parser) if options.resume else {}
-    experiment.once = partial.once if found else experiment.measure_once()
-    if not found:
-        if partial.path.exists() and not options.resume:
-            console.print(f"starting over; --resume would have gone on with {partial.path}\n")
-        partial.begin(experiment.once)
+    with _mistakes_said(parser):
+        found = _begin(experiment, partial)
     whole = _measure_all(experiment, cells, partial, found)
     if not whole:
         name += "_stopped"
@@ -297,12 +292,32 @@ def _identity(experiment: Experiment, cells: list[Any]) -> dict[str, Any]:
     }
 
 
-def _found_before(partial: Partial, parser: argparse.ArgumentParser) -> dict[int, list[Row]]:
-    """Return the rows, by the number of their cell, of the run that is resumed."""
+def _begin(experiment: Experiment, partial: Partial) -> dict[int, list[Row]]:
+    """Return the rows, by the number of their cell, of the run that is resumed; none of a new one."""
+    if experiment.options.resume:
+        try:
+            found = partial.read()
+        except ValueError as error:
+            raise ValueError(f"argument --resume: {error}") from None
+        if found:
+            experiment.once = partial.once
+            return found
+    elif partial.path.exists():
+        console.print(f"starting over; --resume would have gone on with {partial.path}\n")
+    experiment.once = experiment.measure_once()
+    partial.begin(experiment.once)
+    return {}
+
+
+@contextmanager
+def _mistakes_said(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Say a ValueError as a mistake in the arguments; what this machine does not serve is none."""
     try:
-        return partial.read()
+        yield
+    except UnsupportedError:
+        raise
     except ValueError as error:
-        parser.error(f"argument --resume: {error}")
+        parser.error(str(error))
 
 
 def _measure_all(experiment: Experiment, cells: list[Any], partial: Partial, found: dict[int, list[Row]]) -> bool:
