@@ -8,7 +8,7 @@ from numbers import Integral
 import ml_dtypes
 import numpy as np
 
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.layouts import LAYOUTS
 
 __all__ = ["DTYPES", "CacheConfig"]
@@ -56,25 +56,25 @@ class CacheConfig:
         for name in ("num_blocks", "block_size", "num_kv_heads", "head_dim"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer; got {type(value).__name__} {value!r}")
+                raise TypeError(f"{name} must be an integer; got {type(value).__name__} {written(value)}")
             if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
+                raise ValueError(f"{name} must be at least 1; got {written(int(value))}")
             object.__setattr__(self, name, int(value))  # a NumPy integer would overflow in what follows
         if self.block_size > 256:
-            raise UnsupportedError(f"block_size must lie in [1, 256]; got {self.block_size}")
+            raise UnsupportedError(f"block_size must lie in [1, 256]; got {written(self.block_size)}")
         if not 32 <= self.head_dim <= 256 or self.head_dim % 8 != 0:
-            raise UnsupportedError(f"head_dim must lie in [32, 256] in steps of 8; got {self.head_dim}")
+            raise UnsupportedError(f"head_dim must lie in [32, 256] in steps of 8; got {written(self.head_dim)}")
         if self.num_blocks > 2**31 - 1:
-            raise UnsupportedError(f"num_blocks must fit int32, the block tables' type; got {self.num_blocks}")
+            raise UnsupportedError(f"num_blocks must fit int32, the block tables' type; got {written(self.num_blocks)}")
         if 2 * self.block_size * self.num_kv_heads * self.head_dim > 2**31 - 1:
             raise UnsupportedError(
-                f"num_kv_heads must leave a block below 2**30 elements; got {self.num_kv_heads} heads of "
+                f"num_kv_heads must leave a block below 2**30 elements; got {written(self.num_kv_heads)} heads of "
                 f"{self.head_dim} in blocks of {self.block_size}"
             )
         for name in ("dtype", "layout"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(
-                    f"{name} must be a name; got {type(getattr(self, name)).__name__} {getattr(self, name)!r}"
+                    f"{name} must be a name; got {type(getattr(self, name)).__name__} {written(getattr(self, name))}"
                 )
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")

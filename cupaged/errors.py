@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BackendUnavailableError",
     "DoubleFreeError",
@@ -12,7 +14,18 @@ __all__ = [
     "NoHoleError",
     "OutOfBlocksError",
     "UnsupportedError",
+    "written",
 ]
+
+LONGEST = 200  # characters
+
+
+def written(value: Any) -> str:
+    """Return how a message shows what came: as Python writes it, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write the longest
+        return f"{'about -' if value < 0 else 'about '}2**{value.bit_length()}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 class UnsupportedError(ValueError):

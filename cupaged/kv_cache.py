@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 
 from cupaged import layouts
 from cupaged.config import CacheConfig
+from cupaged.ops.arrays import as_backend_array
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.arguments import byte_bounds
 from cupaged.runtime.launch import CheckedCalls
 from cupaged.runtime.select import choose_backend
@@ -95,29 +99,37 @@ class KVCache:
         name = self.config.layout
         return layouts.to_dense(self.key, name, "key"), layouts.to_dense(self.value, name, "value")
 
+    @on_callers_streams
     def fill_from_dense(self, key: Any, value: Any) -> None:
         """Copy dense keys and values, each [num_blocks, block_size, num_kv_heads, head_dim], into the cache.
 
         Raises
         ------
         ValueError
-            If a shape or dtype differs from the cache's.
+            If a shape or dtype differs from the cache's, or an array lies in the cache.
         """
         config = self.config
         expected = (config.num_blocks, config.block_size, config.num_kv_heads, config.head_dim)
-        for name, dense in (("key", key), ("value", value)):
+        given = {"key": key, "value": value}
+        for name, dense in given.items():
+            if not isinstance(dense, np.ndarray):
+                given[name] = dense = as_backend_array(dense, name, self.backend)
             if tuple(dense.shape) != expected or dense.dtype != config.numpy_dtype:
                 raise ValueError(
                     f"{name} must be {config.dtype} with shape {expected}; got {dense.dtype} with shape {dense.shape}"
                 )
-        self.key[...] = layouts.from_dense(self.xp.asarray(key), config.layout, "key")
-        self.value[...] = layouts.from_dense(self.xp.asarray(value), config.layout, "value")
+        check_apart({"cache": self}, given)
+        self.key[...] = layouts.from_dense(self.xp.asarray(given["key"]), config.layout, "key")
+        self.value[...] = layouts.from_dense(self.xp.asarray(given["value"]), config.layout, "value")
 
+    @on_callers_streams
     def blocks(self, block_ids: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return NumPy copies of the listed blocks' keys and values, [len(block_ids), block_size, heads, dim]."""
+        host_ids = isinstance(block_ids, np.ndarray | Sequence)
+        ids = self.xp.asarray(block_ids if host_ids else as_backend_array(block_ids, "block_ids", self.backend))
         pair = []
         for array, kind in ((self.key, "key"), (self.value, "value")):
-            dense = layouts.take_blocks(array, self.config.layout, kind, self.xp.asarray(block_ids))  # type: ignore[arg-type]
+            dense = layouts.take_blocks(array, self.config.layout, kind, ids)  # type: ignore[arg-type]
             pair.append(dense if isinstance(dense, np.ndarray) else dense.get())
         return pair[0], pair[1]
 

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
-from cupaged.ops.checks import as_numpy, check_shared_prefix, checked_shared_prefix
+from cupaged.ops.checks import (
+    as_numpy,
+    check_shared_prefix,
+    checked_scale,
+    checked_shared_prefix,
+    checked_softcap,
+    checked_window,
+)
 
 __all__ = [
     "append_kv",
@@ -143,7 +150,7 @@ def paged_attention(
     slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
     if query_to_seq is not None:
         block_tables, seq_lens = block_tables[as_numpy(query_to_seq)], seq_lens[as_numpy(query_to_seq)]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale, window, softcap = checked_scale(scale, query.shape[-1]), checked_window(window), checked_softcap(softcap)
     several = query if query.ndim == 4 else query[:, np.newaxis]
     num_queries = several.shape[1]
     block_size = cache.config.block_size
@@ -151,7 +158,7 @@ def paged_attention(
     check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, num_queries)
     out = np.zeros(several.shape, dtype)
     lse = np.full(several.shape[:3], -np.inf, dtype)
-    for seq, seq_len in enumerate(seq_lens):
+    for seq, seq_len in enumerate(seq_lens.tolist()):
         out[seq], lse[seq] = _attend(
             several[seq], cache, block_tables[seq], seq_len, scale, dtype, weight_dtype,
             window=window, softcap=softcap, slopes=slopes, sinks=sinks,
@@ -245,7 +252,7 @@ def paged_prefill(
         as_numpy(array) for array in (query, block_tables, seq_lens, query_start)
     )  # fmt: skip
     slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale, window, softcap = checked_scale(scale, query.shape[-1]), checked_window(window), checked_softcap(softcap)
     out = np.zeros(query.shape, dtype)
     lse = np.full(query.shape[:2], -np.inf, dtype)
     for seq, (first, end) in enumerate(pairwise(starts)):

@@ -16,9 +16,12 @@ from cupaged.ops.arrays import as_backend_array, like_caller
 from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.cache import append_kv, checked_rows
-from cupaged.ops.checks import check_cache
+from cupaged.ops.checks import check_cache, checked_scale, checked_softcap, checked_window
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.prefill import paged_prefill, why_no_prefill
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.swap import SwapEngine
+from cupaged.runtime.captures import refuse_in_capture
 
 __all__ = ["PagedAttention", "PagedStep"]
 
@@ -134,10 +137,12 @@ class PagedAttention:
         if swaps is None and self.manager.gpu.on_evict is not None:
             raise ValueError('swaps must be given for a manager with on_evict="offload"')
         self.swaps = swaps
+        scale, window, softcap = checked_scale(scale, config.head_dim), checked_window(window), checked_softcap(softcap)
         self.options = {
             "scale": scale, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks,
         }  # fmt: skip
 
+    @on_callers_streams
     def forward(
         self,
         query: Any,
@@ -182,6 +187,7 @@ class PagedAttention:
         A call that raises, whatever failed, looks as if it had never been made: no sequence is longer, no slot is
         taken, and no block can be found that was not written.
         """
+        self._refuse_in_capture()
         self._check_rows(query, key, value)
         return self.attend(query, key, value, self.step(sequence_ids, is_prompt, query.shape[0], tokens=tokens))
 
@@ -211,6 +217,7 @@ class PagedAttention:
         """
         self._undo(step.growth)
 
+    @on_callers_streams
     def attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
         """Write a step's keys and values to this layer's cache, and attend with its queries.
 
@@ -230,6 +237,7 @@ class PagedAttention:
 
     def _attend(self, query: Any, key: Any, value: Any, step: PagedStep) -> Any:
         cache, xp = self.cache, self.cache.xp
+        self._refuse_in_capture()
         if len(step.copies):
             copy_blocks(cache, step.copies)
         append_kv(cache, key, value, xp.asarray(step.slots))
@@ -313,12 +321,18 @@ class PagedAttention:
                 moves.done([move])
             moves.done([])
 
+    def _refuse_in_capture(self) -> None:
+        what = "PagedAttention must be called, as each step uploads where its rows lie"
+        refuse_in_capture(self.cache.backend, what)
+
     def _check_rows(self, query: Any, key: Any, value: Any) -> None:
         """Raise by name what would be refused once the tokens have their places."""
         config = self.cache.config
-        num_rows, num_heads, _ = checked_rows(self.cache, query, "query", "num_rows", "H").shape
-        for array, name in ((key, "key"), (value, "value")):
-            checked_rows(self.cache, array, name, num_rows, config.num_kv_heads)
+        query = checked_rows(self.cache, query, "query", "num_rows", "H")
+        num_rows, num_heads, _ = query.shape
+        key = checked_rows(self.cache, key, "key", num_rows, config.num_kv_heads)
+        value = checked_rows(self.cache, value, "value", num_rows, config.num_kv_heads)
+        check_apart({"cache": self.cache}, {"query": query, "key": key, "value": value})
         if num_heads % config.num_kv_heads:
             raise ValueError(
                 f"query must have a multiple of the cache's {config.num_kv_heads} KV heads; got {num_heads}"

@@ -9,7 +9,8 @@ import numpy as np
 
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import array_module, as_backend_array, backend_of, check_alignment
-from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.checks import check_contiguous, check_dtype, check_shape, checked_real
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -56,11 +57,20 @@ def rms_norm(x: Any, weight: Any, eps: float, dtype: Any) -> Any:
         out = array_module(backend).empty(x.shape, dtype)
         checked.launch(*given, out)
         return out
+    return _checked_norm(x, weight, eps, dtype, backend)
+
+
+@on_callers_streams
+def _checked_norm(x: Any, weight: Any, eps: float, dtype: Any, backend: str) -> Any:
+    """Check a call of `rms_norm`, launch it, and remember it."""
+    given = x, weight
     x, weight = as_backend_array(x, "x", backend), as_backend_array(weight, "weight", backend)
     check_dtype(x, "x", FLOAT32)
     check_shape(x, "x", ("rows", "width"))
     check_dtype(weight, "weight", FLOAT32)
     check_shape(weight, "weight", (x.shape[1],))
+    if checked_real(eps, "eps") < 0:
+        raise ValueError(f"eps must be at least 0; got {eps!r}")
     if dtype not in STORAGE_DTYPES:
         raise TypeError(f"dtype must be float16, bfloat16 or float32; got {dtype}")
     if x.shape[1] % NORM_VECTOR:
@@ -111,6 +121,13 @@ def swiglu(gate_up: Any) -> Any:
         out = array_module(backend).empty((gate_up.shape[0], gate_up.shape[1] // 2), gate_up.dtype)
         checked.launch(gate_up, out)
         return out
+    return _checked_swiglu(gate_up, backend)
+
+
+@on_callers_streams
+def _checked_swiglu(gate_up: Any, backend: str) -> Any:
+    """Check a call of `swiglu`, launch it, and remember it."""
+    given = (gate_up,)
     gate_up = as_backend_array(gate_up, "gate_up", backend)
     check_dtype(gate_up, "gate_up", *STORAGE_DTYPES)
     check_shape(gate_up, "gate_up", ("rows", "2 * width"))

@@ -1,18 +1,21 @@
 """Products of matrices, by cuBLAS on a GPU, where a CUDA graph can capture them.
 
 CuPy (up to 14.2 at least) refuses to record its own calls of cuBLAS. So cublasGemmEx is called here, from the library
-that CuPy has loaded, with a handle and a workspace of its own for each stream: what a graph has captured depends on no
-memory that is shared or freed. Sums are always float32.
+that CuPy has loaded, with a handle and a workspace of its own for each stream, which go with the stream; a graph keeps
+the workspace that it was captured with. Sums are always float32.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +23,9 @@ import numpy as np
 from cupaged.errors import BackendUnavailableError
 from cupaged.ops.arrays import as_backend_array, backend_of
 from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
+from cupaged.runtime.captures import is_capturing, keep_for_graph
 
 __all__ = ["add_product", "product"]
 
@@ -46,6 +52,7 @@ SIGNATURES: dict[str, Sequence[Any]] = {
 }  # fmt: skip
 
 
+@on_callers_streams
 def product(a: Any, b: Any, dtype: Any = None) -> Any:
     """Return the matrix product of two arrays, NumPy's or CuPy's, summed in float32.
 
@@ -87,13 +94,18 @@ def product(a: Any, b: Any, dtype: Any = None) -> Any:
     return c
 
 
+@on_callers_streams
 def add_product(c: Any, a: Any, b: Any) -> None:
-    """Add the product of `a` and `b` to `c`, float32 [m, n], C-contiguous, in place; the rest is as in `product`."""
+    """Add the product of `a` and `b` to `c`, float32 [m, n], C-contiguous, in place; the rest is as in `product`.
+
+    `c` shares no memory with `a` or `b`.
+    """
     backend, a, b = _checked(a, b)
     c = as_backend_array(c, "c", backend)
     check_dtype(c, "c", FLOAT32)
     check_shape(c, "c", (a.shape[0], b.shape[1]))
     check_contiguous(c, "c")
+    check_apart({"c": c}, {"a": a, "b": b})
     if backend == "host":
         c += _host_product(a, b)
     else:
@@ -129,12 +141,19 @@ def _host_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Handle:
-    """A handle of cuBLAS and what it needs; kept for good, as graphs that it was captured in may run at any time."""
+    """A handle of cuBLAS and its workspace, which a graph that captured a product keeps for itself."""
 
     library: Any
     handle: int
     stream: int
     workspace: Any
+    destroy: Callable[[int], None] | None = None
+
+    def __del__(self) -> None:
+        if self.destroy is not None:
+            with suppress(Exception):  # the driver may be gone before us
+                self.library.cublasSetStream_v2(self.handle, 0)  # its own may be gone
+                self.destroy(self.handle)
 
     def call(self, name: str, *arguments: Any) -> None:
         status = getattr(self.library, name)(self.handle, *arguments)
@@ -168,23 +187,32 @@ def _launch(a: Any, b: Any, c: Any, beta: ctypes.c_float) -> None:
     )  # fmt: skip
 
 
-_handles: dict[tuple[int, int, int], _Handle] = {}
+_of_thread = threading.local()
 
 
 def _handle() -> _Handle:
-    """Return the handle of the current device, stream and thread: nothing else uses it or its workspace meanwhile."""
+    """Return the handle of the current device, stream and thread: nothing else uses it or its workspace meanwhile.
+
+    It is freed with the stream or the thread, whichever ends first.
+    """
     import cupy
 
-    stream = cupy.cuda.get_current_stream()
-    key = (cupy.cuda.runtime.getDevice(), stream.ptr, threading.get_ident())
-    if key not in _handles:
-        if stream.is_capturing():
+    stream, device = cupy.cuda.get_current_stream(), cupy.cuda.runtime.getDevice()
+    if not hasattr(_of_thread, "handles"):
+        _of_thread.handles = defaultdict(WeakKeyDictionary)
+    handles = _of_thread.handles[device]
+    handle, capturing = handles.get(stream), is_capturing(stream)
+    if handle is None:
+        if capturing:
             raise RuntimeError("compute a product on this stream before the capture: the first one allocates memory")
         created = cupy.cuda.cublas.create()
         workspace = cupy.cuda.MemoryPointer(cupy.cuda.Memory(WORKSPACE_BYTES), 0)  # of no pool
-        _handles[key] = _Handle(_library(cupy.cuda.cublas.getVersion(created)), created, stream.ptr, workspace)
-        _handles[key].call("cublasSetMathMode", NO_NARROW_SUMS)
-    return _handles[key]
+        library = _library(cupy.cuda.cublas.getVersion(created))
+        handle = handles[stream] = _Handle(library, created, stream.ptr, workspace, cupy.cuda.cublas.destroy)
+        handle.call("cublasSetMathMode", NO_NARROW_SUMS)
+    if capturing:
+        keep_for_graph(stream, handle.workspace)
+    return handle
 
 
 @cache

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupaged import layouts
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import as_backend_array, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import (
     check_block_tables,
     check_cache,
@@ -19,19 +19,20 @@ from cupaged.ops.checks import (
     check_query_to_seq,
     check_shape,
     check_shared_prefix,
+    checked_flag,
     checked_out,
     checked_scale,
     checked_shared_prefix,
     must_validate,
-    shares_memory,
 )
 from cupaged.ops.plan import DecodePlan, PreparedAttention, attention_kernel, plan_decode, why_no_tensor_cores
 from cupaged.ops.registry import ATTENTION_KERNELS, kernels
 from cupaged.ops.rungs import RUNGS, launch_batched, launch_v2
+from cupaged.ops.streams import foreign_arrays, on_callers_streams
 from cupaged.ops.textures import why_no_textures
 from cupaged.ops.variants import Variants, checked_variants
 from cupaged.runtime.arguments import Strided
-from cupaged.runtime.launch import PreparedLaunch
+from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -80,6 +81,9 @@ def paged_attention(
     ``softcap * tanh(x / softcap)``, then ``+ slope * (t - p)``; keys outside the window take no part, and a sink joins
     the sum of exponentials that weights are divided by.
 
+    The work goes to CuPy's current stream, or, if any array is a torch tensor, to torch's current stream of its device,
+    in order with what is on CuPy's (`cupaged.ops.streams`).
+
     Parameters
     ----------
     query : array, [num_seqs, H, D] or [num_seqs, Q, H, D]
@@ -108,7 +112,7 @@ def paged_attention(
     sinks : array, float32 [H], optional
         One learned logit for each head, in the units of the logits after `scale`, that has no value (gpt-oss).
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each head's logits, the sink among them, by which `merge_states` merges parts
         of a context: give the sinks to one of the parts.
@@ -167,30 +171,57 @@ def paged_attention(
             window,
             softcap,
             shared_prefix,
-            bool(return_lse),
+            return_lse,
             validate,
         )
         asked = options, (*arrays, out)
-        always_read = validate or (validate is None and cache.backend == "host")
-        checked = None if always_read else known_calls.find(*asked)
-        if checked is not None and (out is None or shares_memory(out, query, cache) is None):
+        always_read = cache.backend == "host" if validate is None else validate is not False
+        checked = None if always_read else known_calls.find(*asked, cache.bounds, len(arrays))
+        if checked is not None:
             result = cache.xp.empty_like(query) if out is None else out
             lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
             checked.launch(*arrays, cache.key, cache.value, result, lse)
             return (result, lse) if return_lse else result
-    call = _checked_call(
+        to_remember = asked, known_calls
+    else:
+        to_remember = None
+    return _checked_attention(
         query, cache, block_tables, seq_lens, scale, kernel, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
         sinks=sinks, shared_prefix=shared_prefix, out=out, return_lse=return_lse, plan=plan, query_to_seq=query_to_seq,
-        validate=validate,
+        validate=validate, asked=to_remember,
+    )  # fmt: skip
+
+
+@on_callers_streams
+def _checked_attention(
+    query: Any,
+    cache: KVCache,
+    block_tables: Any,
+    seq_lens: Any,
+    scale: float | None,
+    kernel: str,
+    *,
+    out: Any,
+    plan: DecodePlan | None,
+    query_to_seq: Any,
+    validate: bool | None,
+    asked: tuple[tuple[tuple[Any, ...], tuple[Any, ...]], CheckedCalls] | None,
+    **options: Any,
+) -> Any:
+    """Check a call and launch it; `asked` is as what it is remembered, if it is, and where."""
+    call = _checked_call(
+        query, cache, block_tables, seq_lens, scale, kernel, out=out, plan=plan, query_to_seq=query_to_seq,
+        validate=validate, **options,
     )  # fmt: skip
     if call.query.size:
         if call.kernel == "paged_attention_persistent":
             launches = _persistent_launches(*call.arguments, call.variants, plan or _plan_for_one_call(call))
             for launch in launches:
                 launch()
-            if known_calls is not None and len(launches) == 1 and not must_validate(validate, cache.backend):
+            if asked is not None and len(launches) == 1 and not must_validate(validate, cache.backend):
+                options_and_arrays, calls = asked
                 still_known = None if validate is False else _environment_asks_for_nothing
-                known_calls.add(*asked, launches[0], ARRAYS_OF_A_CALL, still_known)
+                calls.add(*options_and_arrays, launches[0], ARRAYS_OF_A_CALL, still_known)
         elif query_to_seq is not None:
             launch_batched(*_on_three_axes(*call.arguments), query_to_seq=call.query_to_seq)
         elif call.kernel == "paged_attention_v2":
@@ -210,9 +241,10 @@ def prepare_attention(
     plan: DecodePlan, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, **options: Any
 ) -> PreparedAttention:
     """Check a planned call of `paged_attention`, and return it to be launched; see `DecodePlan.prepare`."""
+    foreign = foreign_arrays((query, block_tables, seq_lens, *options.values()))
     call = _checked_call(query, cache, block_tables, seq_lens, plan=plan, **options)
     launches = _persistent_launches(*call.arguments, call.variants, plan) if call.query.size else ()
-    return PreparedAttention(launches, _returned(call, query, options.get("out")))
+    return PreparedAttention(launches, _returned(call, query, options.get("out")), foreign)
 
 
 class _Call(NamedTuple):
@@ -256,6 +288,7 @@ def _checked_call(
     validate: bool | None = None,
 ) -> _Call:
     """Check a call of `paged_attention`, choose its kernel, and make room for what it writes."""
+    caller = query
     query, block_tables, seq_lens = _checked_arrays(query, cache, block_tables, seq_lens, query_to_seq is not None)
     if query_to_seq is not None:
         query_to_seq = _checked_query_to_seq(query_to_seq, query, cache)
@@ -266,13 +299,20 @@ def _checked_call(
     )  # fmt: skip
     block_size, max_blocks = cache.config.block_size, block_tables.shape[1]
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, variants.window, max_blocks)
-    result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
+    if out is None:
+        result = empty_for(caller, query.shape, query.dtype, cache.backend)
+    else:
+        result = checked_out(
+            out, query, cache, block_tables=block_tables, seq_lens=seq_lens, query_to_seq=query_to_seq,
+            alibi_slopes=variants.alibi_slopes, sinks=variants.sinks,
+        )  # fmt: skip
     validating = must_validate(validate, cache.backend)
     if validating:
         check_block_tables(cache, block_tables, seq_lens, variants.query_tokens, variants.window)
         check_query_to_seq(query_to_seq, seq_lens.shape[0])
         check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, variants.query_tokens)
-    lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None
+    wants_lse = checked_flag(return_lse, "return_lse")
+    lse = empty_for(caller, query.shape[:-1], np.float32, cache.backend) if wants_lse else None
     mapped = query_to_seq is not None
     choice = choose_kernel(query, cache, kernel, mapped=mapped, variants=variants, shared_prefix=shared_prefix)
     if plan is not None:
@@ -296,6 +336,7 @@ def _on_three_axes(out: Any, lse: Any, query: Any, *rest: Any) -> tuple[Any, ...
     return out.reshape(shape), None if lse is None else lse.reshape(shape[:2]), query.reshape(shape), *rest
 
 
+@on_callers_streams
 def explain(
     query: Any,
     cache: KVCache,
@@ -340,6 +381,8 @@ def choose_kernel(
     UnsupportedError
         If it was named and does not serve the cache or the variants.
     """
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be a name; got {type(kernel).__name__} {written(kernel)}")
     if kernel not in ("auto", *ATTENTION_KERNELS):
         raise ValueError(f"kernel must be 'auto' or one of {', '.join(ATTENTION_KERNELS)}; got {kernel!r}")
     choice = _choose(cache, kernel, mapped, variants or Variants())
@@ -414,18 +457,12 @@ def _check_plan(
             raise ValueError(f"plan must be made for the same {name}: it is for {planned}, the call has {given}")
 
 
-_captured_plans: list[DecodePlan] = []  # a graph keeps no arrays alive: these must outlive it
-
-
 def _plan_for_one_call(call: _Call) -> DecodePlan:
     cache, variants = call.cache, call.variants
-    plan = plan_decode(
+    return plan_decode(
         cache, call.seq_lens, call.query.shape[-2],
         query_tokens=variants.query_tokens, window=variants.window, shared_prefix=call.shared_prefix,
     )  # fmt: skip
-    if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
-        _captured_plans.append(plan)
-    return plan
 
 
 def _checked_arrays(

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment
+from cupaged.ops.arrays import as_backend_array, check_alignment, on_device
 from cupaged.ops.checks import as_numpy, check_cache, check_contiguous, check_dtype, check_shape, must_validate
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.textures import refresh_blocks
 from cupaged.runtime.launch import CheckedCall, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -26,6 +28,7 @@ def block_elements(cache: KVCache) -> int:
     return 2 * config.block_size * config.num_kv_heads * config.head_dim
 
 
+@on_callers_streams
 def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> None:
     """Copy blocks within a cache, as copy-on-write asks for it.
 
@@ -47,7 +50,8 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
     """
     check_cache(cache)
     pairs = _as_ids(cache, pairs, "pairs", ("num_pairs", 2))
-    if isinstance(pairs, np.ndarray) or must_validate(validate, cache.backend):
+    check_apart({"cache": cache}, {"pairs": pairs})
+    if must_validate(validate, cache.backend) or isinstance(pairs, np.ndarray):
         sources, targets = as_numpy(pairs).T
         _check_ids(cache, sources, "pairs")
         _check_ids(cache, targets, "pairs")
@@ -55,13 +59,14 @@ def copy_blocks(cache: KVCache, pairs: Any, *, validate: bool | None = None) -> 
         both = np.intersect1d(sources, targets)
         if both.size:
             raise ValueError(f"pairs must not read a block that they write; block {both[0]} is read and written")
-    ids = cache.xp.ascontiguousarray(cache.xp.asarray(pairs, dtype=INT32)).reshape(-1)
+    ids = _on_device(cache, pairs, "pairs").reshape(-1)
     of_cache = _strides_in_cache(cache)
     if len(ids):
         _prepared(cache, cache.storage, cache.storage, ids[1:], ids, of_cache, of_cache, len(ids) // 2, id_stride=2)()
     refresh_blocks(cache, ids[1::2])
 
 
+@on_callers_streams
 def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: bool | None = None) -> Any:
     """Copy blocks of a cache into an array, one behind the other.
 
@@ -90,14 +95,18 @@ def gather_blocks(cache: KVCache, block_ids: Any, out: Any = None, *, validate: 
     ids = _checked_ids(cache, block_ids, validate)
     shape = (ids.shape[0], block_elements(cache))
     if out is None:
-        out = cache.xp.empty(shape, cache.config.numpy_dtype)
-    _check_blocks(cache, out, "out", shape)
+        result = out = cache.xp.empty(shape, cache.config.numpy_dtype)
+    else:
+        result = as_backend_array(out, "out", cache.backend)
+        _check_blocks(cache, result, "out", shape)
+        check_apart({"out": result}, {"cache": cache, "block_ids": ids})
     if len(ids):
         strides = _strides_in_array(cache), _strides_in_cache(cache)
-        _prepared(cache, halves(cache, out), cache.storage, None, ids, *strides, len(ids))()
+        _prepared(cache, halves(cache, result), cache.storage, None, ids, *strides, len(ids))()
     return out
 
 
+@on_callers_streams
 def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: bool | None = None) -> None:
     """Copy blocks from an array, as `gather_blocks` made it, into a cache; no block may come twice.
 
@@ -107,6 +116,7 @@ def scatter_blocks(cache: KVCache, block_ids: Any, blocks: Any, *, validate: boo
     ids = _checked_ids(cache, block_ids, validate, once=True)
     blocks = as_backend_array(blocks, "blocks", cache.backend)
     _check_blocks(cache, blocks, "blocks", (ids.shape[0], block_elements(cache)))
+    check_apart({"cache": cache}, {"block_ids": ids, "blocks": blocks})
     if len(ids):
         strides = _strides_in_cache(cache), _strides_in_array(cache)
         _prepared(cache, cache.storage, halves(cache, blocks), ids, None, *strides, len(ids))()
@@ -231,11 +241,18 @@ def _as_ids(cache: KVCache, ids: Any, name: str, shape: tuple[int | str, ...]) -
 def _checked_ids(cache: KVCache, block_ids: Any, validate: bool | None, once: bool = False) -> Any:
     """Return block ids as int32 on the cache's device, checked if they lie on the host or it is asked for."""
     ids = _as_ids(cache, block_ids, "block_ids", ("num_blocks",))
-    if isinstance(ids, np.ndarray) or must_validate(validate, cache.backend):
+    if must_validate(validate, cache.backend) or isinstance(ids, np.ndarray):
         _check_ids(cache, as_numpy(ids), "block_ids")
         if once:
             _check_once(as_numpy(ids), "block_ids")
-    return cache.xp.ascontiguousarray(cache.xp.asarray(ids, dtype=INT32))
+    return _on_device(cache, ids, "block_ids")
+
+
+def _on_device(cache: KVCache, ids: Any, name: str) -> Any:
+    """Return ids as int32, in one piece on the cache's device."""
+    if isinstance(ids, np.ndarray):
+        ids = ids.astype(INT32, copy=False)
+    return cache.xp.ascontiguousarray(on_device(ids, name, cache.backend))
 
 
 def _check_ids(cache: KVCache, ids: np.ndarray, name: str) -> None:

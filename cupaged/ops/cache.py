@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from cupaged import layouts
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import VECTOR_BYTES, as_backend_array, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import (
     check_cache,
     check_contiguous,
@@ -19,10 +19,16 @@ from cupaged.ops.checks import (
     check_positions,
     check_shape,
     check_slots,
+    checked_flag,
+    checked_integer,
+    checked_real,
     must_validate,
 )
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.textures import refresh_slots
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import remembered
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
@@ -50,19 +56,25 @@ class Llama3Scaling:
     original_context: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "original_context"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)!r}")
-        if not self.low_freq_factor < self.high_freq_factor < math.inf:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            _checked_positive(getattr(self, name), name)
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"high_freq_factor must be above low_freq_factor, {self.low_freq_factor}, and finite; "
                 f"got {self.high_freq_factor!r}"
             )
 
 
+def _checked_positive(number: Any, name: str) -> float:
+    checked = checked_real(number, name)
+    if checked <= 0:
+        raise ValueError(f"{name} must be positive and finite; got {written(number)}")
+    return checked
+
+
 def frequencies(rotary_dim: int, theta: float = 10000.0, scaling: Llama3Scaling | None = None) -> np.ndarray:
     """Return RoPE's angle of each pair of dimensions a position, in radians, float64 [rotary_dim / 2]."""
-    plain: np.ndarray = theta ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
+    plain: np.ndarray = _checked_positive(theta, "theta") ** -(np.arange(0, rotary_dim, 2) / rotary_dim)
     if scaling is None:
         return plain
     turns = scaling.original_context * plain / (2 * math.pi)
@@ -94,12 +106,20 @@ def append_kv(cache: KVCache, key: Any, value: Any, slot_mapping: Any, *, valida
     check_cache(cache)
     config, given = cache.config, (key, value, slot_mapping)
     if not must_validate(validate, cache.backend):
-        checked = cache.appends.find((config,), given)
+        checked = cache.appends.find((config,), given, cache.bounds)
         if checked is not None:
             checked.launch(*given, cache.key, cache.value)
             refresh_slots(cache, slot_mapping)
             return
+    _append_checked(cache, key, value, slot_mapping, validate)
+
+
+@on_callers_streams
+def _append_checked(cache: KVCache, key: Any, value: Any, slot_mapping: Any, validate: bool | None) -> None:
+    """Check a call of `append_kv`, launch it, and let the cache remember it."""
+    config, given = cache.config, (key, value, slot_mapping)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping)
+    check_apart({"cache": cache}, {"key": key, "value": value, "slot_mapping": slot_mapping})
     if key.size == 0:
         return
     if must_validate(validate, cache.backend):
@@ -190,15 +210,37 @@ def rope_append_kv(
     .. [1] Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv 2104.09864.
     """
     check_cache(cache)
-    config, caller, validates = cache.config, query, must_validate(validate, cache.backend)
-    options = (config, rotary_dim, theta, interleaved, scaling)
-    given = (key, value, slot_mapping, positions, query, cache.key, cache.value)
-    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given)
+    config, validates = cache.config, must_validate(validate, cache.backend)
+    options = (config, cache.device, rotary_dim, theta, interleaved, scaling)
+    given = (key, value, slot_mapping, positions, query)
+    checked = None if validates else remembered("rope_append_kv", cache.backend).find(options, given, cache.bounds)
     if checked is not None:
         rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
-        checked.launch(*given, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling))
+        checked.launch(
+            *given, cache.key, cache.value, rotated, _turns(cache, rotary_dim or config.head_dim, theta, scaling)
+        )
         refresh_slots(cache, slot_mapping)
         return rotated
+    return _rotate_checked(cache, *given, options, validates, rotary_dim, theta, interleaved, scaling)
+
+
+@on_callers_streams
+def _rotate_checked(
+    cache: KVCache,
+    key: Any,
+    value: Any,
+    slot_mapping: Any,
+    positions: Any,
+    query: Any,
+    options: tuple[Any, ...],
+    validates: bool,
+    rotary_dim: int | None,
+    theta: float,
+    interleaved: bool,
+    scaling: Llama3Scaling | None,
+) -> Any:
+    """Check a call of `rope_append_kv`, launch it, and remember it by its options."""
+    config, caller, given = cache.config, query, (key, value, slot_mapping, positions, query)
     key, value, slot_mapping = _checked_tokens(cache, key, value, slot_mapping, between=True)
     positions = as_backend_array(positions, "positions", cache.backend)
     check_dtype(positions, "positions", np.dtype(np.int32))
@@ -206,28 +248,32 @@ def rope_append_kv(
     check_contiguous(positions, "positions")
     if query is not None:
         query = checked_rows(cache, query, "query", key.shape[0], "H", between=True)
+    check_apart(
+        {"cache": cache},
+        {"key": key, "value": value, "slot_mapping": slot_mapping, "positions": positions, "query": query},
+    )
     rotary_dim = config.head_dim if rotary_dim is None else rotary_dim
     step = 2 * (16 // config.numpy_dtype.itemsize)
-    if not isinstance(rotary_dim, int | np.integer) or isinstance(rotary_dim, bool):
-        raise TypeError(f"rotary_dim must be an integer; got {type(rotary_dim).__name__} {rotary_dim!r}")
+    rotary_dim = checked_integer(rotary_dim, "rotary_dim")
+    checked_flag(interleaved, "interleaved")
     if not 0 < rotary_dim <= config.head_dim or rotary_dim % step:
         raise UnsupportedError(
-            f"rotary_dim must be a multiple of {step}, at most the head_dim {config.head_dim}; got {rotary_dim}"
+            f"rotary_dim must be a multiple of {step}, at most the head_dim {config.head_dim}; "
+            f"got {written(rotary_dim)}"
         )
-    if not (math.isfinite(theta) and theta > 0):
-        raise ValueError(f"theta must be positive and finite; got {theta!r}")
+    _checked_positive(theta, "theta")
     if scaling is not None and not isinstance(scaling, Llama3Scaling):
         raise TypeError(f"scaling must be a Llama3Scaling; got {type(scaling).__name__}")
     if validates:
         check_slots(cache, slot_mapping)
         check_positions(positions, MAX_POSITION)
-    rotated = None if query is None else cache.xp.empty(query.shape, query.dtype)
+    rotated = None if query is None else empty_for(caller, query.shape, query.dtype, cache.backend)
     if key.shape[0]:
         key_strides, value_strides = layouts.kv_strides(config, "key"), layouts.kv_strides(config, "value")
         defines = {
             **_append_defines(cache, slot_mapping),
-            "ROTARY_DIM": int(rotary_dim),
-            "INTERLEAVED": int(bool(interleaved)),
+            "ROTARY_DIM": rotary_dim,
+            "INTERLEAVED": int(interleaved),
         }
         kernel = load_kernel("cache/rope_append_kv.cu", "rope_append_kv", defines, cache.backend)
         heads = max(config.num_kv_heads, 0 if query is None else query.shape[1])
@@ -242,7 +288,7 @@ def rope_append_kv(
             value=Strided(value),
             slot_mapping=slot_mapping,
             positions=positions,
-            turns=_turns(cache, int(rotary_dim), float(theta), scaling),
+            turns=_turns(cache, rotary_dim, float(theta), scaling),
             num_heads=0 if query is None else query.shape[1],
             num_kv_heads=config.num_kv_heads,
             query_stride=0 if query is None else _token_stride(query),
@@ -270,9 +316,10 @@ def _turns(cache: KVCache, rotary_dim: int, theta: float, scaling: Llama3Scaling
     """Return turns a position as two floats, float32 [2, rotary_dim / 2], on the cache's device; made once."""
     name = (rotary_dim, theta, scaling)
     if name not in cache.turns:
+        refuse_in_capture(cache.backend, "rope_append_kv must have uploaded its angles by a call before")
         exact = frequencies(rotary_dim, theta, scaling) / (2 * math.pi)
         high = exact.astype(np.float32)
-        cache.turns[name] = cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)]))
+        cache.turns.setdefault(name, cache.xp.asarray(np.stack([high, (exact - high).astype(np.float32)])))
     return cache.turns[name]
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from typing import Any
 
 import numpy as np
 
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
-from cupaged.runtime.arguments import byte_bounds
+from cupaged.ops.overlap import check_apart
+from cupaged.runtime.environment import environment_flag
 
 __all__ = [
     "as_float32",
@@ -29,14 +29,21 @@ __all__ = [
     "check_shape",
     "check_shared_prefix",
     "check_slots",
+    "checked_flag",
+    "checked_heads",
+    "checked_integer",
     "checked_out",
+    "checked_real",
     "checked_scale",
     "checked_shared_prefix",
+    "checked_softcap",
+    "checked_window",
     "must_validate",
-    "shares_memory",
 ]
 
-SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-149, float(np.finfo(np.float32).max)
+INT32_MAX = 2**31 - 1  # the largest integer that a kernel takes for a size
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, float(np.finfo(np.float32).max)
+SOFTCAP_RANGE = (1e-30, 1e30)  # within it, float32 holds the cap, its inverse and what they become in units of log 2
 
 
 def check_cache(cache: Any) -> None:
@@ -45,12 +52,66 @@ def check_cache(cache: Any) -> None:
         raise TypeError(f"cache must be a KVCache; got {type(cache).__module__}.{type(cache).__name__}")
 
 
-def check_at_least_one(number: Any, name: str) -> None:
-    """Raise unless `number` is an integer, 1 or more."""
+def checked_integer(number: Any, name: str, low: int | None = None, high: int = INT32_MAX, note: str = "") -> int:
+    """Return an integer from `low` to `high`, Python's own, or raise by name; `note` says what it counts."""
     if not isinstance(number, int | np.integer) or isinstance(number, bool):
-        raise TypeError(f"{name} must be an integer; got {type(number).__name__} {number!r}")
+        raise TypeError(f"{name} must be an integer{note}; got {type(number).__name__} {written(number)}")
+    if low is not None and number < low:
+        raise ValueError(f"{name} must be at least {low}{note}; got {written(int(number))}")
+    if number > high:
+        raise ValueError(f"{name} must be at most {high}{note}; got {written(int(number))}")
+    return int(number)
+
+
+def checked_real(number: Any, name: str, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> float:
+    """Return a finite number from `low` to `high`, or raise by name; float32 holds it."""
+    if not isinstance(number, int | float | np.floating | np.integer) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a real number; got {type(number).__name__} {written(number)}")
+    value = number if isinstance(number, int) else float(number)  # a float16 cannot be compared with the limits
+    if low == -FLOAT32_MAX and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {number!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {written(number)}")
+    return float(value)
+
+
+def checked_heads(num_heads: Any, cache: KVCache) -> int:
+    """Return a number of query heads, or raise by name unless each KV head serves as many of them."""
+    of_cache, number = cache.config.num_kv_heads, checked_integer(num_heads, "num_heads")
+    if number < 1 or number % of_cache:
+        raise ValueError(f"num_heads must be a multiple of the cache's {of_cache} KV heads; got {written(number)}")
+    return number
+
+
+def checked_flag(flag: Any, name: str) -> bool:
+    """Return True or False, or raise by name: what only counts as true may be a mistake."""
+    if not isinstance(flag, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False; got {type(flag).__name__} {written(flag)}")
+    return bool(flag)
+
+
+def check_at_least_one(number: Any, name: str) -> None:
+    """Raise unless `number` is an integer, 1 or more, that a kernel can take."""
+    checked_integer(number, name, 1)
+
+
+def checked_window(window: Any) -> int | None:
+    """Return a window in tokens, or None where there is none; one beyond int32 hides as little as its largest."""
+    if window is None:
+        return None
+    if isinstance(window, int) and window > INT32_MAX:
+        return INT32_MAX
+    number = checked_integer(window, "window", note=", in tokens")
     if number < 1:
-        raise ValueError(f"{name} must be at least 1; got {number}")
+        raise ValueError(f"window must be at least 1, the query's own token; got {written(number)}")
+    return number
+
+
+def checked_softcap(softcap: Any) -> float | None:
+    """Return the bound of the logits, or None where there is none, or raise by name."""
+    if softcap is None:
+        return None
+    return checked_real(softcap, "softcap", *SOFTCAP_RANGE)
 
 
 def check_shape(array: Any, name: str, shape: tuple[int | str, ...]) -> None:
@@ -78,8 +139,8 @@ def check_contiguous(array: Any, name: str) -> None:
 def must_validate(validate: bool | None, backend: str) -> bool:
     """Whether to read arrays before the launch: as asked, else CUPAGED_VALIDATE, else only where reading is free."""
     if validate is not None:
-        return bool(validate)
-    return os.environ.get("CUPAGED_VALIDATE", "") not in ("", "0") or backend == "host"
+        return validate if validate is True or validate is False else checked_flag(validate, "validate")
+    return environment_flag("CUPAGED_VALIDATE") or backend == "host"
 
 
 def check_block_tables(
@@ -113,12 +174,12 @@ def checked_shared_prefix(
     shared_prefix: Any, block_size: int, window: int | None = None, max_blocks: int | None = None
 ) -> int:
     """Return `shared_prefix`, in tokens, or raise by name unless it is whole blocks, and there is no window."""
-    if not isinstance(shared_prefix, int | np.integer) or isinstance(shared_prefix, bool):
-        raise TypeError(
-            f"shared_prefix must be an integer, in tokens; got {type(shared_prefix).__name__} {shared_prefix!r}"
-        )
-    if shared_prefix < 0 or shared_prefix % block_size:
-        raise ValueError(f"shared_prefix must be whole blocks, a multiple of {block_size} tokens; got {shared_prefix}")
+    whole = f"whole blocks, a multiple of {block_size} tokens"
+    if isinstance(shared_prefix, int | np.integer) and shared_prefix < 0:
+        raise ValueError(f"shared_prefix must be {whole}; got {written(int(shared_prefix))}")
+    shared_prefix = checked_integer(shared_prefix, "shared_prefix", 0, note=", in tokens")
+    if shared_prefix % block_size:
+        raise ValueError(f"shared_prefix must be {whole}; got {shared_prefix}")
     if max_blocks is not None and shared_prefix > max_blocks * block_size:
         raise ValueError(
             f"shared_prefix must be at most {max_blocks * block_size}, what the table maps; got {shared_prefix}"
@@ -128,7 +189,7 @@ def checked_shared_prefix(
             "shared_prefix must be left out where there is a window, which hides another part of it from each "
             f"sequence; got shared_prefix {shared_prefix} and window {window}"
         )
-    return int(shared_prefix)
+    return shared_prefix
 
 
 def check_shared_prefix(
@@ -230,45 +291,28 @@ def as_real(value: Any) -> float:
 
 def as_float32(values: np.ndarray) -> np.ndarray:
     """Return float64 numbers as float32: positive ones beyond its range as the largest and the smallest that it has."""
-    within = np.clip(values, SMALLEST_FLOAT32, LARGEST_FLOAT32)
+    within = np.clip(values, FLOAT32_MIN, FLOAT32_MAX)
     return np.where(values > 0, within, values).astype(np.float32)
 
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
     """Return the factor of the logits, ``1 / sqrt(head_dim)`` if none is given, or raise by name."""
-    if scale is None:
-        return head_dim**-0.5
-    if not isinstance(scale, int | float | np.floating | np.integer) or isinstance(scale, bool):
-        raise TypeError(f"scale must be a real number; got {type(scale).__name__} {scale!r}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got {scale!r}")
-    return float(scale)
+    return head_dim**-0.5 if scale is None else checked_real(scale, "scale")
 
 
-def checked_out(out: Any, query: Any, cache: KVCache) -> Any:
-    """Return `out` as the backend's own array, or raise by name unless a result like `query` can be written to it."""
+def checked_out(out: Any, query: Any, cache: KVCache, **read: Any) -> Any:
+    """Return `out` as the backend's own array, or raise by name unless a result like `query` can be written to it.
+
+    `read` are the call's other arrays, the backend's own, which it must not overlap either.
+    """
     array = as_backend_array(out, "out", cache.backend)
     check_dtype(array, "out", query.dtype)
     check_shape(array, "out", query.shape)
     check_contiguous(array, "out")
     if array.size:
         check_alignment(array, "out")
-    name = shares_memory(array, query, cache)
-    if name is not None:
-        raise ValueError(f"out must not share memory with {name}: other thread blocks still read it")
+    check_apart({"out": array}, {"query": query, "cache": cache, **read})
     return array
-
-
-def shares_memory(out: Any, query: Any, cache: KVCache) -> str | None:
-    """Return whose memory `out` takes part of, "query" or "cache", or None."""
-    start, end = byte_bounds(out)
-    low, high = byte_bounds(query)
-    if start < high and low < end:
-        return "query"
-    for low, high in cache.bounds:
-        if start < high and low < end:
-            return "cache"
-    return None
 
 
 def as_numpy(array: Any) -> np.ndarray:

@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from cupaged.errors import UnsupportedError
-from cupaged.ops.arrays import array_module, as_backend_array, backend_of, check_alignment, like_caller
+from cupaged.ops.arrays import as_backend_array, backend_of, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -20,6 +21,7 @@ THREADS = 256
 STORAGE_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32))
 
 
+@on_callers_streams
 def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     """Merge attention over disjoint parts of a context into attention over all of it.
 
@@ -64,8 +66,8 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     per_vector = 16 // outs.dtype.itemsize
     if head_dim % per_vector:
         raise UnsupportedError(f"outs must have a last axis that is a multiple of {per_vector}; got {head_dim}")
-    xp = array_module(backend)
-    out, lse = xp.empty(outs.shape[1:], outs.dtype), xp.empty(outs.shape[1:-1], np.float32)
+    out = empty_for(caller, outs.shape[1:], outs.dtype, backend)
+    lse = empty_for(caller, outs.shape[1:-1], np.float32, backend)
     if out.size:
         check_alignment(outs, "outs")
         rows, vectors = math.prod(out.shape[:-1]), head_dim // per_vector

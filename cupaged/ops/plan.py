@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -15,13 +16,17 @@ from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
 from cupaged.ops.checks import (
     as_numpy,
-    check_at_least_one,
     check_cache,
     check_dtype,
     check_shape,
+    checked_flag,
+    checked_heads,
+    checked_integer,
     checked_shared_prefix,
+    checked_window,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks, shared_bytes_for_at_most
+from cupaged.ops.streams import callers_streams, on_callers_streams
 from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 from cupaged.runtime.select import load_kernel
@@ -34,6 +39,7 @@ MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, s
 PIECE_BYTES = 16 * 1024  # and while a block changes to the next piece
 ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads without company, in an SM's fair shares
 NO_WINDOW = 2**31 - 1
+NO_CONTEXT = nullcontext()
 TALL_TILES_DIM = 64  # of longer rows, registers hold no more than 16 well: at 128 taller tiles take 15 to 25 % longer
 PREFIX_ALONE, PREFIX_BEFORE = 1, 2  # values of SHARED_PREFIX, as in kernels_cu/include/shared_prefix.cuh
 
@@ -104,7 +110,9 @@ class DecodePlan:
     error where calls are validated.
 
     A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
-    keep. For several streams make several plans.
+    keep. For several streams make several plans. A graph that captured calls with a plan uses that work space, and
+    keeps neither the plan nor the arrays of the calls: keep them for as long as it is replayed. Calls without a plan
+    make one, which the graph keeps.
 
     Attributes
     ----------
@@ -169,6 +177,7 @@ class DecodePlan:
         self.calls = CheckedCalls(cache.backend)  # of paged_attention
         self.updates = CheckedCalls(cache.backend)
 
+    @on_callers_streams
     def prepare(
         self, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, **options: Any
     ) -> PreparedAttention:
@@ -182,9 +191,10 @@ class DecodePlan:
         Returns
         -------
         PreparedAttention
-            Called without arguments, it launches on CuPy's current stream, checks nothing again and returns what
-            `paged_attention` would. It holds the arrays: what they contain may change between launches, lengths too
-            (after `update`). It keeps the kernel that it was made with, also if the kernel's file is edited.
+            Called without arguments, it launches on CuPy's current stream (with torch tensors, on torch's), checks
+            nothing again and returns what `paged_attention` would. It holds the arrays: what they contain may change
+            between launches, lengths too (after `update`). It keeps the kernel that it was made with, also if the
+            kernel's file is edited.
 
         Raises
         ------
@@ -226,11 +236,13 @@ class DecodePlan:
         self.prefix_out = xp.empty((rows, self.config.head_dim), dtype=np.float32)
         self.prefix_state = xp.empty((rows, 2), dtype=np.float32)
 
+    @on_callers_streams
     def check_lens(self, seq_lens: Any) -> None:
         """Raise ValueError unless the plan holds every token of these lengths, int32 [num_seqs], that takes part.
 
         Reads both, and so waits for the device.
         """
+        seq_lens = as_backend_array(seq_lens, "seq_lens", self.backend)
         lens, ranges = (as_numpy(array).astype(np.int64) for array in (seq_lens, self.ranges))
         hidden = np.maximum(lens - self.query_tokens, 0) - ((NO_WINDOW if self.window is None else self.window) - 1)
         first = np.maximum(hidden, self.shared_prefix if self.prefix else 0) // self.shape.chunk
@@ -248,7 +260,11 @@ class DecodePlan:
         checked = self.updates.find((), (seq_lens,))
         if checked is not None:
             checked.launch(seq_lens)
-            return
+        else:
+            self._checked_update(seq_lens)
+
+    @on_callers_streams
+    def _checked_update(self, seq_lens: Any) -> None:
         given = seq_lens
         seq_lens = as_backend_array(seq_lens, "seq_lens", self.backend)
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
@@ -293,9 +309,10 @@ class PreparedAttention:
         What a call returns.
     """
 
-    def __init__(self, launches: Sequence[PreparedLaunch], result: Any) -> None:
+    def __init__(self, launches: Sequence[PreparedLaunch], result: Any, foreign: Sequence[Any] = ()) -> None:
         self.launches = tuple(launches)
         self.result = result
+        self._foreign = tuple(foreign)  # arrays of other libraries, by which streams go
 
     def __call__(self) -> Any:
         """Launch, and return the result: the same arrays each time.
@@ -305,11 +322,13 @@ class PreparedAttention:
         ValueError
             If another device is current than when it was made.
         """
-        for launch in self.launches:
-            launch()
+        with callers_streams(self._foreign) if self._foreign else NO_CONTEXT:
+            for launch in self.launches:
+                launch()
         return self.result
 
 
+@on_callers_streams
 def plan_decode(
     cache: KVCache,
     seq_lens: Any,
@@ -344,17 +363,12 @@ def plan_decode(
         If tensor cores do not serve the cache, or there is a window besides a shared prefix; the message names it.
     """
     check_cache(cache)
-    check_at_least_one(query_tokens, "query_tokens")
-    if window is not None:
-        check_at_least_one(window, "window")
+    query_tokens, window = checked_integer(query_tokens, "query_tokens", 1), checked_window(window)
+    overlap, num_heads = checked_flag(overlap, "overlap"), checked_heads(num_heads, cache)
     shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, window)
     reason = why_no_tensor_cores(cache)
     if reason:
         raise UnsupportedError(reason)
-    if num_heads < 1 or num_heads % cache.config.num_kv_heads:
-        raise ValueError(
-            f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
-        )
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
     plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix, overlap=overlap)

@@ -11,25 +11,29 @@ from cupaged import layouts
 from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
-from cupaged.ops.arrays import as_backend_array, check_alignment, like_caller
+from cupaged.ops.arrays import as_backend_array, check_alignment, empty_for, like_caller
 from cupaged.ops.attention import MAX_TOKENS, paged_attention
 from cupaged.ops.checks import (
     as_numpy,
-    check_at_least_one,
     check_block_tables,
     check_cache,
     check_contiguous,
     check_dtype,
     check_query_start,
     check_shape,
+    checked_flag,
+    checked_heads,
+    checked_integer,
     checked_out,
     checked_scale,
+    checked_window,
     must_validate,
 )
 from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks
 from cupaged.ops.plan import DecodePlan, why_no_tensor_cores
 from cupaged.ops.rungs import multiprocessors
-from cupaged.ops.variants import Variants, checked_variants
+from cupaged.ops.streams import on_callers_streams
+from cupaged.ops.variants import Variants, checked_of_heads, checked_variants
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.driver import can_overlap_launches
 from cupaged.runtime.select import load_kernel
@@ -117,7 +121,7 @@ class PrefillPlan:
 
     A plan serves every layer of a step, and later steps with as many sequences and query tokens after `update`, which
     runs on the device and can be captured in a CUDA graph with the calls behind it. It has work space: its calls and
-    updates must run one after the other.
+    updates must run one after the other, and it must be kept for as long as a graph is replayed that captured them.
 
     Attributes
     ----------
@@ -173,6 +177,7 @@ class PrefillPlan:
         # where a sequence has one tile of rows, nobody reads its tokens again: all heads of a token are read together
         self.cached_tokens = NO_WINDOW if self.shape.token_warps > 1 else int(L2_FRACTION * l2_bytes / bytes_of_token)
 
+    @on_callers_streams
     def update(self, seq_lens: Any, query_start: Any) -> None:
         """Share out anew for other lengths and starts, int32 [num_seqs] and [num_seqs + 1]; waits for nothing."""
         seq_lens, query_start = (
@@ -211,12 +216,16 @@ class PrefillPlan:
             cached_tokens=self.cached_tokens,
         )
 
+    @on_callers_streams
     def check_lens(self, seq_lens: Any, query_start: Any) -> None:
         """Raise ValueError unless the plan was last made for these lengths and starts, which are those of a call.
 
         Reads them and the plan, and so waits for the device.
         """
-        lens, starts = (as_numpy(array).astype(np.int64) for array in (seq_lens, query_start))
+        lens, starts = (
+            as_numpy(as_backend_array(array, name, self.backend)).astype(np.int64)
+            for array, name in ((seq_lens, "seq_lens"), (query_start, "query_start"))
+        )
         pieces = as_numpy(self.pieces)[: int(as_numpy(self.summary)[0])].astype(np.int64)
         seq, first_token, context, seq_len = pieces[:, PIECE_SEQ], *(pieces[:, i] for i in PIECE_LENS)
         new_tokens = np.zeros_like(lens)
@@ -229,6 +238,7 @@ class PrefillPlan:
             )
 
 
+@on_callers_streams
 def plan_prefill(
     cache: KVCache,
     seq_lens: Any,
@@ -265,21 +275,18 @@ def plan_prefill(
         If tensor cores do not serve the cache, or there is a window without causality; the message names it.
     """
     check_cache(cache)
+    causal, overlap = checked_flag(causal, "causal"), checked_flag(overlap, "overlap")
+    window = checked_window(window)
     _check_served(cache, causal, window)
-    check_at_least_one(total_tokens, "total_tokens")
-    if window is not None:
-        check_at_least_one(window, "window")
-    if num_heads < 1 or num_heads % cache.config.num_kv_heads:
-        raise ValueError(
-            f"num_heads must be a multiple of the cache's {cache.config.num_kv_heads} KV heads; got {num_heads}"
-        )
+    total_tokens, num_heads = checked_integer(total_tokens, "total_tokens", 1), checked_heads(num_heads, cache)
     lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
     check_shape(lens, "seq_lens", ("num_seqs",))
-    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, bool(causal), window, overlap)
+    plan = PrefillPlan(cache, lens.shape[0], total_tokens, num_heads, causal, window, overlap)
     plan.update(seq_lens, query_start)
     return plan
 
 
+@on_callers_streams
 def paged_prefill(
     query: Any,
     cache: KVCache,
@@ -326,7 +333,7 @@ def paged_prefill(
     window, softcap, alibi_slopes, sinks
         As `paged_attention` takes them; a window only with `causal`.
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each token's and head's logits, the sink among them.
     plan : PrefillPlan or DecodePlan, optional
@@ -359,13 +366,21 @@ def paged_prefill(
     """
     caller = query
     check_cache(cache)
+    causal, return_lse = checked_flag(causal, "causal"), checked_flag(return_lse, "return_lse")
+    window = checked_window(window)
     if not isinstance(plan, DecodePlan):  # whose kernel asks for less shared memory
         _check_served(cache, causal, window)
     query, block_tables, seq_lens, query_start = _checked_arrays(query, cache, block_tables, seq_lens, query_start)
     config, (total_tokens, num_heads, head_dim) = cache.config, query.shape
     num_seqs, must_read = seq_lens.shape[0], must_validate(validate, cache.backend)
     options = {"window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    result = cache.xp.empty_like(query) if out is None else checked_out(out, query, cache)
+    if out is None:
+        result = empty_for(caller, query.shape, query.dtype, cache.backend)
+    else:
+        result = checked_out(
+            out, query, cache, block_tables=block_tables, seq_lens=seq_lens, query_start=query_start,
+            **checked_of_heads(query, cache.backend, alibi_slopes, sinks),
+        )  # fmt: skip
     lse = None
     if isinstance(plan, DecodePlan):
         _check_few(plan, query_start, total_tokens, causal, must_read)
@@ -380,9 +395,9 @@ def paged_prefill(
         capacity = block_tables.shape[1] * config.block_size
         variants = checked_variants(query, cache.backend, capacity, **options)
         if return_lse:
-            lse = cache.xp.empty(query.shape[:-1], dtype=np.float32)
+            lse = empty_for(caller, query.shape[:-1], np.float32, cache.backend)
         if plan is not None:
-            _check_plan(plan, cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window, capacity)
+            _check_plan(plan, cache, num_seqs, total_tokens, num_heads, causal, variants.window, capacity)
         if must_read:
             check_query_start(query_start, total_tokens)
             new_tokens = np.diff(as_numpy(query_start).astype(np.int64))
@@ -391,16 +406,11 @@ def paged_prefill(
                 plan.check_lens(seq_lens, query_start)
         if query.size:
             if plan is None:
-                plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, bool(causal), variants.window)
+                plan = PrefillPlan(cache, num_seqs, total_tokens, num_heads, causal, variants.window)
                 plan.update(seq_lens, query_start)
-                if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
-                    _captured_plans.append(plan)
             _launch(result, lse, query, cache, block_tables, scale, variants, plan)
     returned = like_caller(result, caller) if out is None else out
     return (returned, like_caller(lse, caller)) if return_lse else returned
-
-
-_captured_plans: list[PrefillPlan] = []  # a graph keeps no arrays alive: these must outlive it
 
 
 def _launch(

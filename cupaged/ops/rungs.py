@@ -137,7 +137,6 @@ def _launch_over_partitions(
     if partitions > 1:
         partial["partial_out"] = xp.empty((rows, num_heads, partitions, head_dim), dtype=np.float32)
         partial["partial_state"] = xp.empty((rows, num_heads, partitions, 2), dtype=np.float32)
-        _keep_for_graph(cache, partial)
     grid = (blocks, partitions)
     kernel(grid, (THREADS,), shared_bytes=shared_bytes, **arguments, **partial, partition_tokens=tokens)
     if partitions > 1:
@@ -197,14 +196,6 @@ def _multiprocessors(device: int) -> int:
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
-
-
-_kept: list[Any] = []  # work space of captured launches: a graph keeps no arrays alive
-
-
-def _keep_for_graph(cache: KVCache, arrays: Any) -> None:
-    if cache.backend == "cuda" and cache.xp.cuda.get_current_stream().is_capturing():
-        _kept.append(arrays)
 
 
 RUNGS: dict[str, Callable[..., None]] = {

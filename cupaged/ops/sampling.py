@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from cupaged.errors import UnsupportedError
-from cupaged.ops.arrays import array_module, as_backend_array, backend_of, like_caller
+from cupaged.ops.arrays import array_module, as_backend_array, backend_of, empty_for, like_caller
 from cupaged.ops.checks import (
     as_float32,
     as_numpy,
@@ -18,6 +18,8 @@ from cupaged.ops.checks import (
     check_shape,
     must_validate,
 )
+from cupaged.ops.overlap import check_apart
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
@@ -29,6 +31,7 @@ TOKENS_OF_WARP = 512  # at least, where there are several warps
 MAX_WARPS = 32
 
 
+@on_callers_streams
 def sample(
     logits: Any,
     temperature: Any = 1.0,
@@ -59,7 +62,7 @@ def sample(
     seed : int, or uint64 array [num_seqs]
         Of each row; one number, modulo 2**64, gives row i the seed ``seed + i``.
     out : array, int32 [num_seqs], optional
-        Where to write the tokens.
+        Where to write the tokens; it shares no memory with any other argument.
     validate : bool, optional
         Read all arrays and check them, which on a GPU waits for it. The default reads them on the host backend only,
         or everywhere if CUPAGED_VALIDATE is set to 1. Without it, a row that has no finite largest logit gives -1.
@@ -94,14 +97,17 @@ def sample(
     top_k = _of_each_row(top_k, "top_k", np.int32, num_seqs, backend)
     top_p = _of_each_row(top_p, "top_p", np.float32, num_seqs, backend)
     seed = _of_each_row(seed, "seed", np.uint64, num_seqs, backend)
-    xp = array_module(backend)
     if out is None:
-        tokens = xp.empty(num_seqs, np.int32)
+        tokens = empty_for(caller, (num_seqs,), np.int32, backend)
     else:
         tokens = as_backend_array(out, "out", backend)
         check_dtype(tokens, "out", np.dtype(np.int32))
         check_shape(tokens, "out", (num_seqs,))
         check_contiguous(tokens, "out")
+        check_apart(
+            {"out": tokens},
+            {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
+        )
     if must_validate(validate, backend):
         _check_values(logits, temperature, top_k, top_p)
     if num_seqs:

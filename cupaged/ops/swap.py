@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 
 from cupaged.config import CacheConfig
-from cupaged.errors import BackendUnavailableError
+from cupaged.errors import BackendUnavailableError, written
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
 from cupaged.ops.blocks import as_words, block_elements, halves, prepare_move
-from cupaged.ops.checks import check_at_least_one, check_cache
+from cupaged.ops.checks import check_at_least_one, check_cache, checked_flag, checked_integer
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.textures import refresh_blocks
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.launch import CheckedCall
 from cupaged.runtime.select import why_no_gpu
 
@@ -50,7 +53,10 @@ class HostBlocks:
     """
 
     def __init__(self, config: CacheConfig, num_blocks: int, pinned: bool | None = None) -> None:
-        check_at_least_one(num_blocks, "num_blocks")
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"config must be a CacheConfig; got {type(config).__name__} {written(config)}")
+        num_blocks = checked_integer(num_blocks, "num_blocks", 1)
+        pinned = None if pinned is None else checked_flag(pinned, "pinned")
         reason = why_no_gpu()
         if pinned and reason:
             raise BackendUnavailableError(f"pinned memory needs a GPU: {reason}")
@@ -77,9 +83,10 @@ class HostBlocks:
 class SwapEngine:
     """Moves blocks of the layers' caches to the host and back, on streams of its own.
 
-    A swap waits for the work that is on the current stream when it is asked for; the work that follows waits for the
-    swap only after `wait`. Two buffers of up to 16 MiB take turns: while one is gathered or scattered, the other is on
-    the link. Swaps take place in the order in which they were asked for.
+    A swap waits for the work that is on CuPy's current stream when it is asked for; the work that follows there waits
+    for the swap only after `wait`. Calls of the toolkit with torch tensors are in order with CuPy's current stream, and
+    so with swaps. A CUDA graph cannot capture a swap. Two buffers of up to 16 MiB take turns: while one is gathered or
+    scattered, the other is on the link. Swaps take place in the order in which they were asked for.
 
     Parameters
     ----------
@@ -98,17 +105,21 @@ class SwapEngine:
     Raises
     ------
     TypeError, ValueError
-        If there is no cache, or they are not alike.
+        If there is no cache, if they are not alike, or if one comes twice.
     """
 
     def __init__(self, caches: Sequence[KVCache], num_host_blocks: int, pinned: bool | None = None) -> None:
+        if not isinstance(caches, Sequence):
+            raise TypeError(f"caches must be a sequence of KVCache; got {type(caches).__name__} {written(caches)}")
         self.caches = tuple(caches)
+        check_at_least_one(num_host_blocks, "num_host_blocks")
         if not self.caches:
             raise ValueError("caches must hold one cache at least; got none")
         for cache in self.caches:
             check_cache(cache)
             if cache.config != self.caches[0].config or cache.backend != self.caches[0].backend:
                 raise ValueError(f"caches must be alike; got {self.caches[0]} and {cache}")
+        check_apart({f"caches[{i}]": cache for i, cache in enumerate(self.caches)}, {})
         if pinned is None:
             pinned = self.caches[0].backend == "cuda"
         self.host = tuple(HostBlocks(cache.config, num_host_blocks, pinned) for cache in self.caches)
@@ -167,21 +178,26 @@ def swap_blocks(src: KVCache | HostBlocks, dst: KVCache | HostBlocks, pairs: Any
         )
     if cache.config != host.config:
         raise ValueError(f"src and dst must be of the same config; got {cache.config} and {host.config}")
-    if cache.mover is None:
-        cache.mover = _Mover((cache,))  # kept: its buffers must outlive the copies
+    with _mover_lock:
+        if cache.mover is None:
+            cache.mover = _Mover((cache,))  # kept: its buffers must outlive the copies
     cache.mover.move((cache,), (host,), pairs, out)
     cache.mover.wait()
+
+
+_mover_lock = threading.Lock()
 
 
 class _Mover:
     """Two buffers on the device that take turns, each with a stream on which it is filled and emptied.
 
     What all layers have in common is worked out once a call; a layer's share of it is a launch, and a copy for each run
-    of neighbours, a buffer at a time.
+    of neighbours, a buffer at a time. Threads may share a mover: it takes their calls one after the other.
     """
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         cache = caches[0]
+        _refuse_in_capture(cache)
         config, elements = cache.config, block_elements(cache)
         self.block_bytes = elements * config.numpy_dtype.itemsize
         self.at_once = max(1, min(config.num_blocks, STAGING_BYTES // self.block_bytes))
@@ -190,6 +206,7 @@ class _Mover:
         self.words_of_caches = [as_words(each.storage) for each in caches]
         self.launches: dict[tuple[int, bool], CheckedCall] = {}
         self.moved: Any = None  # an event: when all that was started is done
+        self.lock = threading.Lock()  # on the buffers, and on what `streams` notes of a move
         self.streams = _Streams() if cache.backend == "cuda" else None
         if self.streams is not None:
             self.streams.wait_for_current()  # which may still use what the buffers' memory held before
@@ -199,10 +216,16 @@ class _Mover:
         on_device, on_host = _checked(caches[0].config, hosts[0].num_blocks, pairs, out)
         if not len(on_host):
             return
-        blocks = _Blocks(self, caches[0], on_device, on_host, out)
+        with self.lock:
+            self._move(caches, hosts, _Blocks(self, caches[0], on_device, on_host, out), on_device)
+
+    def _move(
+        self, caches: Sequence[KVCache], hosts: Sequence[HostBlocks], blocks: _Blocks, on_device: np.ndarray
+    ) -> None:
         if self.streams is None:
             self._move_layers(caches, hosts, blocks)
             return
+        _refuse_in_capture(caches[0])
         self.streams.wait_for_current()
         self.streams.wait_for(host.moved for host in hosts)  # by this mover or another
         try:
@@ -399,6 +422,10 @@ class _Streams:
         """Wait for what was started so far."""
         for stream in self.own:
             stream.synchronize()
+
+
+def _refuse_in_capture(cache: KVCache) -> None:
+    refuse_in_capture(cache.backend, "blocks must be swapped by calls, as swaps run on streams of their own")
 
 
 def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cupaged.memory.block_table import UNMAPPED, BlockTables
+from cupaged.runtime.captures import refuse_in_capture
 
 __all__ = ["CupyDevice", "MirrorDevice", "TableMirror"]
 
@@ -64,6 +65,7 @@ class CupyDevice:
 
     def upload(self, host: Host, device: Any) -> None:
         """Begin to copy a vector to the device, and return at once."""
+        refuse_in_capture("cuda", "a TableMirror must be updated by a call, as a replay would read its buffer again")
         device.data.copy_from_host_async(host.ctypes.data, host.nbytes, self._cupy.cuda.get_current_stream())
 
     def scatter(self, packed: Any, table: Any) -> None:

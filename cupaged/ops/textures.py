@@ -16,10 +16,13 @@ import numpy as np
 
 from cupaged import layouts
 from cupaged.config import CacheConfig
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
 from cupaged.kv_cache import KVCache, aligned_zeros
-from cupaged.ops.checks import check_cache
+from cupaged.ops.arrays import as_backend_array
+from cupaged.ops.checks import check_cache, check_contiguous, check_dtype, check_shape, checked_flag
+from cupaged.ops.streams import on_callers_streams
 from cupaged.runtime.arguments import Strided
+from cupaged.runtime.captures import refuse_in_capture
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, added_defines
 
@@ -124,11 +127,15 @@ def bind_textures(cache: KVCache, binding: str = "linear", *, floats: bool = Fal
         long for one texture object is tiled over several.
     """
     check_cache(cache)
+    if not isinstance(binding, str):
+        raise TypeError(f"binding must be a name; got {type(binding).__name__} {written(binding)}")
     if binding not in BINDINGS:
         raise ValueError(f"binding must be one of {', '.join(BINDINGS)}; got {binding!r}")
-    key = binding, bool(floats)
+    floats = checked_flag(floats, "floats")
+    key = binding, floats
     if key not in cache.textures:
-        cache.textures[key] = TextureView(cache, binding, bool(floats))
+        refuse_in_capture(cache.backend, "bind_textures must be called for this cache once before")
+        cache.textures.setdefault(key, TextureView(cache, binding, floats))
     return cache.textures[key]
 
 
@@ -211,6 +218,7 @@ class TextureView:
         }
         self.refresh()
 
+    @on_callers_streams
     def refresh(self, slot_mapping: Any = None) -> None:
         """Copy the cache, or the slots of a slot mapping, to the arrays; does nothing where there are none.
 
@@ -222,6 +230,11 @@ class TextureView:
         if not self._surfaces:
             return
         config = self._config
+        if slot_mapping is not None:
+            slot_mapping = as_backend_array(slot_mapping, "slot_mapping", self._backend)
+            check_dtype(slot_mapping, "slot_mapping", np.dtype(np.int32), np.dtype(np.int64))
+            check_shape(slot_mapping, "slot_mapping", ("num_tokens",))
+            check_contiguous(slot_mapping, "slot_mapping")
         tokens = config.num_slots if slot_mapping is None else len(slot_mapping)
         if not tokens:
             return

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupaged.ops.arrays import as_backend_array
-from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
+from cupaged.ops.checks import check_contiguous, check_dtype, check_shape, checked_softcap, checked_window
 
-__all__ = ["ALL_VARIANTS", "Variants", "checked_variants"]
+__all__ = ["ALL_VARIANTS", "Variants", "checked_of_heads", "checked_variants"]
 
 ALL_VARIANTS = frozenset({"query_tokens", "window", "softcap", "alibi_slopes", "sinks"})
-SOFTCAP_RANGE = (1e-30, 1e30)  # within it, float32 holds the cap, its inverse and what they become in units of log 2
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,15 @@ def checked_variants(
     window, softcap, alibi_slopes, sinks
         The arguments of `cupaged.paged_attention`.
     """
-    if window is not None:
-        if not isinstance(window, int | np.integer) or isinstance(window, bool):
-            raise TypeError(f"window must be an integer, in tokens; got {type(window).__name__} {window!r}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1, the query's own token; got {window}")
-        window = int(window) if window < max_tokens else None
-    if softcap is not None:
-        if not isinstance(softcap, int | float | np.floating | np.integer) or isinstance(softcap, bool):
-            raise TypeError(f"softcap must be a real number; got {type(softcap).__name__} {softcap!r}")
-        low, high = SOFTCAP_RANGE
-        if not (math.isfinite(softcap) and low <= softcap <= high):
-            raise ValueError(f"softcap must lie in [{low:g}, {high:g}]; got {softcap!r}")
-        softcap = float(softcap)
+    window, softcap = checked_window(window), checked_softcap(softcap)
+    if window is not None and window >= max_tokens:
+        window = None
+    of_heads = checked_of_heads(query, backend, alibi_slopes, sinks)
+    return Variants(query.shape[1] if query.ndim == 4 else 1, window, softcap, **of_heads)
+
+
+def checked_of_heads(query: Any, backend: str, alibi_slopes: Any, sinks: Any) -> dict[str, Any]:
+    """Return `alibi_slopes` and `sinks`, float32 [H] or None, as the backend's own arrays, or raise by name."""
     of_heads = {"alibi_slopes": alibi_slopes, "sinks": sinks}
     for name, array in of_heads.items():
         if array is not None:
@@ -105,4 +99,4 @@ def checked_variants(
             check_dtype(array, name, np.dtype(np.float32))
             check_shape(array, name, (query.shape[-2],))
             check_contiguous(array, name)
-    return Variants(query.shape[1] if query.ndim == 4 else 1, window, softcap, **of_heads)
+    return of_heads

@@ -15,6 +15,7 @@ from cupaged.runtime.source import Parameter
 
 __all__ = [
     "Strided",
+    "address_of",
     "argument_converters",
     "byte_bounds",
     "check_array",
@@ -36,10 +37,24 @@ class Strided:
     array: Any
 
 
+def address_of(array: Any) -> int:
+    """Return where the first element of an array lies, NumPy's or CuPy's."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+
 def byte_bounds(array: Any) -> tuple[int, int]:
-    """Return the addresses between which a contiguous array lies, NumPy's or CuPy's."""
-    start = array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
-    return start, start + array.nbytes
+    """Return the addresses between which an array lies, NumPy's or CuPy's, with any strides; equal ones if it is empty.
+
+    An array with gaps counts from its first byte to its last.
+    """
+    start = address_of(array)
+    if array.size == 0:
+        return start, start
+    if array.flags.c_contiguous:
+        return start, start + array.nbytes
+    reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    before, behind = sum(min(0, step) for step in reach), sum(max(0, step) for step in reach)
+    return start + before, start + behind + array.dtype.itemsize
 
 
 def argument_converters(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -17,7 +18,7 @@ from typing import Any
 
 from cupaged.errors import BackendUnavailableError, KernelBuildError, UnsupportedError
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
-from cupaged.runtime.cache import cache_folder, store
+from cupaged.runtime.cache import cached_file
 from cupaged.runtime.driver import DriverLaunch
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.source import KernelSource, Parameter
@@ -26,6 +27,7 @@ __all__ = ["CudaKernel", "compile_cubin", "cuda_headers", "nvrtc_version"]
 
 SHARED_BYTES_WITHOUT_OPT_IN = 40 * 1024  # of dynamic shared memory: 48 KiB with the static, which kernels keep small
 OPTIONS = ("-std=c++17", "--generate-line-info")
+_shared_bytes_lock = threading.Lock()  # one for all: two CudaKernels of the same source have one function on the GPU
 
 
 def nvrtc_version() -> tuple[int, int]:
@@ -59,15 +61,17 @@ def cuda_headers() -> Path:
             found = None
         if found is not None:
             places += [Path(folder) / "include" for folder in found.submodule_search_locations or ()]
-    places += [Path(os.environ[name]) / "include" for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    named = {name: os.environ[name] for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)}
+    places += [Path(folder) / "include" for folder in named.values()]
     places += [Path(f"/usr/local/cuda-{major}/include"), Path("/usr/local/cuda/include")]
     for place in places:
         if (place / "cuda_fp16.h").is_file():
             return place
     package = "nvidia-cuda-runtime-cu12" if major == 12 else "nvidia-cuda-runtime"
+    looked = "".join(f"; {name} is {folder!r}, whose include folder has none" for name, folder in named.items())
     raise BackendUnavailableError(
         f"found NVRTC {major} but not its headers (cuda_fp16.h): pip install {package}, "
-        f"or let CUDA_PATH name the toolkit"
+        f"or let CUDA_PATH name the toolkit{looked}"
     )
 
 
@@ -108,11 +112,9 @@ def cached_cubin(source: KernelSource, architecture: str) -> Path:
     """Return the file of the compiled kernel, compiling it only if the cache does not hold it."""
     major, minor = nvrtc_version()
     suffix = "ptx" if architecture.startswith("compute") else "cubin"
-    folder = cache_folder("cuda")
     identity = repr((source.digest, OPTIONS, str(cuda_headers()))).encode()
-    name = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{hashlib.sha256(identity).hexdigest()[:32]}.{suffix}"
-    path = folder / name
-    return path if path.exists() else store(folder, name, compile_cubin(source, architecture))
+    stem = f"{source.entry}-{architecture}-nvrtc{major}.{minor}-{hashlib.sha256(identity).hexdigest()[:32]}"
+    return cached_file("cuda", stem, f".{suffix}", lambda work: compile_cubin(source, architecture))
 
 
 def architecture_of(device_id: int) -> str:
@@ -145,6 +147,7 @@ class CudaKernel:
     source: KernelSource
     _built: dict[int, Any] = field(default_factory=dict, repr=False)
     _shared_bytes: dict[int, int] = field(default_factory=dict, repr=False)
+    _build_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     backend = "cuda"
 
@@ -159,13 +162,23 @@ class CudaKernel:
 
         device = cupy.cuda.runtime.getDevice()
         if device not in self._built:
-            module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
-            self._built[device] = module.get_function(self.source.entry)
-            int(self._built[device].num_regs)  # loads it now: its first launch may be one that a graph captures
+            with self._build_lock:
+                if device not in self._built:
+                    self._built[device] = self._load_on(device)
         return self._built[device]
+
+    def _load_on(self, device: int) -> Any:
+        import cupy
+
+        module = cupy.RawModule(path=str(cached_cubin(self.source, architecture_of(device))))
+        kernel = module.get_function(self.source.entry)
+        int(kernel.num_regs)  # loads it now: its first launch may be one that a graph captures
+        return kernel
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
         """Launch the kernel on CuPy's current stream; returns without waiting for it.
+
+        The doors in `cupaged.ops` make that stream torch's where they are given torch tensors.
 
         Parameters
         ----------
@@ -203,14 +216,22 @@ class CudaKernel:
         values = typed_values(self.source.entry, self._converters, arguments)
         kernel, device = self.raw_kernel(), cupy.cuda.runtime.getDevice()
         if shared_bytes > self._shared_bytes.get(device, SHARED_BYTES_WITHOUT_OPT_IN):
-            limit = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
-            if shared_bytes > limit:
-                raise UnsupportedError(
-                    f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
-                )
-            kernel.max_dynamic_shared_size_bytes = shared_bytes
-            self._shared_bytes[device] = shared_bytes
+            self._allow_shared_bytes(kernel, device, shared_bytes)
         return grid, block, kernel, values
+
+    def _allow_shared_bytes(self, kernel: Any, device: int, shared_bytes: int) -> None:
+        """Let the kernel have so much dynamic shared memory; never less than before, which other launches need."""
+        import cupy
+
+        limit = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"] - kernel.shared_size_bytes
+        if shared_bytes > limit:
+            raise UnsupportedError(
+                f"{self.source.entry}: shared_bytes must be at most {limit} on this device; got {shared_bytes}"
+            )
+        with _shared_bytes_lock:
+            if kernel.max_dynamic_shared_size_bytes < shared_bytes:
+                kernel.max_dynamic_shared_size_bytes = shared_bytes
+            self._shared_bytes[device] = max(shared_bytes, self._shared_bytes.get(device, 0))
 
     @cached_property
     def _converters(self) -> dict[str, Callable[[Any], Any]]:

@@ -10,6 +10,7 @@ warp operation: one that waits for another by reading memory over and over waits
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -17,10 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError
+from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError, written
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
-from cupaged.runtime.cache import cache_folder
+from cupaged.runtime.cache import ANOTHER, cached_file
+from cupaged.runtime.environment import environment_flag
 from cupaged.runtime.launch import PreparedLaunch
 from cupaged.runtime.source import KernelSource, Parameter
 
@@ -53,6 +54,11 @@ FLAGS = (
     "-Wno-attributes",
     "-fno-strict-aliasing",
 )  # nvcc does not assume that types keep apart either
+NEEDS_COMPILER = "the host backend needs a C++20 compiler"
+INSTALL = (
+    "install one (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) "
+    "or let CXX name it"
+)
 SANITIZER_FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 _seed: ContextVar[int] = ContextVar("cupaged_host_seed", default=0)
@@ -69,9 +75,11 @@ def schedule(seed: int) -> Iterator[None]:
     A kernel without races gives the same result in every order. Reading shared memory that another thread writes,
     with no barrier between, gives a different one.
     """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an integer; got {type(seed).__name__} {written(seed)}")
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in [0, 2**63); got {seed}")
-    token = _seed.set(seed)
+        raise ValueError(f"seed must lie in [0, 2**63); got {written(int(seed))}")
+    token = _seed.set(int(seed))
     try:
         yield
     finally:
@@ -192,24 +200,6 @@ def record_traffic() -> Iterator[list[LaunchTraffic]]:
 # --- the compiler -------------------------------------------------------------------------------------------------
 
 
-@cache
-def _compiler(named: str | None, path: str | None) -> tuple[tuple[str, ...], str]:
-    """Return the compiler's command and its version line."""
-    del path  # part of the key only: another PATH may hold another compiler
-    for candidate in [named] if named else ["g++", "clang++"]:
-        command = tuple(shlex.split(candidate or ""))
-        if command and shutil.which(command[0]):
-            answer = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
-            if answer.returncode == 0:
-                return command, answer.stdout.split("\n", 1)[0]
-    sought = f"{named} (from CXX)" if named else "neither g++ nor clang++"
-    raise BackendUnavailableError(
-        f"the host backend needs a C++20 compiler and found {sought}{' not' if named else ''} on PATH: install one "
-        f"(Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install) "
-        f"or let CXX name it"
-    )
-
-
 def find_compiler() -> tuple[tuple[str, ...], str]:
     """Return the C++ compiler's command line and version: ``$CXX``, else g++, else clang++.
 
@@ -220,7 +210,46 @@ def find_compiler() -> tuple[tuple[str, ...], str]:
     """
     if sys.platform == "win32":
         raise BackendUnavailableError("the host backend runs on Linux and macOS; on Windows, use WSL or a GPU")
-    return _compiler(os.environ.get("CXX") or None, os.environ.get("PATH"))
+    named = os.environ.get("CXX")
+    if named:
+        return _answering(f"{named} (from CXX)", _words_of_cxx(named))
+    for candidate in ("g++", "clang++"):
+        with suppress(BackendUnavailableError):
+            return _answering(candidate, (candidate,))
+    raise BackendUnavailableError(f"{NEEDS_COMPILER} and found neither g++ nor clang++ on PATH: {INSTALL}")
+
+
+def _words_of_cxx(named: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(named))
+    except ValueError as error:
+        raise BackendUnavailableError(
+            f"CXX must be a C++20 compiler and its options, as a shell reads them; got {named!r} ({error})"
+        ) from None
+    if not words:
+        raise BackendUnavailableError(f"CXX must name a C++20 compiler; got {named!r}")
+    return words
+
+
+def _answering(what: str, command: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """Return a command, by its full path as it runs in another folder, and its version line."""
+    found = shutil.which(command[0])
+    if found is None:
+        raise BackendUnavailableError(f"{NEEDS_COMPILER} and found {what} not on PATH: {INSTALL}")
+    command = (os.path.abspath(found), *command[1:])
+    try:
+        return command, _version_line(command)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendUnavailableError(
+            f"{NEEDS_COMPILER}, but {what} does not answer --version ({error}): {INSTALL}"
+        ) from None
+
+
+@cache
+def _version_line(command: tuple[str, ...]) -> str:
+    question = [*command, "--version"]
+    answer = subprocess.run(question, capture_output=True, text=True, errors="replace", timeout=60, check=True)
+    return answer.stdout.split("\n", 1)[0]
 
 
 def _platform_flags(version: str) -> tuple[str, ...]:
@@ -228,6 +257,8 @@ def _platform_flags(version: str) -> tuple[str, ...]:
     flags: tuple[str, ...] = ()
     if sys.platform == "linux":
         flags += ("-Wl,-Bsymbolic",)
+    elif sys.platform == "darwin":
+        flags += ("-Wl,-undefined,dynamic_lookup",)  # what a kernel calls of the scheduler is found when it is loaded
     if "clang" not in version:
         flags += ("-fno-gnu-unique",)
     elif sanitizing():
@@ -243,7 +274,7 @@ def sanitizing() -> bool:
     BackendUnavailableError
         If they do but their library was not loaded before Python, which would end the process.
     """
-    if os.environ.get("CUPAGED_HOST_SANITIZE", "") in ("", "0"):
+    if not environment_flag("CUPAGED_HOST_SANITIZE"):
         return False
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         raise BackendUnavailableError(
@@ -272,20 +303,41 @@ def _build(name: str, text: str, key: str, extra: tuple[str, ...] = ()) -> Path:
     flags = FLAGS + _platform_flags(version) + (SANITIZER_FLAGS if sanitizing() else ())
     identity = (key, text, command, version, platform.machine(), flags, extra, _headers_digest())
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()
-    folder = cache_folder("host")
-    target = folder / f"{name}-{digest[:32]}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        unit, built = Path(work) / f"{name}.cpp", Path(work) / f"{name}.so"
+
+    def make(work: Path) -> bytes:
+        unit, built = work / f"{name}.cpp", work / f"{name}.so"
         unit.write_text(text, encoding="utf-8")
-        answer = subprocess.run(
-            [*command, *flags, str(unit), *extra, "-o", str(built)], capture_output=True, text=True, cwd=work
-        )
-        if answer.returncode != 0:
-            raise KernelBuildError(f"{' '.join(command)} could not build {name}:\n{answer.stderr.strip()}")
-        os.replace(built, target)
-    return target
+        same_each_time = f"-ffile-prefix-map={work}=."  # the folder's name would stand in what is built
+        _compile((*command, *flags, same_each_time, str(unit), *extra, "-o", str(built)), name, built)
+        return built.read_bytes()
+
+    return cached_file("host", f"{name}-{digest[:32]}", ".so", make)
+
+
+def _compile(command: tuple[str, ...], name: str, built: Path) -> None:
+    """Run the compiler in the folder of `built`; raises KernelBuildError, with what it says, if `built` is not made."""
+    work, failed = built.parent, f"{command[0]} could not build {name}"
+    variables = {**os.environ, "TMPDIR": str(work), "LC_ALL": "C"}
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=work, env=variables)
+    except OSError as error:
+        raise KernelBuildError(f"{failed}: {error}") from None
+    if answer.returncode != 0 or not built.exists():
+        said = answer.stderr.strip() or f"it ended with status {answer.returncode}, and made no file"
+        if any(os.strerror(code) in said for code in (errno.ENOSPC, errno.EDQUOT)):
+            failed += f" (no room in {work.parent}: make some, or {ANOTHER})"
+        raise KernelBuildError(f"{failed}:\n{said}")
+
+
+def _load_library(path: Path, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL:
+    """Load a library of the cache."""
+    try:
+        return ctypes.CDLL(str(path), mode=mode)
+    except OSError as error:
+        raise KernelBuildError(
+            f"a compiled kernel cannot be loaded ({error}): if its folder lies on a file system that is mounted "
+            f"noexec, {ANOTHER}"
+        ) from error
 
 
 @lru_cache(maxsize=1)
@@ -335,11 +387,11 @@ class _LineTraffic(ctypes.Structure):
 
 
 @lru_cache(maxsize=2)
-def _scheduler(sanitized: bool) -> tuple[ctypes.CDLL, Path]:
+def _scheduler(sanitized: bool) -> ctypes.CDLL:
     """Return the scheduler, built with or without sanitizers, loaded so that kernels find its symbols."""
     del sanitized  # part of the key only
     path = _build("scheduler", f'#include "{SCHEDULER}"\n', "scheduler", (f"-I{HEADERS}",))
-    return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL), path
+    return _load_library(path, ctypes.RTLD_GLOBAL)
 
 
 _scheduler_lock = threading.Lock()  # kernels may be built on several threads; one of them builds the scheduler
@@ -404,26 +456,30 @@ class HostKernel:
 
     source: KernelSource
     _built: tuple[Any, Any, Any, tuple[ctypes.CDLL, ...]] | None = field(default=None, repr=False)
+    _build_lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     backend = "host"
 
     def build(self) -> HostKernel:
         """Compile now, or load what the cache holds; raises KernelBuildError with the compiler's message."""
         if self._built is None:
-            with _scheduler_lock:
-                scheduler, scheduler_path = _scheduler(sanitizing())
-            source = self.source
-            flags = [f"-D{name}={value}" for name, value in source.defines]
-            flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
-            flags += [str(scheduler_path)]  # linked by its path: the loader finds what the kernel calls
-            twins = "\n".join(f'#include "{path.name}"' for path in sorted(HEADERS.glob("*.cuh")))
-            text = WRAPPER.format(twins=twins, path=source.path, entry=source.entry)
-            source.check_unchanged()
-            built = ctypes.CDLL(str(_build(source.entry, text, source.digest, tuple(flags))))
-            entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
-            touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
-            self._built = scheduler.cupaged_launch, entry, touch, (built, scheduler)
+            with self._build_lock:
+                self._built = self._built or self._load()
         return self
+
+    def _load(self) -> tuple[Any, Any, Any, tuple[ctypes.CDLL, ...]]:
+        with _scheduler_lock:
+            scheduler = _scheduler(sanitizing())
+        source = self.source
+        flags = [f"-D{name}={value}" for name, value in source.defines]
+        flags += [f"-I{HEADERS}", f"-I{source.include_folder}"]
+        twins = "\n".join(f'#include "{path.name}"' for path in sorted(HEADERS.glob("*.cuh")))
+        text = WRAPPER.format(twins=twins, path=source.path, entry=source.entry)
+        source.check_unchanged()
+        built = _load_library(_build(source.entry, text, source.digest, tuple(flags)))
+        entry = ctypes.cast(built.cupaged_entry, ctypes.c_void_p).value
+        touch = ctypes.cast(built.cupaged_touch_shared, ctypes.c_void_p).value
+        return scheduler.cupaged_launch, entry, touch, (built, scheduler)
 
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
         """Run the kernel to its end.
@@ -497,7 +553,7 @@ def workers() -> int:
     named = os.environ.get("CUPAGED_HOST_THREADS")
     if not named:
         return min(os.cpu_count() or 1, MAX_WORKERS)
-    if not (named.isascii() and named.isdigit()) or not 1 <= int(named) <= MAX_WORKERS:
+    if not (named.isascii() and named.isdigit() and len(named) < 10) or not 1 <= int(named) <= MAX_WORKERS:
         raise ValueError(f"CUPAGED_HOST_THREADS must be an integer from 1 to {MAX_WORKERS}; got {named!r}")
     return int(named)
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cupaged.runtime.arguments import NULL
+from cupaged.runtime.arguments import NULL, address_of, byte_bounds
 from cupaged.runtime.source import KernelSource, asked_for, kernels_folder
 
 __all__ = ["CheckedCall", "CheckedCalls", "Launcher", "PreparedLaunch", "remembered"]
@@ -85,9 +85,10 @@ class CheckedCall:
         launch: PreparedLaunch,
         arrays: Sequence[str],
         still_known: Callable[[], bool] | None = None,
+        reaches: Sequence[tuple[int, int] | None] = (),
     ) -> None:
         self.signature = signature
-        self._still_known = still_known
+        self._still_known, self._reaches = still_known, reaches
         self._source, self._device, self._current_device = launch.source, launch.device, launch.current_device
         given = {
             place: arrays.index(name)
@@ -102,6 +103,26 @@ class CheckedCall:
     def launch(self, *arrays: Any) -> None:
         """Launch with these arrays, in the order of the names that it was made with; None where there was none."""
         self._launch([arrays[index] for index in self._order])
+
+    def lies_apart(self, addresses: Sequence[int], memory: Sequence[tuple[int, int]], written: int | None) -> bool:
+        """Whether what a call with arrays at these addresses writes overlaps nothing else; see `CheckedCalls.find`."""
+        results = memory
+        if written is not None:
+            reach = self._reaches[written]
+            if reach is None:
+                return True
+            low, high = addresses[written] + reach[0], addresses[written] + reach[1]
+            results = ((low, high),)
+            for begin, end in memory:
+                if low < end and begin < high:
+                    return False
+        for at, reach in enumerate(self._reaches):
+            if reach is not None and at != written:
+                low, high = addresses[at] + reach[0], addresses[at] + reach[1]
+                for begin, end in results:
+                    if low < end and begin < high:
+                        return False
+        return True
 
     def is_current(self) -> bool:
         """Whether the same kernel, of an unchanged source, would be launched on the same device now.
@@ -126,6 +147,8 @@ class CheckedCalls:
     What a call's checks go by is the values of its options, and of its arrays all but where they lie and what they
     hold. Whoever also checks the latter must do so for each call. The arrays themselves are not held.
 
+    Threads may share it: of two calls that are added at once, one may be forgotten, and is checked again.
+
     Parameters
     ----------
     backend : {"cuda", "host"}
@@ -136,14 +159,36 @@ class CheckedCalls:
         self._calls: tuple[CheckedCall, ...] = ()
         self._kind = _kind_of_numpy if backend == "host" else _kind_of_cupy()
 
-    def find(self, options: tuple[Any, ...], arrays: Sequence[Any]) -> CheckedCall | None:
-        """Return a call that passed the checks with the same options and with arrays like these, or None."""
+    def find(
+        self,
+        options: tuple[Any, ...],
+        arrays: Sequence[Any],
+        memory: Sequence[tuple[int, int]] = (),
+        written: int | None = None,
+    ) -> CheckedCall | None:
+        """Return a call that passed the checks with the same options and with arrays like these, or None.
+
+        Parameters
+        ----------
+        options, arrays
+            What the checks go by.
+        memory : sequence of (int, int)
+            Addresses between which the call uses other memory, a cache's: it writes there, or, with `written`, reads.
+        written : int, optional
+            The place among `arrays` of the one that is written; None may stand there.
+
+        Returns
+        -------
+        CheckedCall or None
+            None also where what is written now overlaps what is read: the checks will name it.
+        """
         if not self._calls:
             return None
-        signature = self._signature(options, arrays)
+        addresses: list[int] = []
+        signature = self._signature(options, arrays, addresses)
         for call in self._calls:
             if call.signature == signature and call.is_current():
-                return call
+                return call if call.lies_apart(addresses, memory, written) else None
         return None
 
     def add(
@@ -167,42 +212,64 @@ class CheckedCalls:
         still_known : callable, optional
             Asked every LOOK_SECONDS at most: whether a call like this one still needs no checks.
         """
-        signature = self._signature(options, arrays)
+        signature = self._signature(options, arrays, [])
         if signature is not None:
-            self._calls = (CheckedCall(signature, launch, names, still_known), *self._calls[: KEPT_CALLS - 1])
+            reaches = tuple(map(_reach, arrays))
+            call = CheckedCall(signature, launch, names, still_known, reaches)
+            self._calls = (call, *self._calls[: KEPT_CALLS - 1])
 
-    def _signature(self, options: tuple[Any, ...], arrays: Sequence[Any]) -> tuple[Any, ...] | None:
-        """Return what the checks go by, types first: only options of the same types can be compared safely."""
-        kinds = list(map(self._kind, arrays))
+    def _signature(
+        self, options: tuple[Any, ...], arrays: Sequence[Any], addresses: list[int]
+    ) -> tuple[Any, ...] | None:
+        """Return what the checks go by, types first: only options of the same types can be compared safely.
+
+        `addresses` receives where each array lies, 0 where there is none.
+        """
+        kind = self._kind
+        kinds = [kind(array, addresses) for array in arrays]
         return None if False in kinds else (*map(type, options), options, kinds)
 
 
 def remembered(name: str, backend: str) -> CheckedCalls:
     """Return the calls of a function that is told all its arrays: what one layer checked, the next layers launch."""
-    if (name, backend) not in _remembered:
-        _remembered[name, backend] = CheckedCalls(backend)
-    return _remembered[name, backend]
+    known = _remembered.get((name, backend))
+    return known if known is not None else _remembered.setdefault((name, backend), CheckedCalls(backend))
 
 
 _remembered: dict[tuple[str, str], CheckedCalls] = {}
 
 
-def _kind_of_numpy(array: Any) -> Any:
-    """Return what checks of an array, or None, go by; False if it is not NumPy's own."""
+def _reach(array: Any) -> tuple[int, int] | None:
+    """Return from where to where an array lies, seen from its first element; None if it holds nothing."""
+    if array is None or array.size == 0:
+        return None
+    low, high = byte_bounds(array)
+    start = address_of(array)
+    return low - start, high - start
+
+
+def _kind_of_numpy(array: Any, addresses: list[int]) -> Any:
+    """Return what checks of an array, or None, go by; False if it is not NumPy's own. Note where it lies."""
     if type(array) is np.ndarray:
-        return array.dtype, array.shape, array.strides, array.flags.writeable, array.ctypes.data % VECTOR_BYTES
+        address = array.ctypes.data
+        addresses.append(address)
+        return array.dtype, array.shape, array.strides, array.flags.writeable, address % VECTOR_BYTES
+    addresses.append(0)
     return None if array is None else False
 
 
-def _kind_of_cupy() -> Callable[[Any], Any]:
+def _kind_of_cupy() -> Callable[[Any, list[int]], Any]:
     import cupy
 
     own = cupy.ndarray
 
-    def kind(array: Any) -> Any:
+    def kind(array: Any, addresses: list[int]) -> Any:
         if type(array) is own:
             memory = array.data
-            return array.dtype, array.shape, array.strides, memory.device_id, memory.ptr % VECTOR_BYTES
+            address = memory.ptr
+            addresses.append(address)
+            return array.dtype, array.shape, array.strides, memory.device_id, address % VECTOR_BYTES
+        addresses.append(0)
         return None if array is None else False
 
     return kind

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from cupaged.errors import BackendUnavailableError
+from cupaged.errors import BackendUnavailableError, written
 from cupaged.runtime.source import KernelSource, added_defines, kernels_folder
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def choose_backend(backend: str | None = None) -> str:
     """
     if backend is not None and not isinstance(backend, str):
         raise TypeError(
-            f"backend must be one of {', '.join(BACKENDS)}, or None; got {type(backend).__name__} {backend!r}"
+            f"backend must be one of {', '.join(BACKENDS)}, or None; got {type(backend).__name__} {written(backend)}"
         )
     name, origin = backend, "backend"
     if backend is None:
@@ -77,6 +78,7 @@ def choose_backend(backend: str | None = None) -> str:
 
 
 _loaded: dict[tuple[object, ...], CudaKernel | HostKernel] = {}
+_load_lock = threading.Lock()
 
 
 def load_kernel(
@@ -106,14 +108,18 @@ def load_kernel(
     kernel = _loaded.get(key)
     if kernel is not None and kernel.source.is_unchanged():
         return kernel
-    source = KernelSource.read(file, entry, defines)
+    with _load_lock:  # another thread may have loaded it meanwhile
+        kernel = _loaded.get(key)
+        if kernel is None or not kernel.source.is_unchanged():
+            kernel = _loaded[key] = _kernel(KernelSource.read(file, entry, defines), backend)
+        return kernel
+
+
+def _kernel(source: KernelSource, backend: str) -> CudaKernel | HostKernel:
     if backend == "cuda":
         from cupaged.runtime.cuda import CudaKernel
 
-        kernel = CudaKernel(source)
-    else:
-        from cupaged.runtime.host import HostKernel
+        return CudaKernel(source)
+    from cupaged.runtime.host import HostKernel
 
-        kernel = HostKernel(source)
-    _loaded[key] = kernel
-    return kernel
+    return HostKernel(source)

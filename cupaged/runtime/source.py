@@ -18,7 +18,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cupaged.errors import KernelBuildError
+from cupaged.errors import KernelBuildError, written
 
 __all__ = [
     "KernelSource",
@@ -71,7 +71,7 @@ def kernels_folder() -> Path:
     if chosen is not None:
         return chosen
     named = os.environ.get("CUPAGED_KERNELS")
-    return Path(named).resolve() if named else _own_folder()
+    return Path(os.path.realpath(os.path.expanduser(named))) if named else _own_folder()
 
 
 @cache
@@ -97,6 +97,8 @@ def kernels_from(folder: str | os.PathLike[str]) -> Iterator[Path]:
     ValueError
         If `folder` has no ``include`` folder.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder must be a path; got {type(folder).__name__} {written(folder)}")
     path = Path(folder).resolve()
     if not (path / "include").is_dir():
         raise ValueError(f"folder: expected a copy of kernels_cu, with an include folder; got {path}")
@@ -171,12 +173,18 @@ class KernelSource:
     @classmethod
     def read(cls, file: str, entry: str, defines: Mapping[str, object] | None = None) -> KernelSource:
         """Return the source of `entry` in `file`, of the current kernels folder."""
-        source = cls(kernels_folder(), file, entry, tuple((k, str(v)) for k, v in (defines or {}).items()))
+        folder = kernels_folder()
+        if not (folder / "include").is_dir() and _chosen_folder.get() is None and os.environ.get("CUPAGED_KERNELS"):
+            raise KernelBuildError(
+                f"CUPAGED_KERNELS must name a copy of kernels_cu, with an include folder; "
+                f"got {os.environ['CUPAGED_KERNELS']!r}, which is {folder}"
+            )
+        source = cls(folder, file, entry, tuple((k, str(v)) for k, v in (defines or {}).items()))
         try:
             for of_one_moment in ("stamp_when_read", "text", "digest"):
                 getattr(source, of_one_moment)
-        except FileNotFoundError as error:
-            raise KernelBuildError(f"there is no kernel file {error.filename}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise KernelBuildError(_why_unread(error, source)) from None
         return source
 
     @property
@@ -284,6 +292,12 @@ class KernelSource:
                 f"or values of: {known}"
             )
         return Parameter(name, c_type, DTYPE_OF_C_TYPE[c_type], "*" in words, "const" in words)
+
+
+def _why_unread(error: OSError | UnicodeDecodeError, source: KernelSource) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no kernel file {error.filename}"
+    return f"the kernel file {source.path} or a header of it cannot be read ({error})"
 
 
 def _without_comments(text: str) -> str:

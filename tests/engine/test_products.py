@@ -1,6 +1,7 @@
 """Products of matrices against float64: on the host, through a stand-in for cuBLAS, and on a GPU, in a graph too."""
 
 import ctypes
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -159,26 +160,40 @@ def test_a_refusal_and_another_device_are_named(cublas, monkeypatch):
         product(a, b)
 
 
-def test_a_handle_belongs_to_a_stream_and_a_thread(cublas, monkeypatch):
+class FakeStream:
+    def __init__(self, ptr, capturing=False):
+        self.ptr, self.capturing = ptr, capturing
+
+    def is_capturing(self):
+        return self.capturing
+
+
+def test_a_handle_belongs_to_a_stream_and_a_thread_and_goes_with_them(cublas, monkeypatch):
     import cupy
 
     monkeypatch.undo()  # but for the library
     created = []
-    fake = SimpleNamespace(create=lambda: created.append(1) or len(created), getVersion=lambda handle: 130_100)
-    streams = [SimpleNamespace(ptr=ptr, is_capturing=lambda: False) for ptr in (5, 6)]
+    destroyed = []
+    fake = SimpleNamespace(
+        create=lambda: created.append(1) or len(created), getVersion=lambda handle: 130_100, destroy=destroyed.append
+    )
+    streams = [FakeStream(5), FakeStream(6)]
     monkeypatch.setitem(vars(cupy.cuda), "cublas", fake)
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: streams[0])
     monkeypatch.setattr(cupy.cuda, "Memory", lambda size: cupy.cuda.UnownedMemory(1 << 30, size, None, 0))
     monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
     monkeypatch.setattr(products, "_library", lambda version: cublas.library)
-    monkeypatch.setattr(products, "_handles", {})
+    monkeypatch.setattr(products, "_of_thread", threading.local())
     first = products._handle()
     assert first is products._handle() and (first.stream, first.handle, first.workspace.ptr) == (5, 1, 1 << 30)
     with ThreadPoolExecutor(1) as other_thread:
         assert other_thread.submit(products._handle).result().handle == 2
+    assert destroyed == [2]  # with the thread
     streams[0] = streams[1]
     assert products._handle().stream == 6 and len(created) == 3
-    streams[0] = SimpleNamespace(ptr=7, is_capturing=lambda: True)
+    del first
+    assert destroyed == [2, 1]  # with the stream, of which nothing is left
+    streams[0] = FakeStream(7, capturing=True)
     with pytest.raises(RuntimeError, match="compute a product on this stream before the capture"):
         products._handle()
 

@@ -56,6 +56,7 @@ class CudaStub:
         monkeypatch.setattr(cupy, "empty_like", lambda array: self.array(array.shape, array.dtype))
         monkeypatch.setattr(cupy, "full", lambda count, _, dtype: self.array((count,), dtype))
         monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: self.device)
+        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda *_: cupy.cuda.Stream.null)
         monkeypatch.setattr(
             cupy.cuda, "Device", lambda *_: SimpleNamespace(id=self.device, attributes=H100, compute_capability="90")
         )

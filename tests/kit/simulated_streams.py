@@ -47,6 +47,9 @@ class Stream:
     def add(self, work, mark=None):
         self.queue.append((work, mark))
 
+    def is_capturing(self):
+        return False
+
     def wait_event(self, event):
         if event.recorded is not None:
             self.add(lambda: None, event.recorded)
@@ -90,7 +93,7 @@ class Streams:
             monkeypatch.setattr(cupy, name, self.array)
         monkeypatch.setattr(cupy.cuda, "Stream", lambda non_blocking: Stream(self))
         monkeypatch.setattr(cupy.cuda, "Event", Event)
-        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: self.current[-1])
+        monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda *_: self.current[-1])
         monkeypatch.setattr(cupy.cuda.runtime, "memcpyAsync", self._copy)
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self._raw_kernel(kernel))
         monkeypatch.setattr(driver.DriverLaunch, "_launch", lambda launch: self._launched(launch))
@@ -146,7 +149,9 @@ class Streams:
     def _raw_kernel(self, kernel):
         source = kernel.source
         twin = load_kernel(source.file, source.entry, dict(source.defines), "host")
-        return SimpleNamespace(twin=twin, parameters=source.parameters, kernel=SimpleNamespace(ptr=0))
+        return SimpleNamespace(
+            twin=twin, parameters=source.parameters, kernel=SimpleNamespace(ptr=0), num_regs=128, shared_size_bytes=0
+        )
 
     def _launched(self, launch):
         told, kernel = launch._config, launch._kernel

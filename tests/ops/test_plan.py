@@ -161,8 +161,8 @@ def test_a_window_as_wide_as_the_table_fits_its_plan(backend):
     ("options", "error", "message"),
     [
         ({"query_tokens": 0}, ValueError, "query_tokens must be at least 1; got 0"),
-        ({"window": -5}, ValueError, "window must be at least 1; got -5"),
-        ({"window": 2.5}, TypeError, "window must be an integer; got float 2.5"),
+        ({"window": -5}, ValueError, "window must be at least 1, the query's own token; got -5"),
+        ({"window": 2.5}, TypeError, "window must be an integer, in tokens; got float 2.5"),
     ],
 )
 def test_a_plan_of_nonsense_is_refused(options, error, message, backend):

@@ -76,6 +76,38 @@ def test_shared_memory_beyond_the_device_names_the_limit(tmp_path):
         kernel((1,), (32,), shared_bytes=limit + 1, out=cupy.zeros(32, dtype=cupy.int32), value=1)
 
 
+def test_shared_memory_that_two_threads_raise_ends_at_the_larger(tmp_path):
+    """Also of two kernel objects with one function on the GPU; each launch finds at least what it asked for."""
+    import threading
+
+    import cupy
+
+    from cupaged.runtime.cuda import CudaKernel
+
+    for turn in range(50):
+        source = kernel_from_text(tmp_path, FILL, "fill", "cuda", {"ADD": turn}).source
+        one, start = CudaKernel(source).build(), threading.Barrier(3)
+        failed = []
+
+        def work(kernel, size, start=start, failed=failed):
+            out = cupy.zeros(32, dtype=cupy.int32)
+            start.wait()
+            try:
+                kernel((1,), (32,), shared_bytes=size, out=out, value=1)
+                cupy.cuda.get_current_stream().synchronize()
+            except Exception as error:
+                failed.append(error)
+
+        asked = [(one, 64 * 1024), (one, 90 * 1024), (CudaKernel(source), 72 * 1024)]
+        threads = [threading.Thread(target=work, args=each) for each in asked]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        assert one.raw_kernel().max_dynamic_shared_size_bytes == 90 * 1024
+
+
 def test_arguments_are_refused_by_name(tmp_path):
     import cupy
 

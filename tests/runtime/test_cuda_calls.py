@@ -93,8 +93,9 @@ def test_mistakes_after_a_good_call_are_named(stub):
 
 
 def test_the_environment_asks_for_validation(stub, monkeypatch):
-    step, now = Step(stub), time.monotonic()
+    step = Step(stub)
     step()
+    now = time.monotonic()
     monkeypatch.setenv("CUPAGED_VALIDATE", "1")
     monkeypatch.setattr(time, "monotonic", lambda: now + 2 * launch.LOOK_SECONDS)  # it is noticed as late as a file
     monkeypatch.setattr("cupaged.ops.attention.check_block_tables", lambda *_: (_ for _ in ()).throw(KeyError("read")))
@@ -103,8 +104,9 @@ def test_the_environment_asks_for_validation(stub, monkeypatch):
 
 
 def test_files_are_looked_at_now_and_then_only(stub, monkeypatch):
-    step, looks, now = Step(stub), [], [time.monotonic()]
+    step, looks = Step(stub), []
     step()
+    now = [time.monotonic()]
     monkeypatch.setattr("cupaged.runtime.source.KernelSource.is_unchanged", lambda source: looks.append(source) or True)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for expected in (1, 2):

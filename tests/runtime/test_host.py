@@ -386,6 +386,121 @@ def test_cxx_is_honoured(monkeypatch, tmp_path):
     assert "one.cpp" in (tmp_path / "calls").read_text()
 
 
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("g++ '-O2", r"CXX must be .* as a shell reads them; got \"g\+\+ '-O2\" \(No closing quotation\)"),
+        ('g++ "', r"CXX must be .*; got 'g\+\+ \"' \(No closing quotation\)"),
+        ("g++ \\", r"CXX must be .* \(No escaped character\)"),
+        ("  ", r"CXX must name a C\+\+20 compiler; got '  '"),
+        ("''", r"found '' \(from CXX\) not on PATH"),
+        ("/", r"found / \(from CXX\) not on PATH"),
+        ("false", r"false \(from CXX\) does not answer --version \(.*exit status 1"),
+        ("./no-program", r"no-program \(from CXX\) does not answer --version \(.*Exec format error"),
+    ],
+)
+def test_a_bad_cxx_is_one_sentence_that_names_it(named, message, monkeypatch, tmp_path):
+    (tmp_path / "no-program").write_bytes(b"\0\1\2")
+    (tmp_path / "no-program").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(pg.BackendUnavailableError, match=message) as error:
+        host.find_compiler()
+    assert "\n" not in str(error.value)
+
+
+def compiler_that(does, folder, monkeypatch):
+    """Let CXX name a script that answers --version and else does this; the scheduler is there before."""
+    host._scheduler(host.sanitizing())
+    (folder / "my-compiler").write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec echo mine\n{does}\n')
+    (folder / "my-compiler").chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CXX", "./my-compiler")
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        ("exit 0", "ended with status 0, and made no file"),
+        ("kill -9 $$", "ended with status -9"),
+        ("echo 'error writing: No space left on device' >&2; exit 1", "no room in .*CUPAGED_CACHE_DIR"),
+    ],
+)
+def test_a_compiler_that_makes_nothing_is_a_build_error(does, message, program, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    compiler_that(does, tmp_path, monkeypatch)
+    kernel = program("unmade", 'extern "C" __global__ void unmade(int* out) {}')
+    with pytest.raises(pg.KernelBuildError, match=message):
+        kernel.build()
+    assert list((tmp_path / "cache" / "host").iterdir()) == []
+
+
+def test_a_compiler_that_went_away_is_one_sentence(program, monkeypatch, tmp_path):
+    compiler_that("exit 0", tmp_path, monkeypatch)
+    kernel = program("gone", 'extern "C" __global__ void gone(int* out) {}')
+    host.find_compiler()
+    (tmp_path / "my-compiler").write_bytes(b"\0\1\2")
+    with pytest.raises(pg.KernelBuildError, match="my-compiler could not build gone: .*Exec format error"):
+        kernel.build()
+    (tmp_path / "my-compiler").unlink()
+    with pytest.raises(pg.BackendUnavailableError, match=r"found ./my-compiler \(from CXX\) not on PATH"):
+        kernel.build()
+
+
+def test_a_compiler_can_be_named_from_where_one_stands(program, monkeypatch, tmp_path):
+    command, _ = host.find_compiler()
+    compiler_that(f'exec {command[0]} "$@"', tmp_path, monkeypatch)
+    out = np.zeros(1, np.int32)
+    kernel = program("near_by", 'extern "C" __global__ void near_by(int* out) { out[0] = 3; }')
+    kernel((1,), (1,), out=out)
+    assert out[0] == 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_damaged_library_is_built_anew(share, monkeypatch, tmp_path):
+    """Empty, cut in the middle, or of the right size with other bytes in it: none is loaded."""
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    text = 'extern "C" __global__ void one(int* out) { out[0] = 1; }'
+    kernel = kernel_from_text(tmp_path, text, "one", "host").build()
+    (library,) = (tmp_path / "cache" / "host").glob("one-*.so")
+    good = library.read_bytes()
+    damaged = good[: int(share * len(good))] if share < 1 else good[:-4096] + bytes(4096)
+    library.unlink()  # the one that is loaded stays whole
+    library.write_bytes(damaged)
+    library.chmod(0o600)
+    out = np.zeros(1, np.int32)
+    host.HostKernel(kernel.source)((1,), (1,), out=out)
+    assert out[0] == 1
+    (library,) = (tmp_path / "cache" / "host").glob("one-*.so")
+    assert library.read_bytes() == good
+
+
+def test_a_cache_that_is_removed_while_the_process_lives_is_filled_again(monkeypatch, tmp_path):
+    import shutil
+
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        text = f'extern "C" __global__ void {name}(int* out) {{ __syncthreads(); out[0] += 1; }}'
+        kernel, out = kernel_from_text(tmp_path, text, name, "host"), np.zeros(1, np.int32)
+        kernel((1,), (1,), out=out)
+        shutil.rmtree(tmp_path / "cache")
+        kernel((1,), (1,), out=out)
+        assert out[0] == 2
+
+
+def test_a_folder_that_nothing_can_be_loaded_from_is_one_sentence(program, monkeypatch):
+    kernel = program("unloaded", 'extern "C" __global__ void unloaded(int* out) {}')
+
+    def refuse(path, mode):
+        raise OSError(f"{path}: failed to map segment from shared object")  # what a noexec mount answers
+
+    host._scheduler(False)
+    monkeypatch.setattr(host.ctypes, "CDLL", refuse)
+    with pytest.raises(pg.KernelBuildError, match=r"cannot be loaded .*noexec, let CUPAGED_CACHE_DIR") as error:
+        kernel.build()
+    assert "\n" not in str(error.value)
+
+
 def test_a_kernel_is_built_once_and_again_when_a_header_changes(monkeypatch, tmp_path):
     monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
     text = '#include "added.cuh"\nextern "C" __global__ void add(int* out) { out[0] += ADD; }'

@@ -65,6 +65,18 @@ def test_a_cubin_is_kept_until_a_header_changes(tmp_path, monkeypatch):
     assert all(path.read_bytes()[:4] == b"\x7fELF" for path in paths)
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "compute_90"])
+@pytest.mark.parametrize("damaged", [b"", b"\x7fELF", None], ids=["empty", "cut", "other bytes"])
+def test_a_damaged_cubin_is_compiled_anew(architecture, damaged, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPAGED_CACHE_DIR", str(tmp_path / "cache"))
+    text = 'extern "C" __global__ void one(int* out) { out[0] = 1; }'
+    source = kernel_from_text(tmp_path, text, "one", "host").source
+    path = cuda.cached_cubin(source, architecture)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + b"?" if damaged is None else damaged)
+    assert cuda.cached_cubin(source, architecture).read_bytes() == good
+
+
 def test_missing_headers_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cuda.Path, "is_file", lambda self: False)
