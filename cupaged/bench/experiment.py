@@ -126,6 +126,9 @@ class Experiment:
     def prepare(self) -> None:
         """Do what must come before the first cell and leaves no number: build kernels, load a model."""
 
+    def go_on(self, rows: list[Row]) -> None:
+        """Take what later cells need from the rows of the run that is resumed."""
+
     def launch(self) -> None:
         """Make the launches that Nsight Compute counts, and nothing else."""
 
@@ -301,6 +304,7 @@ def _begin(experiment: Experiment, partial: Partial) -> dict[int, list[Row]]:
             raise ValueError(f"argument --resume: {error}") from None
         if found:
             experiment.once = partial.once
+            experiment.go_on([row for number in sorted(found) for row in found[number]])
             return found
     elif partial.path.exists():
         console.print(f"starting over; --resume would have gone on with {partial.path}\n")
@@ -331,7 +335,7 @@ def _measure_all(experiment: Experiment, cells: list[Any], partial: Partial, fou
                 found[number] = partial.add(number, rows)
                 bar.update()
     except KeyboardInterrupt:
-        done = f"stopped after {len(found)} of {len(cells)} {experiment.unit}s"
+        done = f"stopped after {len(found)} of {len(cells)} cells"
         console.print(f"{done}; the same command with --resume goes on\n" if found else done)
         if not (experiment.keeps_what_was_measured and found):
             raise
