@@ -60,7 +60,7 @@ def test_mistakes_are_a_sentence(arguments, message, tmp_path, monkeypatch, caps
     (tmp_path / "failed.csv").write_text(f"{header}0,0,0\n1,5,0\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        functions("serving")["main"](["--smoke", "--backend", "host", *arguments])
+        functions("serving")["EXPERIMENT"].main(["--smoke", "--backend", "host", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
