@@ -116,8 +116,7 @@ class Layouts(Experiment):
         return conclusion(rows, self.backend)
 
     def notes(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        question = self.question.split("\n", 1)[0]
-        return {"sweep": asdict(self.config), "question": question, "kernel": KERNEL, **self.once}
+        return {"sweep": asdict(self.config), "question": self.asked, "kernel": KERNEL, **self.once}
 
     def draw(self, rows: list[dict[str, Any]], path: Path) -> None:
         draw(rows, self.backend, self.stamp, path)

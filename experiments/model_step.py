@@ -123,11 +123,9 @@ class ModelStep(Experiment):
     configs = CONFIGS
     failures = (Exception,)  # what a peer may raise is not known
 
-    def set_up(self) -> None:
-        self.checkpoint, self.model = model_of(self.backend, self.smoke)
-
     def prepare(self) -> None:
-        self.batch = batch = Batch(self.checkpoint, self.config, self.backend)
+        checkpoint, self.model = model_of(self.backend, self.smoke)
+        self.batch = batch = Batch(checkpoint, self.config, self.backend)
         self.expected = batch.next_logits()
         with batch.stream():
             cells = shape_class(self.config.num_seqs, batch.tables.shape[1])

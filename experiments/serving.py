@@ -149,7 +149,7 @@ class Serving(Experiment):
         return columns(self.time_unit)
 
     def title(self) -> str:
-        return f"{len(self.load.prompts)} requests to {self.model} in {self.config.slots} token slots"
+        return f"{len(self.trace)} requests to {self.model} in {self.config.slots} token slots"
 
     def conclusion(self, rows: list[Row]) -> str:
         return conclusion(rows)

@@ -38,8 +38,18 @@ from cupaged.bench.report import (
 from cupaged.errors import UnsupportedError
 from cupaged.runtime import choose_backend
 
-__all__ = ["Experiment", "Row", "all_experiments", "experiment_scripts", "print_failures", "run", "run_named",
-           "run_script"]  # fmt: skip
+__all__ = [
+    "Experiment",
+    "Row",
+    "all_experiments",
+    "begin",
+    "experiment_scripts",
+    "load_experiment",
+    "print_failures",
+    "run",
+    "run_named",
+    "run_script",
+]
 
 Row = dict[str, Any]
 SCRIPTS = SOURCE_TREE / "experiments"
@@ -133,6 +143,11 @@ class Experiment:
         """Make the launches that Nsight Compute counts, and nothing else."""
 
     @property
+    def asked(self) -> str:
+        """The question: the first line of `question`."""
+        return self.question.split("\n", 1)[0]
+
+    @property
     def ceiling(self) -> float | None:
         """The GPU's read ceiling in GB/s; None where none is measured."""
         return self.once.get("read_ceiling_gb_s")
@@ -167,7 +182,7 @@ class Experiment:
 
     def title(self) -> str:
         """Return what the table shows."""
-        return self.question.split("\n", 1)[0]
+        return self.asked
 
     def show(self, rows: list[Row]) -> None:
         """Print the table, and what went wrong if the table has no room for it."""
@@ -221,15 +236,8 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     KeyboardInterrupt
         The run was stopped, by Ctrl-C or SIGTERM; ``--resume`` continues it.
     """
-    parser = _parser(experiment)
-    experiment.options = options = parser.parse_args(arguments)
-    experiment.smoke, experiment.once = options.smoke, {}
-    experiment.backend = experiment.choose_backend()
-    experiment.config = experiment.configs.get((experiment.backend, experiment.smoke))
-    if experiment.backend == "cuda" and options.workers > 1:
-        parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
-    with _mistakes_said(parser):
-        experiment.set_up()
+    parser = begin(experiment, arguments)
+    options = experiment.options
     if experiment.launches_for_ncu and options.launch_only:
         experiment.launch()
         return 0
@@ -240,7 +248,7 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     cells, name = list(experiment.cells()), experiment.file_name()
     partial = Partial(folder / f"{name}.partial.jsonl", _identity(experiment, cells))
     with _mistakes_said(parser):
-        found = _begin(experiment, partial)
+        found = _started(experiment, partial)
     whole = _measure_all(experiment, cells, partial, found)
     if not whole:
         name += "_stopped"
@@ -249,6 +257,20 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
     if whole:
         partial.remove()
     return 0 if whole and experiment.went_well(rows) else 1
+
+
+def begin(experiment: Experiment, arguments: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """Give an experiment what its command line says, and return the command line's parser; nothing is measured."""
+    parser = _parser(experiment)
+    experiment.options = options = parser.parse_args(arguments)
+    experiment.smoke, experiment.once = options.smoke, {}
+    experiment.backend = experiment.choose_backend()
+    experiment.config = experiment.configs.get((experiment.backend, experiment.smoke))
+    if experiment.backend == "cuda" and options.workers > 1:
+        parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
+    with _mistakes_said(parser):
+        experiment.set_up()
+    return parser
 
 
 def run_script(experiment: Experiment) -> NoReturn:
@@ -295,7 +317,7 @@ def _identity(experiment: Experiment, cells: list[Any]) -> dict[str, Any]:
     }
 
 
-def _begin(experiment: Experiment, partial: Partial) -> dict[int, list[Row]]:
+def _started(experiment: Experiment, partial: Partial) -> dict[int, list[Row]]:
     """Return the rows, by the number of their cell, of the run that is resumed; none of a new one."""
     if experiment.options.resume:
         try:
@@ -436,16 +458,21 @@ def experiment_scripts(folder: Path = SCRIPTS) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
-def load_experiment(path: Path) -> Experiment | None:
-    """Return the experiment that a script defines as EXPERIMENT; None if it defines none."""
+def load_experiment(path: Path) -> Experiment:
+    """Return the experiment that a script defines as EXPERIMENT."""
     with _importable(path.parent):
-        return runpy.run_path(str(path)).get("EXPERIMENT")
+        return runpy.run_path(str(path))["EXPERIMENT"]
 
 
-def all_experiments(paths: Iterable[Path] | None = None) -> list[Experiment]:
+def all_experiments(folder: Path = SCRIPTS) -> list[Experiment]:
     """Return the experiments of a checkout, in the order of the report."""
-    found = [load_experiment(path) for path in (experiment_scripts().values() if paths is None else paths)]
-    return sorted((each for each in found if each is not None), key=lambda each: (each.place, each.name))
+    found = [load_experiment(path) for path in experiment_scripts(folder).values() if _defines_one(path)]
+    return sorted(found, key=lambda each: each.place)
+
+
+def _defines_one(script: Path) -> bool:
+    """Whether a script defines an experiment: others read results, or run experiments."""
+    return "\nEXPERIMENT = " in script.read_text(encoding="utf-8")
 
 
 def run_named(name: str, arguments: Sequence[str]) -> int:
