@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernels", action="store_true", help="on the host, run the .cu files thread by thread, not the reference"
     )
     generate.add_argument("--stats", action="store_true", help="show blocks, occupancy, hits, copies, and the time")
-    experiment = commands.add_parser("experiment", help="run an experiment of a checkout by its name", add_help=False)
+    experiment = commands.add_parser("experiment", help="run an experiment of a checkout by its name")
     experiment.add_argument("name", nargs="?", default="", help="of its script in experiments/")
     experiment.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own; --help lists them")
     options = parser.parse_args(arguments)

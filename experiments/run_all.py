@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cupaged.bench import html
-from cupaged.bench.experiment import all_experiments
+from cupaged.bench.experiment import Experiment, all_experiments
 from cupaged.bench.report import (
     COULD_NOT_RUN,
     argument_parser,
@@ -38,7 +38,6 @@ EXPERIMENTS = {each.name: each for each in all_experiments(HERE)}  # in the orde
 TIMES_THE_CPU = {name for name, each in EXPERIMENTS.items() if each.wants_quiet_cpu}
 ROWS_SHOWN = 500
 CORES_TO_SPARE = 8
-LONGEST_S = 1200  # that an experiment may take
 
 
 @dataclass
@@ -107,7 +106,8 @@ def run_each(names: list[str], backend: str, out: Path, smoke: bool) -> list[Out
 
 def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     """Run one experiment in a process of its own."""
-    kind = EXPERIMENTS[name].runs_on if name in EXPERIMENTS else "cpu"  # the claims run no kernel
+    experiment = EXPERIMENTS.get(name)  # the claims are none: they read results
+    kind, longest_s = (experiment.runs_on, experiment.longest_s) if experiment else ("cpu", Experiment.longest_s)
     if kind == "gpu" and backend != "cuda":
         return Outcome(name, "not run: needs a GPU")
     command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out), *["--smoke"] * smoke]
@@ -117,11 +117,11 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     )  # only what is in this folder: each card says where it is from
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     started, clock = time.time(), time.perf_counter()
-    status, output, errors = _answer(command, {**os.environ, "PYTHONPATH": path})
+    status, output, errors = _answer(command, {**os.environ, "PYTHONPATH": path}, longest_s)
     outcome = Outcome(name, "ok", time.perf_counter() - clock)
     if status != 0:
         said = " ".join((errors or output).split())[-300:]
-        why = f"failed: stopped after {LONGEST_S} s" if status is None else f"failed with status {status}"
+        why = f"failed: stopped after {longest_s} s" if status is None else f"failed with status {status}"
         outcome.status = f"not run: {said}" if status == COULD_NOT_RUN else f"{why}: {said}"
     for file in sorted([*out.glob(f"{name}.*"), *out.glob(f"{name}_*")], key=lambda file: (len(file.stem), file.stem)):
         if file.stat().st_mtime < started - 1:  # of an earlier run
@@ -136,12 +136,12 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     return outcome
 
 
-def _answer(command: list[str], variables: dict[str, str]) -> tuple[int | None, str, str]:
+def _answer(command: list[str], variables: dict[str, str], longest_s: float) -> tuple[int | None, str, str]:
     """Return a command's status, None if it had to be stopped, and what it said; nothing that it started goes on."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
     try:
-        output, errors = process.communicate(timeout=LONGEST_S)
+        output, errors = process.communicate(timeout=longest_s)
     except BaseException as error:  # Ctrl-C among them, which does not reach another session
         os.killpg(process.pid, signal.SIGKILL)
         output, errors = process.communicate()

@@ -79,6 +79,8 @@ class Experiment:
     """ "gpu": it needs a GPU; "both": on a GPU, or on the host build of the kernels; "cpu": it runs no kernel."""
     wants_quiet_cpu: bool = False
     """Whether it times the CPU's work for the GPU, so that nothing may run beside it."""
+    longest_s: int = 1200
+    """Seconds after which whoever runs all experiments gives it up."""
     spreads: bool = False
     """Whether cells may run in several processes on a CPU: true only where no time of the CPU is measured."""
 
@@ -104,7 +106,7 @@ class Experiment:
 
     def __init_subclass__(cls) -> None:
         script = sys.modules[cls.__module__]
-        cls.name = cls.name or Path(script.__file__ or "").stem
+        cls.name = cls.name or Path(getattr(script, "__file__", None) or "").stem
         cls.question = cls.question or script.__doc__ or ""
 
     # --- before the work ---
