@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return doctor()
     if options.command == "experiment":
-        from cupaged.bench.experiment import run_named
+        from cupaged.bench.scripts import run_named
 
         return run_named(options.name, options.arguments)
     from cupaged.engine.command import generate as run_generate

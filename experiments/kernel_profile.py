@@ -101,6 +101,12 @@ class KernelProfile(Experiment):
         workload = SMALLEST if self.smoke else self.options.workload
         (self.step,) = (step for step in WORKLOADS if step.name == workload)
         self.names = [self.options.kernel] if self.options.kernel else list(pg.kernels())
+        path = self.options.read
+        if path:
+            try:
+                self.read = profile(self.names, self.step, path.read_text(encoding="utf-8", errors="replace"))
+            except ValueError as error:  # no table of ncu's
+                raise ValueError(f"{path}: {error}") from None
 
     def make_stamp(self) -> dict[str, str]:
         read = self.options.read
@@ -110,17 +116,15 @@ class KernelProfile(Experiment):
         launch_all(self.names, self.step)
 
     def measure_once(self) -> Row:
-        path, ceiling = self.options.read, None
-        if path:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        else:
-            command = [sys.executable, os.path.abspath(__file__), "--launch-only", "--workload", self.step.name]
-            command += ["--kernel", self.options.kernel] if self.options.kernel else []
-            text, ceiling = run_ncu(METRICS, self.names, command), read_ceiling()
+        if self.options.read:
+            return {"rows": self.read, "read_ceiling_gb_s": None}
+        command = [sys.executable, os.path.abspath(__file__), "--launch-only", "--workload", self.step.name]
+        command += ["--kernel", self.options.kernel] if self.options.kernel else []
+        text = run_ncu(METRICS, self.names, command)
         try:
-            return {"rows": profile(self.names, self.step, text), "read_ceiling_gb_s": ceiling}
+            return {"rows": profile(self.names, self.step, text), "read_ceiling_gb_s": read_ceiling()}
         except ValueError as error:  # no table of ncu's
-            raise ValueError(f"{path or 'ncu'}: {error}") from None
+            raise pg.BackendUnavailableError(f"ncu: {error}") from None
 
     def cells(self) -> list[DecodeStep]:
         return [self.step]

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cupaged.bench import html
-from cupaged.bench.experiment import Experiment, all_experiments
+from cupaged.bench.experiment import Experiment
 from cupaged.bench.report import (
     COULD_NOT_RUN,
     argument_parser,
@@ -31,6 +31,7 @@ from cupaged.bench.report import (
     result_folder,
     run_experiment,
 )
+from cupaged.bench.scripts import all_experiments
 from cupaged.runtime import choose_backend
 
 HERE = Path(__file__).resolve().parent

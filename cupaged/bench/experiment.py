@@ -7,24 +7,20 @@ cells, how a cell is measured, the columns, the conclusion and the picture. `run
 from __future__ import annotations
 
 import argparse
-import runpy
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from tqdm import tqdm
 
 from cupaged.bench.ceilings import read_ceiling
-from cupaged.bench.partial import Partial
+from cupaged.bench.partial import Partial, Row
 from cupaged.bench.report import (
     FAILURES,
-    SOURCE_TREE,
     argument_parser,
     console,
     machine_stamp,
@@ -35,24 +31,18 @@ from cupaged.bench.report import (
     run_experiment,
     write_results,
 )
-from cupaged.errors import UnsupportedError
+from cupaged.bench.spread import each_measured
 from cupaged.runtime import choose_backend
 
 __all__ = [
     "Experiment",
     "Row",
-    "all_experiments",
     "begin",
-    "experiment_scripts",
-    "load_experiment",
     "print_failures",
     "run",
-    "run_named",
     "run_script",
 ]
 
-Row = dict[str, Any]
-SCRIPTS = SOURCE_TREE / "experiments"
 STOPPED = 130  # what a shell calls the status of a command that Ctrl-C ended
 
 
@@ -169,7 +159,11 @@ class Experiment:
         raise NotImplementedError
 
     def rows(self, cell: Any) -> list[Row]:
-        """Return the rows of a cell: one, unless several share what takes long to build."""
+        """Return the rows of a cell: one, unless several share what takes long to build.
+
+        They come to `compare`, `conclusion` and `draw` as JSON knows them. No table and no file shows a key that begins
+        with "_".
+        """
         return [measured_row(self.what(cell), lambda: self.measure(cell), self.failures)]
 
     def compare(self, rows: list[Row]) -> list[Row]:
@@ -249,8 +243,8 @@ def run(experiment: Experiment, arguments: Sequence[str] | None = None) -> int:
 
     cells, name = list(experiment.cells()), experiment.file_name()
     partial = Partial(folder / f"{name}.partial.jsonl", _identity(experiment, cells))
-    with _mistakes_said(parser):
-        found = _started(experiment, partial)
+    found = _found_before(partial, parser) if options.resume else {}
+    _find_once(experiment, partial, found)
     whole = _measure_all(experiment, cells, partial, found)
     if not whole:
         name += "_stopped"
@@ -270,8 +264,10 @@ def begin(experiment: Experiment, arguments: Sequence[str] | None = None) -> arg
     experiment.config = experiment.configs.get((experiment.backend, experiment.smoke))
     if experiment.backend == "cuda" and options.workers > 1:
         parser.error("argument --workers: cells are spread over a CPU; on a GPU they run one at a time")
-    with _mistakes_said(parser):
+    try:
         experiment.set_up()
+    except ValueError as error:
+        parser.error(str(error))
     return parser
 
 
@@ -319,33 +315,24 @@ def _identity(experiment: Experiment, cells: list[Any]) -> dict[str, Any]:
     }
 
 
-def _started(experiment: Experiment, partial: Partial) -> dict[int, list[Row]]:
-    """Return the rows, by the number of their cell, of the run that is resumed; none of a new one."""
-    if experiment.options.resume:
-        try:
-            found = partial.read()
-        except ValueError as error:
-            raise ValueError(f"argument --resume: {error}") from None
-        if found:
-            experiment.once = partial.once
-            experiment.go_on([row for number in sorted(found) for row in found[number]])
-            return found
-    elif partial.path.exists():
+def _found_before(partial: Partial, parser: argparse.ArgumentParser) -> dict[int, list[Row]]:
+    """Return the rows, by the number of their cell, of the run that is resumed."""
+    try:
+        return partial.read()
+    except ValueError as error:
+        parser.error(f"argument --resume: {error}")
+
+
+def _find_once(experiment: Experiment, partial: Partial, found: dict[int, list[Row]]) -> None:
+    """Measure what comes before the first cell, or take it over with the rows that were found."""
+    if found:
+        experiment.once = partial.once
+        experiment.go_on([row for number in sorted(found) for row in found[number]])
+        return
+    if partial.path.exists() and not experiment.options.resume:
         console.print(f"starting over; --resume would have gone on with {partial.path}\n")
     experiment.once = experiment.measure_once()
     partial.begin(experiment.once)
-    return {}
-
-
-@contextmanager
-def _mistakes_said(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Say a ValueError as a mistake in the arguments; what this machine does not serve is none."""
-    try:
-        yield
-    except UnsupportedError:
-        raise
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def _measure_all(experiment: Experiment, cells: list[Any], partial: Partial, found: dict[int, list[Row]]) -> bool:
@@ -355,7 +342,7 @@ def _measure_all(experiment: Experiment, cells: list[Any], partial: Partial, fou
     try:
         with bar, _terminated_as_interrupted():
             experiment.prepare()
-            for number, rows in _each_measured(experiment, left):
+            for number, rows in each_measured(experiment, left):
                 found[number] = partial.add(number, rows)
                 bar.update()
     except KeyboardInterrupt:
@@ -382,58 +369,6 @@ def _without_private(row: Row) -> Row:
     return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
-# --- cell by cell, or spread over processes -----------------------------------------------------------------------
-
-
-def _each_measured(experiment: Experiment, cells: list[tuple[int, Any]]) -> Iterator[tuple[int, list[Row]]]:
-    """Yield the rows of each cell with its number, as they are done."""
-    workers = min(experiment.options.workers, len(cells))
-    if workers < 2:
-        for number, cell in cells:
-            yield number, _rows_of(experiment, cell)
-        return
-    others = active_children()
-    # spawned, not forked: threads of this process may hold locks
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (experiment,)) as pool:
-        jobs = [pool.submit(_work, number, cell) for number, cell in cells]
-        try:
-            for job in as_completed(jobs):
-                yield job.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in active_children():
-                if process not in others:
-                    process.terminate()
-            raise
-
-
-def _rows_of(experiment: Experiment, cell: Any) -> list[Row]:
-    """Return a cell's rows; one that failed, if what its rows share could not be made."""
-    try:
-        return experiment.rows(cell)
-    except experiment.failures as error:
-        reason = error
-
-    def fail() -> Row:
-        raise reason
-
-    return [measured_row(experiment.what(cell), fail, experiment.failures)]
-
-
-_in_worker: Experiment
-
-
-def _begin_worker(experiment: Experiment) -> None:
-    """Keep the experiment for the cells that come; Ctrl-C is for the process that spreads them."""
-    global _in_worker
-    _in_worker = experiment
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _work(number: int, cell: Any) -> tuple[int, list[Row]]:
-    return number, _rows_of(_in_worker, cell)
-
-
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM end the work as Ctrl-C does, where this is the main thread."""
@@ -450,51 +385,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# --- finding the scripts ------------------------------------------------------------------------------------------
-
-
-def experiment_scripts(folder: Path = SCRIPTS) -> dict[str, Path]:
-    """Return the scripts of a checkout's experiments/ folder by name; none where the package is installed alone."""
-    return {path.stem: path for path in sorted(folder.glob("*.py"))}
-
-
-def load_experiment(path: Path) -> Experiment:
-    """Return the experiment that a script defines as EXPERIMENT."""
-    with _importable(path.parent):
-        return runpy.run_path(str(path))["EXPERIMENT"]
-
-
-def all_experiments(folder: Path = SCRIPTS) -> list[Experiment]:
-    """Return the experiments of a checkout, in the order of the report."""
-    found = [load_experiment(path) for path in experiment_scripts(folder).values() if _defines_one(path)]
-    return sorted(found, key=lambda each: each.place)
-
-
-def _defines_one(script: Path) -> bool:
-    """Whether a script defines an experiment: others read results, or run experiments."""
-    return "\nEXPERIMENT = " in script.read_text(encoding="utf-8")
-
-
-def run_named(name: str, arguments: Sequence[str]) -> int:
-    """Run the script of an experiment as ``python experiments/<name>.py`` does; returns 2 where no script has it."""
-    scripts = experiment_scripts()
-    if name not in scripts:
-        known = ", ".join(scripts) or f"none: there is no {SCRIPTS} (a wheel holds the package alone)"
-        print(f"no experiment is called {name!r}; experiments: {known}", file=sys.stderr)
-        return 2
-    sys.argv = [str(scripts[name]), *arguments]
-    with _importable(SCRIPTS):
-        runpy.run_path(str(scripts[name]), run_name="__main__")
-    return 0
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let a script import its neighbours, as Python does where it is run by its path."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))

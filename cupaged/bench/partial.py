@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Partial"]
+__all__ = ["Partial", "Row"]
 
 Row = dict[str, Any]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cupaged.bench import experiment as module
-from cupaged.bench.experiment import Experiment, all_experiments, experiment_scripts, load_experiment, run
+from cupaged.bench import scripts
+from cupaged.bench.experiment import Experiment, run
 from cupaged.bench.partial import Partial
+from cupaged.bench.scripts import all_experiments, experiment_scripts, load_experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -307,10 +308,10 @@ def test_a_value_that_has_no_form_is_an_error(tmp_path):
 
 
 def test_every_script_with_an_experiment_is_found_by_its_name():
-    scripts = experiment_scripts()
-    assert {"layouts", "claims", "run_all"} <= scripts.keys()
+    names = experiment_scripts().keys()
+    assert {"layouts", "claims", "run_all"} <= names
     found = all_experiments()
-    assert all(each.name in scripts and each.question and each.runs_on in ("gpu", "both", "cpu") for each in found)
+    assert all(each.name in names and each.question and each.runs_on in ("gpu", "both", "cpu") for each in found)
     assert len({each.name for each in found}) == len({each.place for each in found}) == len(found) > 0
     assert [each.place for each in found] == sorted(each.place for each in found)
 
@@ -336,6 +337,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones(arguments):
 
 
 def test_without_scripts_the_command_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(module, "experiment_scripts", dict)
-    assert module.run_named("layouts", []) == 2
+    monkeypatch.setattr(scripts, "experiment_scripts", dict)
+    assert scripts.run_named("layouts", []) == 2
     assert "a wheel holds the package alone" in capsys.readouterr().err

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from cupaged.bench import experiment as module
-from cupaged.bench.experiment import all_experiments, begin, experiment_scripts, load_experiment
+from cupaged.bench.experiment import begin
+from cupaged.bench.scripts import all_experiments, experiment_scripts, load_experiment
 from tests.kit.experiments import ROOT
 
 FOUND_ONCE = ("read_ceiling_gb_s", "copy_ceiling_gb_s", "launch_costs", "not_counted")
