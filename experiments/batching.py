@@ -93,9 +93,6 @@ class Batching(Experiment):
             print_table(self.once["launch_costs"], columns, "What a launch costs")
         super().show(rows)
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.backend == "cuda" else HOST_COLUMNS
-
     def title(self) -> str:
         return f"A decode step with {KERNEL}, {self.config.num_heads}/{self.config.num_kv_heads} heads"
 
@@ -104,9 +101,6 @@ class Batching(Experiment):
 
     def notes(self, rows: list[Row]) -> Row:
         return {**super().notes(rows), "kernel": KERNEL, **self.once, "claim": CLAIM}
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 COMMON = {"context": "context", "batch": "batch", "way": "way", "launches": "launches"}

@@ -94,15 +94,9 @@ class BlockSizes(Experiment):
         step = step_of(self.config, self.contexts, cell)
         return measure_on_gpu(step, self.ceiling) if self.ceiling else count_on_host(step)
 
-    def columns(self) -> Row:
-        return GPU_COLUMNS if self.backend == "cuda" else HOST_COLUMNS
-
     def title(self) -> str:
         length = np.mean(self.contexts)
         return f"A decode step of {len(self.contexts)} requests ({self.trace.name}), {length:,.0f} tokens long"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return {
@@ -112,9 +106,6 @@ class BlockSizes(Experiment):
 
     def file_name(self) -> str:
         return f"block_sizes_{self.trace.name}" if self.options.trace else "block_sizes"
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 MEMORY_COLUMNS = {"block_size": "block", "occupancy": "slots with tokens|.2%", "wasted_slots": "wasted a request|.1f",

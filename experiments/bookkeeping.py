@@ -285,14 +285,8 @@ class Bookkeeping(Experiment):
     def rows(self, cell: int) -> list[Row]:
         return rows_of(self.config, cell)
 
-    def columns(self) -> dict[str, str]:
-        return COLUMNS
-
     def title(self) -> str:
         return "Bookkeeping, one thread"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def draw(self, rows: list[Row], path: Path) -> None:
         draw(rows, path)

@@ -70,21 +70,12 @@ class CacheOps(Experiment):
         layout, size = cell
         return measure(layout, size, self.backend, self.ceilings.get(str(size)))
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.ceilings else HOST_COLUMNS
-
     def title(self) -> str:
         said = " and ".join(f"{ceiling:.0f} GB/s ({size} MB)" for size, ceiling in self.ceilings.items())
         return f"Bytes read and written, beside copies of as much: {said}" if said else "Results"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return self.once
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 HOST_COLUMNS = {"operation": "operation", "layout": "layout", "mb": "MB|.2f", "status": "status"}

@@ -94,18 +94,9 @@ class CallOverhead(Experiment):
             add_times(rows, self.step, self.config)
         return with_overheads(rows)
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.backend == "cuda" else HOST_COLUMNS
-
     def title(self) -> str:
         config = self.config
         return f"A decode step, {config.num_heads}/{config.num_kv_heads} heads, batch {config.batch}"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

@@ -67,14 +67,8 @@ class Decode(Experiment):
     def rows(self, cell: DecodeStep) -> list[Row]:
         return measure(cell, self.ceiling)
 
-    def columns(self) -> dict[str, str]:
-        return COLUMNS
-
     def title(self) -> str:
         return f"Keys and values read, beside a read ceiling of {self.ceiling:.0f} GB/s"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return self.once

@@ -138,9 +138,6 @@ class KernelProfile(Experiment):
     def title(self) -> str:
         return f"One launch of each kernel on {self.step.name}, as ncu counts it"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return {
             "workload": self.step.name, "read_ceiling_gb_s": self.ceiling, "metrics": METRICS,

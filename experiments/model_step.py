@@ -152,14 +152,8 @@ class ModelStep(Experiment):
             row["tokens_per_s"] = 1e3 * self.config.num_seqs / row["ms"]
         return row
 
-    def columns(self) -> dict[str, str]:
-        return COLUMNS
-
     def title(self) -> str:
         return f"A step of {self.config.num_seqs} sequences of {self.config.context} tokens, {self.model}"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return {**super().notes(rows), "model": self.model}

@@ -92,20 +92,11 @@ class PagingOverhead(Experiment):
     def compare(self, rows: list[Row]) -> list[Row]:
         return compared(rows, "kernel", "block_size", "look_up")
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.backend == "cuda" else HOST_COLUMNS
-
     def title(self) -> str:
         return f"One kernel with and without a block table, {self.config.step.name}; then rows gathered"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return {**super().notes(rows), "published": PUBLISHED, **self.once}
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 COMMON = {"kernel": "kernel", "block_size": "block", "way": "table", "look_up": "look-up"}

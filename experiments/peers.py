@@ -107,14 +107,8 @@ class Peers(Experiment):
             title = f"The best of each, {self.options.dtype}, beside a read ceiling of {self.ceiling:.0f} GB/s"
             print_table(summary(rows), SUMMARY_COLUMNS, title)
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.ceiling else HOST_COLUMNS
-
     def title(self) -> str:
         return "Every contender"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         measured = {row["workload"] for row in rows}
@@ -126,9 +120,6 @@ class Peers(Experiment):
     def file_name(self) -> str:
         name = "peers_all_shapes" if self.options.all_shapes else "peers"
         return name if self.options.dtype == "bfloat16" else f"{name}_{self.options.dtype}"
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
     def went_well(self, rows: list[Row]) -> bool:
         return all(row["status"] == "ok" for row in rows if row.get("peer", OURS) == OURS)

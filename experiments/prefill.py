@@ -99,23 +99,14 @@ class Prefill(Experiment):
     def rows(self, cell: PrefillStep) -> list[Row]:
         return with_ratios(measure(cell, self.peers, self.backend, self.ceiling))
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.ceiling else HOST_COLUMNS
-
     def title(self) -> str:
         return "Causal attention of new tokens over a paged context"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return {
             "peers": versions(self.peers), "read_ceiling_gb_s": self.ceiling, "not_compared": self.missing,
             "workloads": [asdict(step) for step in self.steps()],
         }  # fmt: skip
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
     def went_well(self, rows: list[Row]) -> bool:
         return all(row["status"] == "ok" for row in rows if row.get("peer", OURS) in (OURS, OURS_AS_PREFILL))

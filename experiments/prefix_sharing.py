@@ -328,9 +328,6 @@ class PrefixSharing(Experiment):
         chats = [row for row in rows if "turn" in row]
         print_table(chats, {"turn": "turn", "found_percent": "prompt found, %|.1f"}, "Multi-turn chat")
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def draw(self, rows: list[Row], path: Path) -> None:
         draw(rows, path)
 

@@ -151,9 +151,6 @@ class Serving(Experiment):
     def title(self) -> str:
         return f"{len(self.trace)} requests to {self.model} in {self.config.slots} token slots"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return {
             **super().notes(rows), "model": self.model, "trace": self.trace.name, "unit": self.time_unit,

@@ -77,21 +77,12 @@ class SharedPrefix(Experiment):
     def compare(self, rows: list[Row]) -> list[Row]:
         return with_gains(rows)
 
-    def columns(self) -> dict[str, str]:
-        return GPU_COLUMNS if self.ceiling else HOST_COLUMNS
-
     def title(self) -> str:
         config = self.config
         return f"A decode step with {config.num_heads}/{config.num_kv_heads} heads, suffix {config.suffix}"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return {**super().notes(rows), "kernel": KERNEL, "read_ceiling_gb_s": self.ceiling}
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 COMMON = {"prefix": "prefix", "sequences": "sequences", "way": "way", "bytes": "bytes held|,", "asked": "asked for|,"}

@@ -79,24 +79,15 @@ class SwapOrRecompute(Experiment):
             for kind in HOST_BLOCKS
         ]
 
-    def columns(self) -> dict[str, str]:
-        return COLUMNS if self.backend == "cuda" else HOST_COLUMNS
-
     def title(self) -> str:
         return "A sequence out and in again, or computed again"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return {"model": vars(self.model)}
 
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
-
 
 HOST_COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "status": "status"}
-COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "out_ms": "out ms|.2f",
+GPU_COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "out_ms": "out ms|.2f",
            "in_ms": "in ms|.2f", "recompute_ms": "recompute ms|.2f", "gb_s": "GB/s|.1f",
            "status": "status"}  # fmt: skip
 

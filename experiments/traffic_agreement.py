@@ -68,14 +68,8 @@ class TrafficAgreement(Experiment):
     def measure(self, cell: Case) -> Row:
         return compare(cell, *self.once["counted"][CASES.index(cell)])
 
-    def columns(self) -> dict[str, str]:
-        return COLUMNS
-
     def title(self) -> str:
         return "Global loads of one launch: the recorder on the CPU beside Nsight Compute on the GPU"
-
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
 
     def notes(self, rows: list[Row]) -> Row:
         return {"metrics": [SECTORS, REQUESTS]}

@@ -95,14 +95,8 @@ class Variants(Experiment):
         config = self.config
         return f"{config.sequences} sequences of {config.context} tokens, window {config.window}"
 
-    def conclusion(self, rows: list[Row]) -> str:
-        return conclusion(rows)
-
     def notes(self, rows: list[Row]) -> Row:
         return {**super().notes(rows), "read_ceiling_gb_s": self.ceiling}
-
-    def draw(self, rows: list[Row], path: Path) -> None:
-        draw(rows, self.stamp, path)
 
 
 TIME = {"time_us": "us|.1f", "cost": "cost|+.1%"}

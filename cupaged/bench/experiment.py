@@ -49,9 +49,10 @@ STOPPED = 130  # what a shell calls the status of a command that Ctrl-C ended
 class Experiment:
     """A question, how it is measured, and what its rows say.
 
-    A subclass sets the attributes that differ, and defines `cells`, `measure`, `conclusion` and `draw`. While it runs,
-    `options`, `backend`, `smoke`, `config`, `stamp` and `once` hold what this run was asked for and what it found
-    before its first cell.
+    A subclass sets the attributes that differ, and defines `cells` and `measure`. What a script needs for nothing else
+    stands in the script by its usual name, and is found there: its docstring, which asks the question, the functions
+    `conclusion` and `draw`, and COLUMNS, or GPU_COLUMNS and HOST_COLUMNS. While it runs, `options`, `backend`, `smoke`,
+    `config`, `stamp` and `once` hold what this run was asked for and what it found before its first cell.
     """
 
     name: str = ""
@@ -93,11 +94,13 @@ class Experiment:
     config: Any
     stamp: dict[str, str]
     once: dict[str, Any]
+    script: ClassVar[dict[str, Any]]
+    """The names that its script defines."""
 
     def __init_subclass__(cls) -> None:
-        script = sys.modules[cls.__module__]
-        cls.name = cls.name or Path(getattr(script, "__file__", None) or "").stem
-        cls.question = cls.question or script.__doc__ or ""
+        cls.script = vars(sys.modules[cls.__module__])
+        cls.name = cls.name or Path(cls.script.get("__file__") or "").stem
+        cls.question = cls.question or cls.script.get("__doc__") or ""
 
     # --- before the work ---
 
@@ -173,8 +176,9 @@ class Experiment:
     # --- what it says ---
 
     def columns(self) -> Mapping[str, str]:
-        """Return the columns of the table, as `print_table` takes them."""
-        raise NotImplementedError
+        """Return the columns of the table, as `print_table` takes them: those that the script lists."""
+        by_backend = "GPU_COLUMNS" if self.backend == "cuda" else "HOST_COLUMNS"
+        return self.script["COLUMNS" if "COLUMNS" in self.script else by_backend]
 
     def title(self) -> str:
         """Return what the table shows."""
@@ -188,8 +192,8 @@ class Experiment:
             print_failures(rows)
 
     def conclusion(self, rows: list[Row]) -> str:
-        """Return what the rows say, in a few sentences."""
-        raise NotImplementedError
+        """Return what the rows say, in a few sentences: those of the script's `conclusion`."""
+        return self.script["conclusion"](rows)
 
     def notes(self, rows: list[Row]) -> dict[str, Any]:
         """Return what the JSON file holds beside the stamp, the conclusion and the rows."""
@@ -205,7 +209,9 @@ class Experiment:
         return write_results(rows, self.stamp, name, self.options.out, **notes)
 
     def draw(self, rows: list[Row], path: Path) -> None:
-        """Draw the picture, if the rows have something to draw."""
+        """Draw the picture, if the rows have something to draw: that of the script's `draw`."""
+        if "draw" in self.script:
+            self.script["draw"](rows, self.stamp, path)
 
     def went_well(self, rows: list[Row]) -> bool:
         """Whether the run succeeded: every row is right."""
