@@ -170,15 +170,7 @@ def measure_on_gpu(step: DecodeStep, ceiling: float) -> Row:
     error = work.error_of(out, kernel)
     copies = (step.build("cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True)))
     timing = time_graph([call, *(decode_call(copy, kernel, out) for copy in copies)])
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        "kernel": kernel,
-        **verdict_on(error),
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return {"kernel": kernel, **verdict_on(error), **timing.row(work.kv_bytes, ceiling)}
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------

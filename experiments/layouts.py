@@ -154,14 +154,7 @@ def measure_on_gpu(sweep: Sweep, cell: Cell, ceiling: float) -> dict[str, Any]:
     error = work.error_of(out, KERNEL, only_longest=True)
     copies = [work, *(sweep.workload(cell, "cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes)))]
     timing = time_graph([lambda copy=copy: attend(copy, out) for copy in copies])
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        **verdict_on(error),
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return verdict_on(error) | timing.row(work.kv_bytes, ceiling)
 
 
 def build_kernels(sweep: Sweep, backend: str) -> None:

@@ -125,7 +125,7 @@ def attend(kernel: str, step: DecodeStep, way: str, backend: str, ceiling: float
             seeds = range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True))
             copies = (step.build(backend, seed, placement=placement) for seed in seeds)
             calls = [call, *(decode_call(as_given(copy, way), kernel, out) for copy in copies)]
-            row = timed(calls, work.kv_bytes, ceiling)
+            row = time_graph(calls).row(work.kv_bytes, ceiling)
     return {**verdict_on(error), **row}
 
 
@@ -163,7 +163,7 @@ def gather(data: Any, expected: int, block_size: int, unit: str, way: str, backe
     found = int(combined[0])
     status = "ok" if found == expected else f"wrong: the elements combine to {found}, expected {expected}"
     if backend == "cuda":
-        row = timed([call], data.nbytes, ceiling)
+        row = time_graph([call]).row(data.nbytes, ceiling)
     return {"status": status, **row}
 
 
@@ -180,19 +180,6 @@ def counted(call: Callable[[], Any]) -> Row:
         call()
     table = log[-1].of("block_tables", "block_table")
     return {"requests": log[-1].requests, "table_requests": table.requests, "table_sectors": table.sectors}
-
-
-def timed(calls: list[Callable[[], Any]], nbytes: int, ceiling: float | None) -> Row:
-    """Return the time of a call on the GPU, and bandwidth beside the read ceiling."""
-    timing = time_graph(calls)
-    bandwidth = nbytes / timing.median_us / 1e3
-    of_ceiling = bandwidth / ceiling if ceiling else None
-    return {
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": of_ceiling,
-    }
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------

@@ -423,14 +423,7 @@ def timed(calls: Sequence[Call], work: DecodeWorkload, ceiling: float | None) ->
     except Exception as error:
         row = {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}
         timing = time_launches(calls)
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        **row,
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return row | timing.row(work.kv_bytes, ceiling)
 
 
 def release(backend: str) -> None:

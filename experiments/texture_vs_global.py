@@ -302,19 +302,7 @@ def gather(cache: pg.KVCache, table: Any, expected: int, ceiling: float | None) 
     call()
     if int(combined[0]) != expected:
         return {"status": f"wrong: the words combine to {int(combined[0])}, expected {expected}"}
-    return {"status": "ok", **(timed([call], cache.key.nbytes, ceiling) if ceiling else {})}
-
-
-def timed(calls: list[Callable[[], Any]], nbytes: int, ceiling: float) -> Row:
-    """Return time and bandwidth on the GPU."""
-    timing = time_graph(calls)
-    bandwidth = nbytes / timing.median_us / 1e3
-    return {
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return {"status": "ok", **(time_graph([call]).row(cache.key.nbytes, ceiling) if ceiling else {})}
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -335,7 +323,7 @@ def attend(copies: Sequence[DecodeWorkload], ceiling: float | None) -> Row:
     calls = [decode_call(copy, KERNEL, out) for copy in copies]
     calls[0]()
     row = verdict_on(work.error_of(out, KERNEL))
-    return {**row, **(timed(calls, work.kv_bytes, ceiling) if ceiling else {})}
+    return {**row, **(time_graph(calls).row(work.kv_bytes, ceiling) if ceiling else {})}
 
 
 def with_plain(rows: list[Row], key: str) -> list[Row]:
