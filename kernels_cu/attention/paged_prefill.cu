@@ -248,7 +248,8 @@ __device__ __forceinline__ void transform(Tile::Products& product, const Mask& m
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         float& logit = product[half / 2][i].value[half % 2 * 2 + j];
-        logit = mask.variants.logit(logit * factor, mask.first + first_token + Tile::token_of(i, j), context, slope);
+        const int token = mask.first + first_token + Tile::token_of(i, j);
+        logit = mask.variants.unbounded_logit(logit * factor, token, context, slope);
       }
   }
 }
@@ -350,11 +351,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
       if (mask.nothing_seen(shortest, longest)) continue;
       Tile::Products product;
       tile.multiply(product, warp_query, memory.stage[stage].key + warp_token * HEAD_DIM);
-      const bool find_largest = tile.wants_logits();
+      const bool find_largest = tile.wants_largest();
       float factor = scale * kLog2E;
-      if (TRANSFORMED || factor <= 0.0f || find_largest) {   // only a positive factor can wait: it keeps the order
+      // Only a positive factor can wait: it keeps the order. Beside a large maximum it cannot, nor where logits may be
+      // infinite: beside any other maximum, the weight of -infinity is 0 all the same.
+      if (TRANSFORMED || factor <= 0.0f ||
+          (find_largest && (factor > 1.0f || tile.wants_logits() || Tile::has_infinity(product)))) {
         transform(product, mask, exchange, warp_row, warp_token, factor);
         factor = 1.0f;
+        if (find_largest) Tile::saturate(product);
       }
       if (!mask.all_seen(shortest, longest)) leave_out(product, mask, exchange, warp_row, warp_token);
       tile.add(product, factor, find_largest, memory.stage[stage].value + warp_token * HEAD_DIM);

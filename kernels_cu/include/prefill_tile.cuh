@@ -4,7 +4,7 @@
 //
 // A weight is 2^(product * factor - maximum), by one multiply-add that rounds nothing before it subtracts. The maximum is
 // rounded, though, and where it is large that shifts all exponents by many units: there, weights are made of logits that
-// are rounded before, as the maximum was (`wants_logits`), and so they are beside a maximum that has just been raised.
+// are rounded before, as the maximum was (`wants_logits`).
 //
 // Lane l has the rows l/4, l/4 + 8, l/4 + 16, ..., called halves here since two of them fill an operand. Weights are
 // rounded to the storage type before they meet the values; sums are float32.
@@ -86,21 +86,54 @@ struct PrefillTile {
     }
   }
 
-  // Whether `add` wants logits instead of products: some row has no maximum yet, or a large one. The same for all lanes.
-  __device__ __forceinline__ bool wants_logits() const {
+  // Whether some row has no maximum yet, or a large one. The same for all lanes.
+  __device__ __forceinline__ bool wants_largest() const {
     bool wants = false;
 #pragma unroll
     for (const SoftmaxState& state : softmax) wants = wants || fabsf(state.max) > LARGE;
     return __any_sync(kAllLanes, wants);
   }
 
+  // Whether some row has a large maximum, beside which weights are made of rounded logits. The same for all lanes.
+  __device__ __forceinline__ bool wants_logits() const {
+    bool wants = false;
+#pragma unroll
+    for (const SoftmaxState& state : softmax) wants = wants || (fabsf(state.max) > LARGE && state.max != NO_LOGIT);
+    return __any_sync(kAllLanes, wants);
+  }
+
+  // Whether some product is infinite. The same for all lanes.
+  static __device__ __forceinline__ bool has_infinity(const Products& product) {
+    float largest = 0.0f;
+#pragma unroll
+    for (const ResultTile (&row)[EIGHTS] : product)
+#pragma unroll
+      for (const ResultTile& eighth : row)
+#pragma unroll
+        for (const float& value : eighth.value) largest = fmaxf(largest, fabsf(value));
+    return __any_sync(kAllLanes, largest > kLargestFloat);
+  }
+
+  // Make logits that are infinite the largest number, or the lowest: -infinity stands for a token that is left out.
+  static __device__ __forceinline__ void saturate(Products& product) {
+#pragma unroll
+    for (ResultTile (&row)[EIGHTS] : product)
+#pragma unroll
+      for (ResultTile& eighth : row)
+#pragma unroll
+        for (float& value : eighth.value) value = saturated(value);
+  }
+
   // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
-  // of -infinity leaves the token out. With `find_largest` they are logits, and `factor` is 1. Weights of the next 16
-  // tokens are made between the multiplications of 16.
+  // of -infinity leaves the token out. `find_largest` is what `wants_largest` said; where `wants_logits` did, products are
+  // logits already. Weights of the next 16 tokens are made between the multiplications of 16.
   __device__ __forceinline__ void add(const Products& product, float factor, bool find_largest,
                                       const T* value) {   // [Tokens][HeadDim]
-    if (find_largest) raise(product, factor, 0);
     float headroom = HEADROOM;
+    if (find_largest) {
+      raise(product, factor, 0);
+      if (wants_logits()) headroom = -1.0f;   // which every sum outgrows
+    }
     const Walk walk(value, lane() % 16, lane() / 16);
     Weights weight[2];
     Totals total;

@@ -46,13 +46,19 @@ struct Variants {
   // The logit of a scaled product of query and key: first the soft cap, then the bias by distance, 0 for the query's own
   // token, which is the last of its context.
   __device__ __forceinline__ float logit(float product, int key_token, int context, float slope) const {
+    product = unbounded_logit(product, key_token, context, slope);
+    return SOFTCAP && !ALIBI ? product : saturated(product);   // a soft cap keeps it in range
+  }
+
+  // The same where it may be infinite, for a kernel that looks to that itself.
+  __device__ __forceinline__ float unbounded_logit(float product, int key_token, int context, float slope) const {
 #if SOFTCAP
     product = soft_capped(product, softcap * kLog2E);
 #endif
 #if ALIBI
     product += slope * static_cast<float>(key_token - (context - 1));
 #endif
-    return SOFTCAP && !ALIBI ? product : saturated(product);   // a soft cap keeps it in range
+    return product;
   }
 
   // Let a head's sink join a softmax, once for the whole context; returns the factor for the weighted sum of values.
