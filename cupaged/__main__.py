@@ -1,4 +1,4 @@
-"""``python -m cupaged doctor`` says what this machine has; ``python -m cupaged generate`` answers a prompt."""
+"""Command line: ``doctor`` says what this machine has, ``generate`` answers a prompt, ``experiment`` runs one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernels", action="store_true", help="on the host, run the .cu files thread by thread, not the reference"
     )
     generate.add_argument("--stats", action="store_true", help="show blocks, occupancy, hits, copies, and the time")
+    experiment = commands.add_parser("experiment", help="run an experiment of a checkout by its name")
+    experiment.add_argument("name", nargs="?", default="", help="of its script in experiments/")
+    experiment.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own; --help lists them")
     options = parser.parse_args(arguments)
     _print_any_text()
 
@@ -36,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
         from cupaged.doctor import doctor
 
         return doctor()
+    if options.command == "experiment":
+        from cupaged.bench.scripts import run_named
+
+        return run_named(options.name, options.arguments)
     from cupaged.engine.command import generate as run_generate
 
     return run_generate(options)

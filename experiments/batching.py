@@ -8,35 +8,27 @@ counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
     print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph, time_launches
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, DecodeWorkload
-from cupaged.runtime import choose_backend, load_kernel
-
-Row = dict[str, Any]
+from cupaged.runtime import load_kernel
 
 BATCHED = "paged_attention_batched"
 KERNEL = BATCHED if BATCHED in pg.kernels() else "paged_attention_v1"
@@ -73,33 +65,42 @@ CONFIGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    costs = launch_costs() if backend == "cuda" else []
-    rows = []
-    for context, batch in tqdm(list(product(config.contexts, config.batches)), desc="batching", unit="batch"):
-        step = DecodeStep(
-            "batch", config.num_heads, config.num_kv_heads, (context,) * batch, config.head_dim, dtype=config.dtype
-        )
-        rows += measure_on_gpu(step) if backend == "cuda" else count_on_host(step)
-    if costs:
-        print_table(costs, {"launch": "an empty launch", "us": "us|.2f"}, "What a launch costs")
-    columns = GPU_COLUMNS if backend == "cuda" else HOST_COLUMNS
-    print_table(rows, columns, f"A decode step with {KERNEL}, {config.num_heads}/{config.num_kv_heads} heads")
-    verdict = conclusion(rows, costs)
-    console.print(verdict, CLAIM, "\n")
-    folder = write_results(
-        rows, stamp, "batching", options.out, config=asdict(config), kernel=KERNEL, launch_costs=costs, claim=CLAIM,
-        conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / "batching.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class Batching(Experiment):
+    """A decode step, launched for each sequence or for all, in every batch."""
+
+    expectation, claim, unit = EXPECTATION, CLAIM, "batch"
+    place, wants_quiet_cpu, spreads = 60, True, True
+    configs = CONFIGS
+
+    def measure_once(self) -> Row:
+        return {"launch_costs": launch_costs() if self.backend == "cuda" else []}
+
+    def cells(self) -> list[tuple[int, int]]:
+        return list(product(self.config.contexts, self.config.batches))
+
+    def what(self, cell: tuple[int, int]) -> Row:
+        return dict(zip(("context", "batch"), cell, strict=True))
+
+    def rows(self, cell: tuple[int, int]) -> list[Row]:
+        (context, batch), config = cell, self.config
+        heads = config.num_heads, config.num_kv_heads
+        step = DecodeStep("batch", *heads, (context,) * batch, config.head_dim, dtype=config.dtype)
+        return measure_on_gpu(step) if self.backend == "cuda" else count_on_host(step)
+
+    def show(self, rows: list[Row]) -> None:
+        if self.once["launch_costs"]:
+            columns = {"launch": "an empty launch", "us": "us|.2f"}
+            print_table(self.once["launch_costs"], columns, "What a launch costs")
+        super().show(rows)
+
+    def title(self) -> str:
+        return f"A decode step with {KERNEL}, {self.config.num_heads}/{self.config.num_kv_heads} heads"
+
+    def conclusion(self, rows: list[Row]) -> str:
+        return conclusion(rows, self.once["launch_costs"])
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {**super().notes(rows), "kernel": KERNEL, **self.once, "claim": CLAIM}
 
 
 COMMON = {"context": "context", "batch": "batch", "way": "way", "launches": "launches"}
@@ -277,5 +278,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Batching()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

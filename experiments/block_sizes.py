@@ -9,35 +9,23 @@ are counted instead of timed.
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cupaged.bench.accuracy import decode_check, verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, decode_call
 from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
 from cupaged.ops.attention import explain
-from cupaged.runtime import choose_backend
-
-Row = dict[str, Any]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 AS_FAST = 0.02  # within this of the fastest is called as fast
@@ -77,38 +65,47 @@ CONFIGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    parser = options_parser()
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    try:
-        trace = load_trace(options.trace) if options.trace else sample_trace(config.requests, options.workload)
-        trace = trace[trace.output_tokens > 0]
-        contexts = contexts_of(trace, config)
-    except ValueError as error:
-        parser.error(str(error))
-    console.print(EXPECTATION, "\n")
-    ceiling = read_ceiling() if backend == "cuda" else None
-    rows = []
-    for size in tqdm(config.sizes, desc="block sizes", unit="size"):
-        what = {"block_size": size, **memory_of(trace, contexts, size)}
-        step = step_of(config, contexts, size)
-        rows.append(measured_row(what, lambda s=step: measure_on_gpu(s, ceiling) if ceiling else count_on_host(s)))
-    title = f"A decode step of {len(contexts)} requests ({trace.name}), {np.mean(contexts):,.0f} tokens long"
-    print_table(rows, GPU_COLUMNS if backend == "cuda" else HOST_COLUMNS, title)
-    verdict = conclusion(rows)
-    console.print(verdict, CLAIM, "\n")
-    name = f"block_sizes_{trace.name}" if options.trace else "block_sizes"
-    folder = write_results(
-        rows, stamp, name, options.out, config=asdict(config), trace=trace.name, claim=CLAIM,
-        contexts=contexts, read_ceiling_gb_s=ceiling, conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / f"{name}.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class BlockSizes(Experiment):
+    """A decode step of a trace's requests, at every block size."""
+
+    expectation, claim, unit = EXPECTATION, CLAIM, "size"
+    place, spreads, reads_ceiling = 40, True, True
+    configs = CONFIGS
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+        )
+        parser.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
+
+    def set_up(self) -> None:
+        path = self.options.trace
+        trace = load_trace(path) if path else sample_trace(self.config.requests, self.options.workload)
+        self.trace = trace[trace.output_tokens > 0]
+        self.contexts = contexts_of(self.trace, self.config)
+
+    def cells(self) -> Sequence[int]:
+        return self.config.sizes
+
+    def what(self, cell: int) -> Row:
+        return {"block_size": cell, **memory_of(self.trace, self.contexts, cell)}
+
+    def measure(self, cell: int) -> Row:
+        step = step_of(self.config, self.contexts, cell)
+        return measure_on_gpu(step, self.ceiling) if self.ceiling else count_on_host(step)
+
+    def title(self) -> str:
+        length = np.mean(self.contexts)
+        return f"A decode step of {len(self.contexts)} requests ({self.trace.name}), {length:,.0f} tokens long"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {
+            **super().notes(rows), "trace": self.trace.name, "claim": CLAIM, "contexts": self.contexts,
+            "read_ceiling_gb_s": self.ceiling,
+        }  # fmt: skip
+
+    def file_name(self) -> str:
+        return f"block_sizes_{self.trace.name}" if self.options.trace else "block_sizes"
 
 
 MEMORY_COLUMNS = {"block_size": "block", "occupancy": "slots with tokens|.2%", "wasted_slots": "wasted a request|.1f",
@@ -117,16 +114,6 @@ GPU_COLUMNS = {**MEMORY_COLUMNS, "kernel": "kernel", "time_us": "us|.1f", "of_ce
                "status": "status"}  # fmt: skip
 HOST_COLUMNS = {**MEMORY_COLUMNS, "kernel": "kernel", "loads": "loads|,", "table_sectors": "table sectors|,",
                 "status": "status"}  # fmt: skip
-
-
-def options_parser() -> ArgumentParser:
-    """Return the command line."""
-    parser = argument_parser(__doc__ or "")
-    parser.add_argument(
-        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
-    )
-    parser.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
-    return parser
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -183,15 +170,7 @@ def measure_on_gpu(step: DecodeStep, ceiling: float) -> Row:
     error = work.error_of(out, kernel)
     copies = (step.build("cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True)))
     timing = time_graph([call, *(decode_call(copy, kernel, out) for copy in copies)])
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        "kernel": kernel,
-        **verdict_on(error),
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return {"kernel": kernel, **verdict_on(error), **timing.row(work.kv_bytes, ceiling)}
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------
@@ -264,5 +243,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = BlockSizes()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

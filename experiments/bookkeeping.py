@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from cupaged.bench.report import argument_parser, console, machine_stamp, new_figure, print_table, write_results
+from cupaged.bench.experiment import Experiment, Row, run_script
+from cupaged.bench.report import (
+    new_figure,
+    save_figure,
+)
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.prefix_cache import chain
 
@@ -38,7 +42,11 @@ class Config:
     repeats: int = 60
 
 
-SMOKE = Config(block_counts=(10**3, 10**4), repeats=3)
+CONFIGS = {("cpu", False): Config(), ("cpu", True): Config(block_counts=(10**3, 10**4), repeats=3)}
+COLUMNS = {
+    "num_blocks": "blocks|,", "operation": "operation", "per_second": "a second (median)|,.0f", "unit": "unit",
+    "per_second_best": "a second (best)|,.0f", "us_per_call": "us a call|.1f",
+}  # fmt: skip
 
 
 class Prompts:
@@ -173,23 +181,22 @@ class Workload:
         return seconds(lambda: self.manager.evict(self.blocks_a_prompt))
 
 
-def rows_of(config: Config) -> list[dict[str, Any]]:
-    """Return one row for each pool and operation."""
+def rows_of(config: Config, num_blocks: int) -> list[Row]:
+    """Return one row for each operation on a pool."""
     rows = []
-    for num_blocks in tqdm(config.block_counts, "pools"):
-        workload = Workload(config, num_blocks)
-        for operation, unit, count, timings in workload.measure():
-            median = statistics.median(timings)
-            rows.append(
-                {"num_blocks": num_blocks, "operation": operation, "unit": unit, "per_second": count / median,
-                 "per_second_best": count / min(timings), "ns_per_unit": median / count * 1e9,
-                 "us_per_call": median * 1e6, "repeats": len(timings)}
-            )  # fmt: skip
-        workload.manager.check()
+    workload = Workload(config, num_blocks)
+    for operation, unit, count, timings in workload.measure():
+        median = statistics.median(timings)
+        rows.append(
+            {"num_blocks": num_blocks, "operation": operation, "unit": unit, "per_second": count / median,
+             "per_second_best": count / min(timings), "ns_per_unit": median / count * 1e9,
+             "us_per_call": median * 1e6, "repeats": len(timings)}
+        )  # fmt: skip
+    workload.manager.check()
     return rows
 
 
-def rate(rows: list[dict[str, Any]], operation: str, key: str = "per_second") -> list[float]:
+def rate(rows: list[Row], operation: str, key: str = "per_second") -> list[float]:
     """Return the rates of an operation, smallest pool first."""
     return [row[key] for row in rows if row["operation"] == operation]
 
@@ -208,7 +215,7 @@ def expectation(config: Config) -> str:
     )
 
 
-def conclusion(rows: list[dict[str, Any]]) -> str:
+def conclusion(rows: list[Row]) -> str:
     """Return what the rows say."""
     parts = []
     for operation in ("admit", "admit, evicting", "take cached prefix", "append"):
@@ -231,7 +238,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Draw rates against the aim, and the cost of each operation against the size of the pool."""
     figure, (left, right) = new_figure(2, width=12.5, height=4.8)
     sizes = sorted({row["num_blocks"] for row in rows})
@@ -256,28 +263,36 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     right.set(xscale="log", yscale="log", ylim=(1, 1000), xlabel="blocks in the pool, all of them cached content",
               ylabel="microseconds a call (median)", title="One call: a prompt of 2048 tokens, 128 blocks")  # fmt: skip
     right.legend(fontsize=8, ncols=2, loc="lower right")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
-def main() -> None:
-    """Measure, print, write and draw."""
-    arguments = argument_parser(__doc__, backends=False).parse_args()
-    config = SMOKE if arguments.smoke else Config()
-    console.print(expectation(config) + "\n")
-    rows = rows_of(config)
-    print_table(
-        rows,
-        {"num_blocks": "blocks|,", "operation": "operation", "per_second": "a second (median)|,.0f", "unit": "unit",
-         "per_second_best": "a second (best)|,.0f", "us_per_call": "us a call|.1f"},
-        "Bookkeeping, one thread",
-    )  # fmt: skip
-    found = conclusion(rows)
-    folder = write_results(
-        rows, machine_stamp("cpu"), "bookkeeping", arguments.out, config=asdict(config), conclusion=found
-    )
-    draw(rows, folder / "bookkeeping.png")
-    console.print(found)
+class Bookkeeping(Experiment):
+    """Every operation, on pools of every size."""
 
+    place, runs_on, unit = 190, "cpu", "pool"
+    failures = ()  # nothing here may fail
+    configs = CONFIGS
+
+    def expect(self) -> str:
+        return expectation(self.config)
+
+    def cells(self) -> Sequence[int]:
+        return self.config.block_counts
+
+    def what(self, cell: int) -> Row:
+        return {"num_blocks": cell}
+
+    def rows(self, cell: int) -> list[Row]:
+        return rows_of(self.config, cell)
+
+    def title(self) -> str:
+        return "Bookkeeping, one thread"
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        draw(rows, path)
+
+
+EXPERIMENT = Bookkeeping()
 
 if __name__ == "__main__":
-    main()
+    run_script(EXPERIMENT)

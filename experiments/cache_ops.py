@@ -11,31 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.ceilings import copy_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import time_behind_work, time_graph, time_until_done_in_turns
 from cupaged.layouts import LAYOUTS
-from cupaged.runtime import choose_backend
 
-Row = dict[str, Any]
 SIZES_MB = (1, 8, 64, 256)
 COLD_MB = 64  # smaller ones are found in the L2 cache again, and are no share of the memory's speed
 REPEATS = {"repeats": 31, "warm_ups": 5}  # of what goes over the link: much of it is Python, whose times scatter
@@ -48,32 +41,41 @@ EXPECTATION = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    parser = argument_parser(__doc__ or "")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    sizes = (0.05,) if backend == "host" else SIZES_MB[2:3] if options.smoke else SIZES_MB
-    ceilings = {size: copy_ceiling(round(size * 1e6)) for size in sizes if backend == "cuda" and size >= COLD_MB}
-    rows: list[Row] = []
-    for layout in tqdm(LAYOUTS, desc="cache_ops", unit="layout"):
-        for size in sizes:
-            rows += measure(layout, size, backend, ceilings.get(size))
-    said = " and ".join(f"{ceiling:.0f} GB/s ({size} MB)" for size, ceiling in ceilings.items())
-    print_table(
-        rows,
-        GPU_COLUMNS if ceilings else HOST_COLUMNS,
-        f"Bytes read and written, beside copies of as much: {said}" if ceilings else "Results",
-    )
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "cache_ops", options.out, copy_ceiling_gb_s=ceilings, conclusion=verdict)
-    draw(rows, stamp, folder / "cache_ops.png")
-    console.print(f"table, JSON and {'picture' if ceilings else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class CacheOps(Experiment):
+    """Every operation in every layout, on blocks of some sizes."""
+
+    expectation = EXPECTATION
+    place, wants_quiet_cpu, spreads = 120, True, True
+
+    def sizes(self) -> Sequence[float]:
+        """Return how many megabytes are moved."""
+        return (0.05,) if self.backend == "host" else SIZES_MB[2:3] if self.smoke else SIZES_MB
+
+    def measure_once(self) -> Row:
+        large = [size for size in self.sizes() if self.backend == "cuda" and size >= COLD_MB]
+        return {"copy_ceiling_gb_s": {str(size): copy_ceiling(round(size * 1e6)) for size in large}}
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The speed of a copy in GB/s, by the megabytes that it reads and writes."""
+        return self.once["copy_ceiling_gb_s"]
+
+    def cells(self) -> list[tuple[str, float]]:
+        return list(product(LAYOUTS, self.sizes()))
+
+    def what(self, cell: tuple[str, float]) -> Row:
+        return dict(zip(("layout", "mb"), cell, strict=True))
+
+    def rows(self, cell: tuple[str, float]) -> list[Row]:
+        layout, size = cell
+        return measure(layout, size, self.backend, self.ceilings.get(str(size)))
+
+    def title(self) -> str:
+        said = " and ".join(f"{ceiling:.0f} GB/s ({size} MB)" for size, ceiling in self.ceilings.items())
+        return f"Bytes read and written, beside copies of as much: {said}" if said else "Results"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return self.once
 
 
 HOST_COLUMNS = {"operation": "operation", "layout": "layout", "mb": "MB|.2f", "status": "status"}
@@ -231,7 +233,7 @@ def conclusion(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Path) -> None:
     """Bars by operation and layout, in percent of the ceiling, of the largest size; nothing without times."""
     timed = [row for row in rows if row["status"] == "ok" and "of_ceiling" in row]
     if not timed:
@@ -252,5 +254,7 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = CacheOps()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -9,40 +9,32 @@ GPU nothing is timed: launches are counted, and the Python functions that a call
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.accuracy import decode_check, verdict_on
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import time_graph, time_python
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep
-from cupaged.runtime import choose_backend
 from cupaged.runtime.host import HostKernel
 
-Row = dict[str, Any]
 Call = Callable[[], Any]
 
 AIM_US = 10
-BARE, PREPARED, PLANNED, UNPLANNED = "bare launch", "prepared", "planned", "unplanned"
+ATTENTION = BARE, PREPARED, PLANNED, UNPLANNED = ("bare launch", "prepared", "planned", "unplanned")
+CALLS = (*ATTENTION, UPDATE, APPEND) = (*ATTENTION, "update of the plan", "append_kv")
 EXPECTATION = (
     "What to expect. CuPy takes 8 us and more to launch a kernel of as many arguments: it looks at the type of each. A "
     "prepared call goes to the driver with its arguments lying ready: it should take less. A planned call like one "
@@ -78,28 +70,33 @@ GPU_COLUMNS = {**COMMON, "cpu_us": "us of the CPU|.2f", "over_bare_us": "over ba
 HOST_COLUMNS = {**COMMON, "functions": "Python functions", "status": "status"}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    step = Step(config, backend)
-    rows = [
-        measured_row({"call": name}, partial(step.checked, name, backend)) for name in tqdm(step.calls, desc="calls")
-    ]
-    if backend == "cuda":
-        add_times(rows, step, config)
-    with_overheads(rows)
-    columns = GPU_COLUMNS if backend == "cuda" else HOST_COLUMNS
-    print_table(rows, columns, f"A decode step, {config.num_heads}/{config.num_kv_heads} heads, batch {config.batch}")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "call_overhead", options.out, config=asdict(config), conclusion=verdict)
-    draw(rows, stamp, folder / "call_overhead.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class CallOverhead(Experiment):
+    """One step, called in every way."""
+
+    expectation, unit = EXPECTATION, "call"
+    place, wants_quiet_cpu = 70, True
+    configs = CONFIGS
+
+    def prepare(self) -> None:
+        self.step = Step(self.config, self.backend)
+
+    def cells(self) -> Sequence[str]:
+        return CALLS
+
+    def what(self, cell: str) -> Row:
+        return {"call": cell}
+
+    def measure(self, cell: str) -> Row:
+        return self.step.checked(cell, self.backend)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        if self.backend == "cuda":
+            add_times(rows, self.step, self.config)
+        return with_overheads(rows)
+
+    def title(self) -> str:
+        config = self.config
+        return f"A decode step, {config.num_heads}/{config.num_kv_heads} heads, batch {config.batch}"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -130,8 +127,8 @@ class Step:
             PREPARED: self.prepared,
             PLANNED: partial(attend, plan=plan),
             UNPLANNED: partial(attend, kernel="paged_attention_persistent"),
-            "update of the plan": partial(plan.update, work.seq_lens),
-            "append_kv": partial(pg.append_kv, cache, *rows, slots, validate=validate),
+            UPDATE: partial(plan.update, work.seq_lens),
+            APPEND: partial(pg.append_kv, cache, *rows, slots, validate=validate),
         }
 
     def checked(self, name: str, backend: str) -> Row:
@@ -139,7 +136,7 @@ class Step:
         call = self.calls[name]
         self.out.fill(float("nan"))
         call()
-        if name not in (BARE, PREPARED, PLANNED, UNPLANNED):
+        if name not in ATTENTION:
             self.prepared()
         row = verdict_on(decode_check(self.out, *self.work.arguments, "paged_attention_persistent"))
         if backend == "host":
@@ -227,5 +224,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = CallOverhead()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -10,28 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cupaged.bench.accuracy import verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode_call
-from cupaged.runtime import choose_backend
 
 KERNELS = (  # rung by rung
     "paged_attention_naive",
@@ -61,25 +52,31 @@ EXPECTATION = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    parser = argument_parser(__doc__ or "", backends=False)
-    options = parser.parse_args(arguments)
-    stamp = machine_stamp(choose_backend("cuda"))
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    ceiling = read_ceiling()
-    rows: list[dict[str, Any]] = []
-    for step in tqdm(WORKLOADS[3:4] if options.smoke else WORKLOADS, desc="decode", unit="workload"):
-        rows += measure(step, ceiling)
-    print_table(rows, COLUMNS, f"Keys and values read, beside a read ceiling of {ceiling:.0f} GB/s")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "decode", options.out, read_ceiling_gb_s=ceiling, conclusion=verdict)
-    draw(rows, stamp, folder / "decode.png")
-    draw_roofline(rows, ceiling, f"Decode attention under the roof ({stamp['device']})", folder / "decode_roofline.png")
-    console.print(f"table, JSON and pictures: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class Decode(Experiment):
+    """Every kernel on every workload."""
+
+    expectation, unit = EXPECTATION, "workload"
+    place, runs_on, reads_ceiling = 20, "gpu", True
+
+    def cells(self) -> Sequence[DecodeStep]:
+        return WORKLOADS[3:4] if self.smoke else WORKLOADS
+
+    def what(self, cell: DecodeStep) -> Row:
+        return {"workload": cell.name}
+
+    def rows(self, cell: DecodeStep) -> list[Row]:
+        return measure(cell, self.ceiling)
+
+    def title(self) -> str:
+        return f"Keys and values read, beside a read ceiling of {self.ceiling:.0f} GB/s"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return self.once
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        draw(rows, self.stamp, path)
+        title = f"Decode attention under the roof ({self.stamp['device']})"
+        draw_roofline(rows, self.ceiling, title, path.with_name("decode_roofline.png"))
 
 
 COLUMNS = {
@@ -93,7 +90,7 @@ COLUMNS = {
 }
 
 
-def measure(step: DecodeStep, ceiling: float) -> list[dict[str, Any]]:
+def measure(step: DecodeStep, ceiling: float) -> list[Row]:
     """Check and time every kernel on a workload."""
     copies = [step.build("cuda")]
     seeds = range(1, copies_for_cold_l2(copies[0].kv_bytes, fetched_ahead=True))
@@ -105,7 +102,7 @@ def measure(step: DecodeStep, ceiling: float) -> list[dict[str, Any]]:
     ]
 
 
-def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], ceiling: float) -> dict[str, Any]:
+def measure_kernel(kernel: str, step: DecodeStep, copies: list[DecodeWorkload], ceiling: float) -> Row:
     """Return what one kernel did: correctness first, then time."""
     work = copies[0]
     out = work.cache.xp.full_like(work.query, float("nan"))
@@ -145,7 +142,7 @@ def time_apart(calls: Sequence[Callable[[], Any]]) -> float:
     return both.median_us - time_graph([other] * len(calls)).median_us
 
 
-def conclusion(rows: list[dict[str, Any]]) -> str:
+def conclusion(rows: list[Row]) -> str:
     """Say what the rows show."""
     good = [row for row in rows if row["status"] == "ok"]
     parts = [f"{len(good)} of {len(rows)} results match the reference."]
@@ -164,7 +161,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def draw(rows: list[dict[str, Any]], stamp: dict[str, str], path: Any) -> None:
+def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     """Bars of each kernel by workload, in percent of the ceiling."""
     names = list(dict.fromkeys(row["workload"] for row in rows))
     figure, axis = new_figure(width=14, height=4.8)
@@ -184,5 +181,7 @@ def draw(rows: list[dict[str, Any]], stamp: dict[str, str], path: Any) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Decode()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

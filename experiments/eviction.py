@@ -11,20 +11,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     new_figure,
     print_table,
     ratio,
+    save_figure,
     write_results,
 )
 from cupaged.memory.eviction import POLICIES, belady_hits
@@ -52,6 +51,15 @@ class Config:
 
 
 SMOKE = Config(requests=150, pool_shares=(0.1, 0.4), latency_requests=150, latency_pool=3000)
+CONFIGS = {("cpu", False): Config(), ("cpu", True): SMOKE}
+HIT_COLUMNS = {
+    "workload": "workload", "pool_share": "pool share|.2f", "num_blocks": "blocks|,", "policy": "policy",
+    "hit_rate": "hit rate|.3f", "of_belady": "of Belady's|.3f", "computation_saved": "computation saved|.3f",
+}  # fmt: skip
+LATENCY_COLUMNS = {
+    "policy": "policy", "mode": "eviction",
+    **{name: f"{name}|.0f" for name in ("p50", "p90", "p99", "p99_9", "max", "mean")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,27 +149,26 @@ def of_best(rate: float | None, best: float | None) -> float | None:
     return None if rate is None or best is None else ratio(rate, best)
 
 
-def hit_rates(config: Config) -> list[dict[str, Any]]:
-    """Return one row for each workload, pool size and policy, Belady's first."""
-    rows = []
-    progress = tqdm(total=len(WORKLOADS) * len(config.pool_shares) * (1 + len(POLICIES)), desc="hit rates")
-    for workload, generate in WORKLOADS.items():
-        prompts = list(generate(config, np.random.default_rng(config.seed)))
-        names: dict[bytes, int] = {}
-        accesses = [names.setdefault(name, len(names)) for prompt in prompts for name in findable(config, prompt)]
-        longest = max(len(prompt.tokens) for prompt in prompts) // config.block_size + 1
-        for share in config.pool_shares:
-            num_blocks = max(longest, round(share * len(names)))
-            best = ratio(int(belady_hits(accesses, num_blocks).sum()), len(accesses))
-            common = {"workload": workload, "pool_share": share, "num_blocks": num_blocks}
-            rows.append({**common, "policy": "Belady", "hit_rate": best, "of_belady": of_best(best, best)})
-            progress.update()
-            for policy in POLICIES:
-                rate, saved = replay(config, prompts, policy, num_blocks)
-                rows.append({**common, "policy": policy, "hit_rate": rate, "of_belady": of_best(rate, best),
-                             "computation_saved": saved})  # fmt: skip
-                progress.update()
-    progress.close()
+@lru_cache(maxsize=1)
+def sent(config: Config, workload: str) -> tuple[list[Prompt], list[int]]:
+    """Return a workload's prompts, and the number of each block that they could find, in order of access."""
+    prompts = list(WORKLOADS[workload](config, np.random.default_rng(config.seed)))
+    names: dict[bytes, int] = {}
+    return prompts, [names.setdefault(name, len(names)) for prompt in prompts for name in findable(config, prompt)]
+
+
+def hit_rates(config: Config, workload: str, pool_share: float) -> list[Row]:
+    """Return one row for each policy, Belady's first."""
+    prompts, accesses = sent(config, workload)
+    longest = max(len(prompt.tokens) for prompt in prompts) // config.block_size + 1
+    num_blocks = max(longest, round(pool_share * len(set(accesses))))
+    best = ratio(int(belady_hits(accesses, num_blocks).sum()), len(accesses))
+    common = {"workload": workload, "pool_share": pool_share, "num_blocks": num_blocks}
+    rows = [{**common, "policy": "Belady", "hit_rate": best, "of_belady": of_best(best, best)}]
+    for policy in POLICIES:
+        rate, saved = replay(config, prompts, policy, num_blocks)
+        rows.append({**common, "policy": policy, "hit_rate": rate, "of_belady": of_best(rate, best),
+                     "computation_saved": saved})  # fmt: skip
     return rows
 
 
@@ -195,22 +202,24 @@ def latencies(config: Config, policy: str, mode: str) -> np.ndarray:
 
 
 MODES = ("on the spot", "background thread", "between requests")
+TIMED_POLICIES = ("lru", "lfu")
 
 
-def latency_rows(config: Config) -> tuple[list[dict[str, Any]], dict[tuple[str, str], np.ndarray]]:
-    """Return one row for each policy and mode, and the measured times."""
-    rows, times = [], {}
-    for policy in tqdm(("lru", "lfu"), "latencies"):
-        for mode in MODES:
-            spent = times[policy, mode] = latencies(config, policy, mode)
-            quantiles = dict(
-                zip(("p50", "p90", "p99", "p99_9"), np.quantile(spent, (0.5, 0.9, 0.99, 0.999)), strict=True)
-            )
-            rows.append({"policy": policy, "mode": mode, **quantiles, "max": spent.max(), "mean": spent.mean()})
-    return rows, times
+def latency_row(config: Config, policy: str, mode: str) -> Row:
+    """Return how the times of `allocate` are distributed, and the times, which the picture shows."""
+    spent = latencies(config, policy, mode)
+    quantiles = dict(zip(("p50", "p90", "p99", "p99_9"), np.quantile(spent, (0.5, 0.9, 0.99, 0.999)), strict=True))
+    return {
+        "policy": policy, "mode": mode, **quantiles, "max": spent.max(), "mean": spent.mean(), "_times": spent,
+    }  # fmt: skip
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def parts(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the rows with hits, and those with times."""
+    return [row for row in rows if "workload" in row], [row for row in rows if "mode" in row]
 
 
 def expectation() -> str:
@@ -225,7 +234,7 @@ def expectation() -> str:
     )
 
 
-def conclusion(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+def conclusion(rows: list[Row], timed: list[Row]) -> str:
     """Return what the rows say."""
     parts = []
     for workload in WORKLOADS:
@@ -236,7 +245,7 @@ def conclusion(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
         best, worst = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
         parts.append(f"{workload}: {best} reaches {mean[best]:.0%} of Belady's hits, {worst} {mean[worst]:.0%}, "
                      f"lru {mean['lru']:.0%}")  # fmt: skip
-    for policy in ("lru", "lfu"):
+    for policy in TIMED_POLICIES:
         spot, thread, between = (
             next(r for r in timed if r["policy"] == policy and r["mode"] == mode) for mode in MODES
         )
@@ -246,14 +255,14 @@ def conclusion(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     return "Found: " + "; ".join(parts) + "."
 
 
-def mean_of_belady(rows: list[dict[str, Any]], workload: str, policy: str) -> float | None:
+def mean_of_belady(rows: list[Row], workload: str, policy: str) -> float | None:
     """Return a policy's hits over Belady's, averaged over the pool sizes in which Belady finds any; None without."""
     mine = [row["of_belady"] for row in rows if row["workload"] == workload and row["policy"] == policy]
     found = [share for share in mine if share is not None]
     return float(np.mean(found)) if found else None
 
 
-def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], path: Path) -> None:
+def draw(rows: list[Row], times: dict[tuple[str, str], np.ndarray], path: Path) -> None:
     """Draw hit rates against the size of the pool, and the tails of the latencies."""
     figure, axes = new_figure(3, 2, width=13, height=8.2)
     colors = dict(zip(POLICIES, ("C0", "C1", "C2", "C4", "C3"), strict=True))
@@ -269,7 +278,7 @@ def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], p
         axis.minorticks_off()
     axes[0, 0].set_ylabel("prefix blocks found, %")
     axes[0, 0].legend(fontsize=8, loc="upper left")
-    for axis, policy in zip(axes[1], ("lru", "lfu"), strict=False):
+    for axis, policy in zip(axes[1], TIMED_POLICIES, strict=False):
         for mode, color in zip(MODES, ("C3", "C0", "C2"), strict=True):
             spent = np.sort(times[policy, mode])
             slower = 1 - np.arange(len(spent)) / len(spent)
@@ -288,31 +297,48 @@ def draw(rows: list[dict[str, Any]], times: dict[tuple[str, str], np.ndarray], p
     )
     axis.set(ylabel="hits, % of Belady's", title="mean over pool sizes", ylim=(0, 118))
     axis.legend(fontsize=8, ncols=5, loc="upper center", handlelength=0.8, columnspacing=0.8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
-def main() -> None:
-    """Measure, print, write and draw."""
-    arguments = argument_parser(__doc__, backends=False).parse_args()
-    config = SMOKE if arguments.smoke else Config()
-    console.print(expectation() + "\n")
-    rows = hit_rates(config)
-    timed, times = latency_rows(config)
-    print_table(
-        rows,
-        {"workload": "workload", "pool_share": "pool share|.2f", "num_blocks": "blocks|,", "policy": "policy",
-         "hit_rate": "hit rate|.3f", "of_belady": "of Belady's|.3f", "computation_saved": "computation saved|.3f"},
-        "Prefix blocks found",
-    )  # fmt: skip
-    quantiles = {name: f"{name}|.0f" for name in ("p50", "p90", "p99", "p99_9", "max", "mean")}
-    print_table(timed, {"policy": "policy", "mode": "eviction", **quantiles}, "Latency of allocate, us")
-    found = conclusion(rows, timed)
-    stamp = machine_stamp("cpu")
-    folder = write_results(rows, stamp, "eviction", arguments.out, config=asdict(config), conclusion=found)
-    write_results(timed, stamp, "eviction_latency", arguments.out, config=asdict(config))
-    draw(rows, times, folder / "eviction.png")
-    console.print(found)
+class Eviction(Experiment):
+    """Hits of every policy in pools of every size, and how long `allocate` takes while blocks are evicted."""
 
+    place, runs_on = 180, "cpu"
+    failures = ()  # nothing here may fail
+    configs = CONFIGS
+
+    def expect(self) -> str:
+        return expectation()
+
+    def cells(self) -> list[Row]:
+        hits = product(WORKLOADS, self.config.pool_shares)
+        return [
+            *({"workload": workload, "pool_share": share} for workload, share in hits),
+            *({"policy": policy, "mode": mode} for policy, mode in product(TIMED_POLICIES, MODES)),
+        ]
+
+    def rows(self, cell: Row) -> list[Row]:
+        return hit_rates(self.config, **cell) if "workload" in cell else [latency_row(self.config, **cell)]
+
+    def show(self, rows: list[Row]) -> None:
+        hits, timed = parts(rows)
+        print_table(hits, HIT_COLUMNS, "Prefix blocks found")
+        print_table(timed, LATENCY_COLUMNS, "Latency of allocate, us")
+
+    def conclusion(self, rows: list[Row]) -> str:
+        return conclusion(*parts(rows))
+
+    def write(self, rows: list[Row], name: str, verdict: str) -> Path:
+        hits, timed = parts(rows)
+        write_results(timed, self.stamp, f"{name}_latency", self.options.out, **self.notes(timed))
+        return super().write(hits, name, verdict)
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        hits, timed = parts(rows)
+        draw(hits, {(row["policy"], row["mode"]): np.array(row["_times"]) for row in timed}, path)
+
+
+EXPERIMENT = Eviction()
 
 if __name__ == "__main__":
-    main()
+    run_script(EXPERIMENT)

@@ -17,25 +17,19 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
     positive,
     print_table,
     ratio,
-    run_experiment,
     save_figure,
     write_results,
 )
@@ -43,8 +37,6 @@ from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax, Usage
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.replay import STATES, ContiguousMemory, Memory, PagedMemory, Replay, Requests, replay
 from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
-
-Row = dict[str, Any]
 
 # Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023
 # (arXiv 2309.06180): the memory in figure 2, the throughput in its abstract.
@@ -83,14 +75,14 @@ class Config:
 
 
 class System(NamedTuple):
-    """A way to allocate: the name of its row, its block size if it has blocks, and how to set its memory up."""
+    """A way to allocate: its block size if it has blocks, and how to set its memory up."""
 
-    name: str
     block_size: int | None
     memory: Callable[[], Memory]
 
 
-def systems(requests: Requests, config: Config) -> list[System]:
+def systems(requests: Requests, config: Config) -> dict[str, System]:
+    """Return what is compared, by name, in the order of the rows."""
     slots, exact = config.num_slots, requests.final
     longest = np.full_like(exact, config.max_len)
     rounded = np.minimum(requests.prompt + power_of_two(requests.output), config.max_len)
@@ -101,36 +93,16 @@ def systems(requests: Requests, config: Config) -> list[System]:
         "buddy pow2": lambda: ContiguousMemory(Buddy(slots), requests, rounded),
         "buddy oracle": lambda: ContiguousMemory(Buddy(slots), requests, exact),
     }
-    return [System(name, None, memory) for name, memory in contiguous.items()] + [
-        System(f"paged {size}", size, lambda size=size: PagedMemory(slots, size, requests))
+    paged = {
+        f"paged {size}": System(size, lambda size=size: PagedMemory(slots, size, requests))
         for size in config.block_sizes
-    ]
+    }
+    return {name: System(None, memory) for name, memory in contiguous.items()} | paged
 
 
 def power_of_two(n: np.ndarray) -> np.ndarray:
     """Return the smallest power of two that is at least n."""
     return 1 << np.ceil(np.log2(n)).astype(np.int64)
-
-
-def measure(requests: Requests, config: Config) -> tuple[list[Row], dict[str, Replay]]:
-    """Return a row for each system, failed ones too, and what happened in those that the picture shows."""
-    last = int(requests.arrival[-1])
-    window = slice(int(config.warmup * last), last + 1)
-    middle = range(last // 2, last // 2 + 3 * MAP_COLUMNS, 3)
-    shown: dict[str, Replay] = {}
-
-    def run(system: System) -> Row:
-        paint_at = middle if system.name in SHOWN else range(0)
-        outcome = replay(requests, system.memory(), config.max_waiting, paint_at)
-        if paint_at:
-            shown[system.name] = outcome
-        return averages(outcome, window)
-
-    rows = [
-        measured_row({"system": system.name, "block_size": system.block_size}, partial(run, system))
-        for system in tqdm(systems(requests, config), unit="system", leave=False)
-    ]
-    return rows, shown
 
 
 def averages(outcome: Replay, window: slice) -> Row:
@@ -397,25 +369,6 @@ REQUEST_TABLE = {
 # --- the command ----------------------------------------------------------------------------------
 
 
-def parser() -> ArgumentParser:
-    options = argument_parser(__doc__, backends=False)
-    options.add_argument(
-        "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
-    )
-    options.add_argument("--cite", default="", help="the trace's source and licence, kept with the results")
-    options.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
-    options.add_argument(
-        "--requests", type=positive(int), help="how many (default: 10,000 sampled, or the whole trace)"
-    )
-    options.add_argument("--seed", type=int, default=0, help="of the sampler")
-    options.add_argument("--slots", type=positive(int), default=Config.num_slots, help="token slots of the memory")
-    options.add_argument("--max-len", type=positive(int), default=Config.max_len, help="the longest request served")
-    options.add_argument(
-        "--load", type=positive(float), default=Config.load, help="tokens offered, over slots: above 1, memory is short"
-    )
-    return options
-
-
 def trace_of(arguments: Namespace) -> tuple[str, Trace, str]:
     """Return the name of the results, the trace, and its source."""
     number = arguments.requests or (500 if arguments.smoke else None)
@@ -437,47 +390,107 @@ def served(whole: Trace, config: Config) -> Trace:
     return trace
 
 
-def main() -> int:
-    options = parser()
-    arguments = options.parse_args()
-    if arguments.slots < arguments.max_len:
-        options.error(f"--slots must hold a request of --max-len {arguments.max_len}, got {arguments.slots}")
-    sizes = (1, 16, 256) if arguments.smoke else Config.block_sizes
-    config = Config(arguments.slots, arguments.max_len, arguments.load, block_sizes=sizes)
-    try:
-        name, whole, citation = trace_of(arguments)
-        trace = served(whole, config)
-        requests = Requests.from_trace(trace, config.load * config.num_slots)
-    except (OSError, ValueError) as error:
-        options.error(str(error))
-    step = 1000 * (trace.arrival[-1] - trace.arrival[0]) / requests.arrival[-1]
+class Fragmentation(Experiment):
+    """The same requests, at the same memory allocated in every way."""
 
-    example = documents_example()
-    columns = {"system": "", "slots": "slots allocated|,", "tokens": "tokens|,", "occupancy": "occupancy|.1%"}
-    print_table(example, columns, "The documents' example: 312, 148 and 1872 tokens")
-    console.print("To expect.", style="bold", end=" ")
-    console.print(f"{expectation(trace, requests, config)}\n")
+    place, runs_on, spreads, unit = 160, "cpu", True, "system"
 
-    rows, shown = measure(requests, config)
-    claims, stamp = settle(rows), machine_stamp("cpu")
-    print_table(rows, MEMORY_TABLE, f"{config.num_slots:,} slots, on average; occupancy is of allocated slots")
-    title = f"{len(trace):,} requests ({trace.name}), load {config.load}: a decode step is {step:.0f} ms of the trace"
-    print_table(rows, REQUEST_TABLE, title)
-    print_table(claims, {key: key for key in claims[0]}, "The claims")
-    console.print("Found.", style="bold", end=" ")
-    console.print(conclusion(rows, config))
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--trace", type=Path, help="a trace file in Azure, BurstGPT, Mooncake or Vidur columns, plain or .gz"
+        )
+        parser.add_argument("--cite", default="", help="the trace's source and licence, kept with the results")
+        parser.add_argument("--workload", choices=tuple(WORKLOADS), default="conversation", help="what is sampled")
+        parser.add_argument(
+            "--requests", type=positive(int), help="how many (default: 10,000 sampled, or the whole trace)"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of the sampler")
+        parser.add_argument("--slots", type=positive(int), default=Config.num_slots, help="token slots of the memory")
+        parser.add_argument("--max-len", type=positive(int), default=Config.max_len, help="the longest request served")
+        load_help = "tokens offered, over slots: above 1, memory is short"
+        parser.add_argument("--load", type=positive(float), default=Config.load, help=load_help)
 
-    folder = write_results(
-        rows, stamp, name, arguments.out, trace=trace.name, citation=citation, config=asdict(config),
-        requests=len(trace), left_out=len(whole) - len(trace), milliseconds_per_step=round(step, 1),
-        documents_example=example, claims=claims, conclusion=conclusion(rows, config),
-    )  # fmt: skip
-    timeline = [{"system": system, **row} for system, outcome in shown.items() for row in stretches(outcome)]
-    write_results(timeline, stamp, f"{name}_over_time", arguments.out, trace=trace.name, citation=citation)
-    save_figure(draw(rows, shown, trace, config), folder / f"{name}.png")
-    console.print(f"Written: {folder / name}.csv, .json, .png and {name}_over_time.csv, .json")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+    def set_up(self) -> None:
+        options = self.options
+        if options.slots < options.max_len:
+            raise ValueError(f"--slots must hold a request of --max-len {options.max_len}, got {options.slots}")
+        sizes = (1, 16, 256) if self.smoke else Config.block_sizes
+        self.config = Config(options.slots, options.max_len, options.load, block_sizes=sizes)
+        try:
+            self.results, self.whole, self.citation = trace_of(options)
+        except OSError as error:
+            raise ValueError(str(error)) from None
+        self.trace = served(self.whole, self.config)
+        self.requests = Requests.from_trace(self.trace, self.config.load * self.config.num_slots)
+        self.kept: dict[str, Replay] = {}
 
+    def expect(self) -> str:
+        return f"To expect. {expectation(self.trace, self.requests, self.config)}"
+
+    def cells(self) -> list[str]:
+        return list(systems(self.requests, self.config))
+
+    def what(self, cell: str) -> Row:
+        return {"system": cell, "block_size": systems(self.requests, self.config)[cell].block_size}
+
+    def measure(self, cell: str) -> Row:
+        outcome = self.replay(cell)
+        if cell in SHOWN:
+            self.kept[cell] = outcome
+        last = int(self.requests.arrival[-1])
+        return averages(outcome, slice(int(self.config.warmup * last), last + 1))
+
+    def replay(self, name: str) -> Replay:
+        """Return what happens in a system; with a map of its memory, if the picture shows it."""
+        middle = int(self.requests.arrival[-1]) // 2
+        paint_at = range(middle, middle + 3 * MAP_COLUMNS, 3) if name in SHOWN else range(0)
+        memory = systems(self.requests, self.config)[name].memory()
+        return replay(self.requests, memory, self.config.max_waiting, paint_at)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        good = [row["system"] for row in rows if row["status"] == "ok"]
+        # once more for those that another process, or an earlier run, measured
+        self.shown = {name: self.kept.get(name) or self.replay(name) for name in good if name in SHOWN}
+        return rows
+
+    def show(self, rows: list[Row]) -> None:
+        columns = {"system": "", "slots": "slots allocated|,", "tokens": "tokens|,", "occupancy": "occupancy|.1%"}
+        print_table(documents_example(), columns, "The documents' example: 312, 148 and 1872 tokens")
+        title = f"{self.config.num_slots:,} slots, on average; occupancy is of allocated slots"
+        print_table(rows, MEMORY_TABLE, title)
+        served = f"{len(self.trace):,} requests ({self.trace.name}), load {self.config.load}"
+        print_table(rows, REQUEST_TABLE, f"{served}: a decode step is {self.step_ms():.0f} ms of the trace")
+        claims = settle(rows)
+        print_table(claims, {key: key for key in claims[0]}, "The claims")
+
+    def step_ms(self) -> float:
+        """Return how long a decode step is in the trace's time."""
+        return 1000 * (self.trace.arrival[-1] - self.trace.arrival[0]) / self.requests.arrival[-1]
+
+    def conclusion(self, rows: list[Row]) -> str:
+        return conclusion(rows, self.config)
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {
+            "trace": self.trace.name, "citation": self.citation, **super().notes(rows), "requests": len(self.trace),
+            "left_out": len(self.whole) - len(self.trace), "milliseconds_per_step": round(self.step_ms(), 1),
+            "documents_example": documents_example(), "claims": settle(rows),
+        }  # fmt: skip
+
+    def file_name(self) -> str:
+        return self.results
+
+    def write(self, rows: list[Row], name: str, verdict: str) -> Path:
+        timeline = [{"system": system, **row} for system, outcome in self.shown.items() for row in stretches(outcome)]
+        of_trace = {"trace": self.trace.name, "citation": self.citation}
+        write_results(timeline, self.stamp, f"{name}_over_time", self.options.out, **of_trace)
+        return super().write(rows, name, verdict)
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        save_figure(draw(rows, self.shown, self.trace, self.config), path)
+
+
+EXPERIMENT = Fragmentation()
 
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

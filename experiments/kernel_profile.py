@@ -15,31 +15,22 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.ncu import Launch, parse_ncu, run_ncu
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     new_figure,
     print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.roofline import draw_roofline
 from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode_call
 from cupaged.engine.elementwise import rms_norm, swiglu
-from cupaged.runtime import choose_backend
-
-Row = dict[str, Any]
 
 MEMORY = "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed"
 DRAM = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -92,45 +83,75 @@ EXPECTATION = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every kernel that serves the workload was counted."""
-    parser = options_parser()
-    options = parser.parse_args(arguments)
-    workload = SMALLEST if options.smoke else options.workload
-    (step,) = (step for step in WORKLOADS if step.name == workload)
-    names = [options.kernel] if options.kernel else list(pg.kernels())
-    if options.launch_only:
-        launch_all(names, step)
-        return 0
-    if options.read:
-        text, ceiling = options.read.read_text(encoding="utf-8", errors="replace"), None
-        stamp = machine_stamp("cpu") | {"counted": f"elsewhere, read from {options.read.name}"}
-    else:
-        stamp = machine_stamp(choose_backend("cuda"))
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    if not options.read:
-        command = [sys.executable, os.path.abspath(__file__), "--launch-only", "--workload", step.name]
-        command += ["--kernel", options.kernel] if options.kernel else []
-        text = run_ncu(METRICS, names, command)
-        ceiling = read_ceiling()
-    try:
-        rows = profile(names, step, text)
-    except ValueError as error:  # no table of ncu's
-        parser.error(f"{options.read or 'ncu'}: {error}")
-    print_table([shown(row) for row in rows], COLUMNS, f"One launch of each kernel on {step.name}, as ncu counts it")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "kernel_profile", options.out, workload=step.name, read_ceiling_gb_s=ceiling, metrics=METRICS,
-        targets={check.name: check.rule for check in CHECKS}, conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / "kernel_profile.png")
-    if ceiling:
-        title = f"Kernels on {step.name} under the roof ({stamp['device']})"
-        draw_roofline(rows, ceiling, title, folder / "kernel_profile_roofline.png")
-    console.print(f"table, JSON and pictures: {folder}")
-    return 0 if all(row["status"].startswith(("ok", NOT_LAUNCHED)) for row in rows) else 1
+class KernelProfile(Experiment):
+    """One launch of each kernel, as Nsight Compute counts it."""
+
+    expectation, unit = EXPECTATION, "workload"
+    place, runs_on, launches_for_ncu = 140, "gpu", True
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--kernel", choices=tuple(pg.kernels()), help="count this one only (default: all)")
+        parser.add_argument("--workload", choices=[step.name for step in WORKLOADS], default="gqa 32/8 b64 4k")
+        parser.add_argument("--read", type=Path, help="a file with what ncu printed, instead of running it")
+
+    def choose_backend(self) -> str:
+        return "cpu" if self.options.read and not self.options.launch_only else super().choose_backend()
+
+    def set_up(self) -> None:
+        workload = SMALLEST if self.smoke else self.options.workload
+        (self.step,) = (step for step in WORKLOADS if step.name == workload)
+        self.names = [self.options.kernel] if self.options.kernel else list(pg.kernels())
+        path = self.options.read
+        if path:
+            try:
+                self.read = profile(self.names, self.step, path.read_text(encoding="utf-8", errors="replace"))
+            except ValueError as error:  # no table of ncu's
+                raise ValueError(f"{path}: {error}") from None
+
+    def make_stamp(self) -> dict[str, str]:
+        read = self.options.read
+        return super().make_stamp() | ({"counted": f"elsewhere, read from {read.name}"} if read else {})
+
+    def launch(self) -> None:
+        launch_all(self.names, self.step)
+
+    def measure_once(self) -> Row:
+        if self.options.read:
+            return {"rows": self.read, "read_ceiling_gb_s": None}
+        command = [sys.executable, os.path.abspath(__file__), "--launch-only", "--workload", self.step.name]
+        command += ["--kernel", self.options.kernel] if self.options.kernel else []
+        text = run_ncu(METRICS, self.names, command)
+        try:
+            return {"rows": profile(self.names, self.step, text), "read_ceiling_gb_s": read_ceiling()}
+        except ValueError as error:  # no table of ncu's
+            raise pg.BackendUnavailableError(f"ncu: {error}") from None
+
+    def cells(self) -> list[DecodeStep]:
+        return [self.step]
+
+    def rows(self, cell: DecodeStep) -> list[Row]:
+        return self.once["rows"]
+
+    def show(self, rows: list[Row]) -> None:
+        print_table([shown(row) for row in rows], COLUMNS, self.title())
+
+    def title(self) -> str:
+        return f"One launch of each kernel on {self.step.name}, as ncu counts it"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {
+            "workload": self.step.name, "read_ceiling_gb_s": self.ceiling, "metrics": METRICS,
+            "targets": {check.name: check.rule for check in CHECKS},
+        }  # fmt: skip
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        draw(rows, self.stamp, path)
+        if self.ceiling:
+            title = f"Kernels on {self.step.name} under the roof ({self.stamp['device']})"
+            draw_roofline(rows, self.ceiling, title, path.with_name("kernel_profile_roofline.png"))
+
+    def went_well(self, rows: list[Row]) -> bool:
+        return all(row["status"].startswith(("ok", NOT_LAUNCHED)) for row in rows)
 
 
 COLUMNS = {
@@ -140,16 +161,6 @@ COLUMNS = {
     "dram_gb_s": "GB/s|.0f",
     "status": "status",
 }
-
-
-def options_parser() -> ArgumentParser:
-    """Return the command line."""
-    parser = argument_parser(__doc__ or "", backends=False)
-    parser.add_argument("--kernel", choices=tuple(pg.kernels()), help="count this one only (default: all)")
-    parser.add_argument("--workload", choices=[step.name for step in WORKLOADS], default="gqa 32/8 b64 4k")
-    parser.add_argument("--read", type=Path, help="a file with what ncu printed, instead of running it")
-    parser.add_argument("--launch-only", action="store_true", help="launch the kernels on the GPU, for ncu to count")
-    return parser
 
 
 # --- launching, under ncu -----------------------------------------------------------------------------------------
@@ -313,5 +324,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = KernelProfile()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -8,7 +8,7 @@ bandwidth; without one the same .cu file runs on the CPU and the answer is the m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import asdict, dataclass
@@ -21,23 +21,11 @@ from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.accuracy import decode_check, verdict_on
-from cupaged.bench.ceilings import read_ceiling
-from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
-    new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
-    save_figure,
-    write_results,
-)
+from cupaged.bench.experiment import Experiment, print_failures, run_script
+from cupaged.bench.report import new_figure, print_table, save_figure
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import cache_traffic
 from cupaged.bench.workload import PLACEMENTS, DecodeWorkload, decode_workload
-from cupaged.runtime import choose_backend
 
 KERNEL = "paged_attention_v1"
 LAYOUTS = ("BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX")
@@ -101,40 +89,40 @@ SWEEPS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every cell was right."""
-    parser = argument_parser(__doc__ or "")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    sweep = SWEEPS[backend, options.smoke]
-    console.print(EXPECTATION, "\n")
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)  # before the work, so that a folder that cannot be written ends it now
-    notes: dict[str, Any] = {"question": "Does the layout of the KV cache matter, and where?", "kernel": KERNEL}
-    build_kernels(sweep, backend)
-    if backend == "cuda":
-        notes["read_ceiling_gb_s"] = ceiling = read_ceiling()
-        rows = run(sweep, lambda cell: measure_on_gpu(sweep, cell, ceiling))
-    else:
-        rows = run(sweep, lambda cell: count_on_host(sweep, cell))
-    print_table(summary(rows, backend), COLUMNS, title(backend, notes))
-    for status in list(dict.fromkeys(row["status"] for row in rows if row["status"] != "ok"))[:3]:
-        console.print(f"not ok: {status}", style="bold red")
-    verdict = conclusion(rows, backend)
-    console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "layouts", options.out, sweep=asdict(sweep), **notes, conclusion=verdict)
-    draw(rows, backend, stamp, folder / "layouts.png")
-    console.print(f"table, JSON and {'picture' if (folder / 'layouts.png').exists() else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class Layouts(Experiment):
+    """One kernel over five layouts: measured on a GPU, counted on the host."""
+
+    expectation = EXPECTATION
+    place, spreads = 10, True
+    configs = SWEEPS
+    reads_ceiling = True
+
+    def prepare(self) -> None:
+        build_kernels(self.config, self.backend)
+
+    def cells(self) -> list[Cell]:
+        return self.config.cells()
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        if self.ceiling is None:
+            return count_on_host(self.config, cell)
+        return measure_on_gpu(self.config, cell, self.ceiling)
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        print_table(summary(rows, self.backend), COLUMNS, title(self.backend, self.once))
+        print_failures(rows)
+
+    def conclusion(self, rows: list[dict[str, Any]]) -> str:
+        return conclusion(rows, self.backend)
+
+    def notes(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"sweep": asdict(self.config), "question": self.asked, "kernel": KERNEL, **self.once}
+
+    def draw(self, rows: list[dict[str, Any]], path: Path) -> None:
+        draw(rows, self.backend, self.stamp, path)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
-
-
-def run(sweep: Sweep, measure: Callable[[Cell], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measure every cell; a cell that fails is a row that says why."""
-    cells = tqdm(sweep.cells(), desc="layouts", unit="cell")
-    return [measured_row(asdict(cell), lambda cell=cell: measure(cell)) for cell in cells]
 
 
 def attend(work: DecodeWorkload, out: Any = None) -> Any:
@@ -166,14 +154,7 @@ def measure_on_gpu(sweep: Sweep, cell: Cell, ceiling: float) -> dict[str, Any]:
     error = work.error_of(out, KERNEL, only_longest=True)
     copies = [work, *(sweep.workload(cell, "cuda", seed) for seed in range(1, copies_for_cold_l2(work.kv_bytes)))]
     timing = time_graph([lambda copy=copy: attend(copy, out) for copy in copies])
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        **verdict_on(error),
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return verdict_on(error) | timing.row(work.kv_bytes, ceiling)
 
 
 def build_kernels(sweep: Sweep, backend: str) -> None:
@@ -342,5 +323,7 @@ def draw(rows: list[dict[str, Any]], backend: str, stamp: dict[str, str], path: 
     save_figure(figure, path)
 
 
+EXPERIMENT = Layouts()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

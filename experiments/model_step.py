@@ -10,9 +10,9 @@ half precision. Without a GPU the ways are compared on a small random model, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -20,29 +20,19 @@ from typing import Any
 
 import numpy as np
 from ml_dtypes import finfo
-from tqdm import tqdm
 
 import cupaged as pg
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import time_graph, time_launches
 from cupaged.engine.decode_step import DecodeStep, shape_class
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.engine.weights import Checkpoint, LayerWeights, ModelConfig, random_checkpoint, smollm2_or_random
 from cupaged.reference import as_numpy
-from cupaged.runtime import choose_backend
 
-Row = dict[str, Any]
 REPEATS = 30
 EXPECTATION = (
     "What to expect. A step of a small model is hundreds of small launches: one by one it waits for the CPU, as a "
@@ -125,46 +115,63 @@ class Batch:
         return ModelInput(*(xp.asarray(array) for array in arrays))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if the ways agree."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    checkpoint, name = model_of(backend, options.smoke)
-    batch = Batch(checkpoint, config, backend)
-    expected = batch.next_logits()
-    with batch.stream():
-        step = DecodeStep(batch.model, batch.caches, shape_class(config.num_seqs, batch.tables.shape[1]))
-    measures: dict[str, Callable[[], Row]] = {"one graph": lambda: of_graph(batch, step, expected)}
-    if backend == "cuda":
-        measures[TRANSFORMERS] = lambda: of_transformers(batch, expected)
-        measures[WITHOUT_CUDNN] = lambda: of_transformers(batch, expected, cudnn=False)
-        measures["one graph, uploaded and read back"] = lambda: of_run(batch, step)
-        measures["launched one by one"] = lambda: {"ms": time_launches([step.compute]).median_us / 1e3, "status": "ok"}
-        measures["attention alone, one graph"] = lambda: of_attention(batch)
-    rows: list[Row] = []
-    for way in tqdm(measures, desc="model_step", unit="way"):
-        row = measured_row({"way": way}, measures[way], (Exception,))  # what a peer may raise is not known
-        if "ms" in row and not way.startswith("attention"):
-            row["tokens_per_s"] = 1e3 * config.num_seqs / row["ms"]
-        rows.append(row)
-    print_table(rows, COLUMNS, f"A step of {config.num_seqs} sequences of {config.context} tokens, {name}")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "model_step", options.out, config=asdict(config), model=name, conclusion=verdict
-    )
-    if any("ms" in row for row in rows):
-        draw(rows, stamp, folder / "model_step.png")
-    console.print(f"table, JSON and {'picture' if backend == 'cuda' else 'no picture'}: {folder}")
-    return 0 if all(row["status"] in ("ok", NOT_INSTALLED) for row in rows) else 1
+class ModelStep(Experiment):
+    """One step of a batch, in each way."""
+
+    expectation, unit = EXPECTATION, "way"
+    place, wants_quiet_cpu = 210, True
+    configs = CONFIGS
+    failures = (Exception,)  # what a peer may raise is not known
+
+    def prepare(self) -> None:
+        checkpoint, self.model = model_of(self.backend, self.smoke)
+        self.batch = batch = Batch(checkpoint, self.config, self.backend)
+        self.expected = batch.next_logits()
+        with batch.stream():
+            cells = shape_class(self.config.num_seqs, batch.tables.shape[1])
+            self.step = DecodeStep(batch.model, batch.caches, cells)
+
+    def cells(self) -> Sequence[str]:
+        return WAYS if self.backend == "cuda" else WAYS[:1]
+
+    def what(self, cell: str) -> Row:
+        return {"way": cell}
+
+    def measure(self, cell: str) -> Row:
+        batch, step, expected = self.batch, self.step, self.expected
+        measures: dict[str, Callable[[], Row]] = {
+            GRAPH: lambda: of_graph(batch, step, expected),
+            TRANSFORMERS: lambda: of_transformers(batch, expected),
+            WITHOUT_CUDNN: lambda: of_transformers(batch, expected, cudnn=False),
+            RUN: lambda: of_run(batch, step),
+            LAUNCHES: lambda: {"ms": time_launches([step.compute]).median_us / 1e3, "status": "ok"},
+            ATTENTION: lambda: of_attention(batch),
+        }
+        row = measures[cell]()
+        if "ms" in row and cell != ATTENTION:
+            row["tokens_per_s"] = 1e3 * self.config.num_seqs / row["ms"]
+        return row
+
+    def title(self) -> str:
+        return f"A step of {self.config.num_seqs} sequences of {self.config.context} tokens, {self.model}"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {**super().notes(rows), "model": self.model}
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        if any("ms" in row for row in rows):
+            draw(rows, self.stamp, path)
+
+    def went_well(self, rows: list[Row]) -> bool:
+        return all(row["status"] in ("ok", NOT_INSTALLED) for row in rows)
 
 
 COLUMNS = {"way": "way", "ms": "ms a step|.3f", "tokens_per_s": "tokens a second|.0f", "status": "status"}
 NOT_INSTALLED = "not installed"
-TRANSFORMERS, WITHOUT_CUDNN = "transformers", "transformers without cuDNN"
+WAYS = GRAPH, TRANSFORMERS, WITHOUT_CUDNN, RUN, LAUNCHES, ATTENTION = (
+    "one graph", "transformers", "transformers without cuDNN", "one graph, uploaded and read back",
+    "launched one by one", "attention alone, one graph",
+)  # fmt: skip
 
 
 def model_of(backend: str, smoke: bool) -> tuple[Checkpoint, str]:
@@ -350,5 +357,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = ModelStep()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -9,38 +9,28 @@ loads that the look-ups add.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cupaged.bench.accuracy import verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, DecodeWorkload, decode_call
-from cupaged.runtime import choose_backend, kernels_defining, load_kernel
-
-Row = dict[str, Any]
+from cupaged.runtime import kernels_defining, load_kernel
 
 WAYS = ("computed", "in order", "random")  # no table; blocks in order; blocks anywhere
 DEFINES: dict[str, dict[str, int]] = {"computed": {"TABLE_LOOKUP": 0}, "in order": {}, "random": {}}
 ROW_ELEMENTS = 1024  # eight heads of 128, 2 KiB
+GATHER = "gather_lookup"
 UNITS = {"element": 1, "vector": 8, "row": ROW_ELEMENTS}  # what shares a look-up, in elements
 PUBLISHED = (
     "vLLM's paper has 20 to 26 % for its kernel against a contiguous one; later kernels claim below 1 % at block 16"
@@ -75,28 +65,38 @@ CONFIGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    notes: dict[str, Any] = {"published": PUBLISHED}
-    ceiling = read_ceiling() if backend == "cuda" else None
-    if ceiling:
-        notes["read_ceiling_gb_s"] = ceiling
-    rows = attention_rows(config, backend, ceiling) + gather_rows(config, backend, ceiling)
-    columns = GPU_COLUMNS if backend == "cuda" else HOST_COLUMNS
-    print_table(rows, columns, f"One kernel with and without a block table, {config.step.name}; then rows gathered")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "paging_overhead", options.out, config=asdict(config), **notes, conclusion=verdict
-    )
-    draw(rows, stamp, folder / "paging_overhead.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class PagingOverhead(Experiment):
+    """Attention and a gather of rows, with blocks that are looked up and blocks that are computed."""
+
+    expectation = EXPECTATION
+    place, spreads, reads_ceiling = 30, True, True
+    configs = CONFIGS
+
+    def prepare(self) -> None:
+        self.data, self.expected = gather_data(self.config.gather_tokens, self.backend)
+
+    def cells(self) -> list[Row]:
+        attention = product(self.config.kernels, self.config.block_sizes, ("block",), WAYS)
+        gathers = product((GATHER,), self.config.gather_blocks, UNITS, ("computed", "random"))
+        return [
+            {"kernel": kernel, "block_size": size, "way": way, "look_up": look_up}
+            for kernel, size, look_up, way in (*attention, *gathers)
+        ]
+
+    def measure(self, cell: Row) -> Row:
+        kernel, block_size, way, look_up = cell.values()
+        if kernel == GATHER:
+            return gather(self.data, self.expected, block_size, look_up, way, self.backend, self.ceiling)
+        return attend(kernel, replace(self.config.step, block_size=block_size), way, self.backend, self.ceiling)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        return compared(rows, "kernel", "block_size", "look_up")
+
+    def title(self) -> str:
+        return f"One kernel with and without a block table, {self.config.step.name}; then rows gathered"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {**super().notes(rows), "published": PUBLISHED, **self.once}
 
 
 COMMON = {"kernel": "kernel", "block_size": "block", "way": "table", "look_up": "look-up"}
@@ -107,17 +107,6 @@ HOST_COLUMNS = {**COMMON, "requests": "loads|,", "table_requests": "look-ups|,",
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
-
-
-def attention_rows(config: Config, backend: str, ceiling: float | None) -> list[Row]:
-    """Return a row for each kernel, block size and way to find a block."""
-    rows = []
-    cells = list(product(config.kernels, config.block_sizes, WAYS))
-    for kernel, block_size, way in tqdm(cells, desc="attention", unit="cell"):
-        what = {"kernel": kernel, "block_size": block_size, "way": way, "look_up": "block"}
-        step = replace(config.step, block_size=block_size)
-        rows.append(measured_row(what, lambda k=kernel, s=step, w=way: attend(k, s, w, backend, ceiling)))
-    return compared(rows, "kernel", "block_size")
 
 
 def attend(kernel: str, step: DecodeStep, way: str, backend: str, ceiling: float | None) -> Row:
@@ -136,7 +125,7 @@ def attend(kernel: str, step: DecodeStep, way: str, backend: str, ceiling: float
             seeds = range(1, copies_for_cold_l2(work.kv_bytes, fetched_ahead=True))
             copies = (step.build(backend, seed, placement=placement) for seed in seeds)
             calls = [call, *(decode_call(as_given(copy, way), kernel, out) for copy in copies)]
-            row = timed(calls, work.kv_bytes, ceiling)
+            row = time_graph(calls).row(work.kv_bytes, ceiling)
     return {**verdict_on(error), **row}
 
 
@@ -147,21 +136,12 @@ def as_given(work: DecodeWorkload, way: str) -> DecodeWorkload:
     return replace(work, block_tables=work.cache.xp.full_like(work.block_tables, -1))
 
 
-def gather_rows(config: Config, backend: str, ceiling: float | None) -> list[Row]:
-    """Return a row for each block size and number of look-ups, with the table and without."""
-    xp = np if backend == "host" else cupy_module()
-    words = np.random.default_rng(0).integers(2**64, size=config.gather_tokens * ROW_ELEMENTS // 4, dtype=np.uint64)
+def gather_data(tokens: int, backend: str) -> tuple[Any, int]:
+    """Return rows of random elements, uint16 [tokens * ROW_ELEMENTS], and their exclusive or."""
+    words = np.random.default_rng(0).integers(2**64, size=tokens * ROW_ELEMENTS // 4, dtype=np.uint64)
     expected = int(np.bitwise_xor.reduce(np.bitwise_xor.reduce(words).reshape(1).view(np.uint16)))
-    data = xp.asarray(words.view(np.uint16))
-    rows = []
-    for block_size, unit, way in tqdm(
-        list(product(config.gather_blocks, UNITS, ("computed", "random"))), desc="gather", unit="cell"
-    ):
-        what = {"kernel": "gather_lookup", "block_size": block_size, "way": way, "look_up": unit}
-        rows.append(
-            measured_row(what, lambda b=block_size, u=unit, w=way: gather(data, expected, b, u, w, backend, ceiling))
-        )
-    return compared(rows, "kernel", "block_size", "look_up")
+    xp = np if backend == "host" else cupy_module()
+    return xp.asarray(words.view(np.uint16)), expected
 
 
 def gather(data: Any, expected: int, block_size: int, unit: str, way: str, backend: str, ceiling: float | None) -> Row:
@@ -173,7 +153,7 @@ def gather(data: Any, expected: int, block_size: int, unit: str, way: str, backe
     combined = xp.zeros(1, dtype=np.uint32)
     defines = {"ROW": ROW_ELEMENTS, "BLOCK_SIZE": block_size, "UNIT": UNITS[unit]}
     with kernels_defining(**DEFINES[way]):
-        kernel = load_kernel("bench/gather_lookup.cu", "gather_lookup", defines, backend)
+        kernel = load_kernel("bench/gather_lookup.cu", GATHER, defines, backend)
     blocks = 4 if backend == "host" else 8 * xp.cuda.Device().attributes["MultiProcessorCount"]
 
     def call() -> None:
@@ -183,7 +163,7 @@ def gather(data: Any, expected: int, block_size: int, unit: str, way: str, backe
     found = int(combined[0])
     status = "ok" if found == expected else f"wrong: the elements combine to {found}, expected {expected}"
     if backend == "cuda":
-        row = timed([call], data.nbytes, ceiling)
+        row = time_graph([call]).row(data.nbytes, ceiling)
     return {"status": status, **row}
 
 
@@ -200,19 +180,6 @@ def counted(call: Callable[[], Any]) -> Row:
         call()
     table = log[-1].of("block_tables", "block_table")
     return {"requests": log[-1].requests, "table_requests": table.requests, "table_sectors": table.sectors}
-
-
-def timed(calls: list[Callable[[], Any]], nbytes: int, ceiling: float | None) -> Row:
-    """Return the time of a call on the GPU, and bandwidth beside the read ceiling."""
-    timing = time_graph(calls)
-    bandwidth = nbytes / timing.median_us / 1e3
-    of_ceiling = bandwidth / ceiling if ceiling else None
-    return {
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": of_ceiling,
-    }
 
 
 # --- reporting ----------------------------------------------------------------------------------------------------
@@ -292,5 +259,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = PagingOverhead()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -8,6 +8,7 @@ not hold. Peers that cannot be imported are named, with the reason. Without a GP
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,21 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cupaged.bench.accuracy import verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
     print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import Timing, copies_for_cold_l2, time_graph, time_launches
 from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode_call, lognormal
@@ -39,9 +33,7 @@ from cupaged.config import DTYPES
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import like_caller
 from cupaged.ops.attention import explain
-from cupaged.runtime import choose_backend
 
-Row = dict[str, Any]
 Call = Callable[[], Any]
 
 OURS = "cupaged auto"
@@ -79,48 +71,58 @@ SMALL_WORKLOADS = (  # for a CPU
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result of the toolkit was right."""
-    parser = argument_parser(__doc__ or "")
-    parser.add_argument("--all-shapes", action="store_true", help="more groups, head dims, block sizes and batches")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of keys, values and queries")
-    parser.add_argument("--peers", default="", help="comma-separated parts of names: run these peers only")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    peers, missing = find_peers(backend, [part for part in options.peers.split(",") if part])
-    for why in dict.fromkeys(peer["why"] for peer in missing):
-        console.print(f"not compared: {'; '.join(peer['peer'] for peer in missing if peer['why'] == why)}: {why}")
-    ceiling = read_ceiling() if backend == "cuda" else None
-    rows: list[Row] = []
-    steps = []
-    asked = workloads(backend, smoke=options.smoke, everything=options.all_shapes, dtype=options.dtype)
-    try:
-        for step in tqdm(asked, desc="peers", unit="workload"):
-            rows += with_ratios(measure(step, peers, backend, ceiling))
-            steps.append(step)
-    except KeyboardInterrupt:  # peers compile for minutes: what was measured by then is kept
-        if not steps:
-            raise
-        console.print(f"stopped after {len(steps)} of {len(asked)} workloads\n")
-    name = "peers_all_shapes" if options.all_shapes else "peers"
-    name += "" if options.dtype == "bfloat16" else f"_{options.dtype}"
-    name += "" if steps == asked else "_stopped"
-    print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Every contender")
-    if ceiling:
-        title = f"The best of each, {options.dtype}, beside a read ceiling of {ceiling:.0f} GB/s"
-        print_table(summary(rows), SUMMARY_COLUMNS, title)
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, name, options.out, peers=versions(peers), not_compared=missing, read_ceiling_gb_s=ceiling,
-        workloads=[asdict(step) for step in steps], conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / f"{name}.png")
-    console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
-    return 0 if steps == asked and all(row["status"] == "ok" for row in rows if row["peer"] == OURS) else 1
+class Peers(Experiment):
+    """The toolkit and its peers, on every workload."""
+
+    expectation, unit = EXPECTATION, "workload"
+    place, reads_ceiling = 100, True
+    keeps_what_was_measured = True  # peers compile for minutes
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--all-shapes", action="store_true", help="more groups, head dims, block sizes and batches")
+        parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of keys, values and queries")
+        parser.add_argument("--peers", default="", help="comma-separated parts of names: run these peers only")
+
+    def set_up(self) -> None:
+        self.peers, self.missing = find_peers(self.backend, [part for part in self.options.peers.split(",") if part])
+
+    def expect(self) -> str:
+        reasons = dict.fromkeys(peer["why"] for peer in self.missing)
+        named = {why: "; ".join(peer["peer"] for peer in self.missing if peer["why"] == why) for why in reasons}
+        return "\n".join([f"{EXPECTATION}\n", *(f"not compared: {names}: {why}" for why, names in named.items())])
+
+    def cells(self) -> list[DecodeStep]:
+        options = self.options
+        return workloads(self.backend, smoke=self.smoke, everything=options.all_shapes, dtype=options.dtype)
+
+    def what(self, cell: DecodeStep) -> Row:
+        return {"workload": cell.name}
+
+    def rows(self, cell: DecodeStep) -> list[Row]:
+        return with_ratios(measure(cell, self.peers, self.backend, self.ceiling))
+
+    def show(self, rows: list[Row]) -> None:
+        super().show(rows)
+        if self.ceiling:
+            title = f"The best of each, {self.options.dtype}, beside a read ceiling of {self.ceiling:.0f} GB/s"
+            print_table(summary(rows), SUMMARY_COLUMNS, title)
+
+    def title(self) -> str:
+        return "Every contender"
+
+    def notes(self, rows: list[Row]) -> Row:
+        measured = {row["workload"] for row in rows}
+        return {
+            "peers": versions(self.peers), "not_compared": self.missing, "read_ceiling_gb_s": self.ceiling,
+            "workloads": [asdict(step) for step in self.cells() if step.name in measured],
+        }  # fmt: skip
+
+    def file_name(self) -> str:
+        name = "peers_all_shapes" if self.options.all_shapes else "peers"
+        return name if self.options.dtype == "bfloat16" else f"{name}_{self.options.dtype}"
+
+    def went_well(self, rows: list[Row]) -> bool:
+        return all(row["status"] == "ok" for row in rows if row.get("peer", OURS) == OURS)
 
 
 GPU_COLUMNS = {"workload": "workload", "peer": "contender", "time_us": "us|.1f", "gb_s": "GB/s|.0f",
@@ -421,14 +423,7 @@ def timed(calls: Sequence[Call], work: DecodeWorkload, ceiling: float | None) ->
     except Exception as error:
         row = {"timed": "launches", "not_captured": " ".join(str(error).split())[:200]}
         timing = time_launches(calls)
-    bandwidth = work.kv_bytes / timing.median_us / 1e3
-    return {
-        **row,
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return row | timing.row(work.kv_bytes, ceiling)
 
 
 def release(backend: str) -> None:
@@ -531,5 +526,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Peers()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -8,10 +8,12 @@ replay of a CUDA graph each. Without a GPU results are checked and not timed.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,28 +30,18 @@ from peers import (
     why_not,
     workspace,
 )
-from tqdm import tqdm
 
 from cupaged.bench.accuracy import decode_check, verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import Replay, Timing, capture, copies_for_cold_l2, time_in_turns, time_launches
 from cupaged.bench.workload import PREFILL_WORKLOADS, PrefillStep, PrefillWorkload, prefill_call
 from cupaged.errors import UnsupportedError
-from cupaged.runtime import choose_backend
 
-Row = dict[str, Any]
 Call = Callable[[], Any]
 Prepare = Callable[[Sequence[PrefillWorkload]], tuple[list[Call], Call]]
 
@@ -72,38 +64,52 @@ HOST_COLUMNS = {"workload": "workload", "peer": "contender", "error_of_budget": 
                 "status": "status"}  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result of the toolkit was right."""
-    parser = argument_parser(__doc__ or "")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of all arrays")
-    parser.add_argument("--head-dim", type=int, default=None, help="another head dim than the workloads'")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    reasons = {peer.name: why_not(peer) if backend == "cuda" else "it is for the cuda backend" for peer in PEERS}
-    peers = [peer for peer in PEERS if reasons[peer.name] is None]
-    for name, why in reasons.items():
-        if why is not None:
-            console.print(f"not compared: {name}: {why}")
-    ceiling = read_ceiling() if backend == "cuda" else None
-    steps = SMALL_WORKLOADS if backend == "host" else PREFILL_WORKLOADS[3:] if options.smoke else PREFILL_WORKLOADS
-    changes = {"dtype": options.dtype, **({"head_dim": options.head_dim} if options.head_dim else {})}
-    rows: list[Row] = []
-    for step in tqdm([replace(step, **changes) for step in steps], desc="prefill", unit="workload"):
-        rows += with_ratios(measure(step, peers, backend, ceiling))
-    print_table(rows, GPU_COLUMNS if ceiling else HOST_COLUMNS, "Causal attention of new tokens over a paged context")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "prefill", options.out, peers=versions(peers), read_ceiling_gb_s=ceiling,
-        not_compared={name: why for name, why in reasons.items() if why}, workloads=[asdict(step) for step in steps],
-        conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / "prefill.png")
-    console.print(f"table, JSON and {'picture' if ceiling else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows if row["peer"] in (OURS, OURS_AS_PREFILL)) else 1
+class Prefill(Experiment):
+    """The toolkit and its peers, on prompts, chunks and a few new tokens."""
+
+    expectation, unit = EXPECTATION, "workload"
+    place, reads_ceiling = 110, True
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of all arrays")
+        parser.add_argument("--head-dim", type=int, default=None, help="another head dim than the workloads'")
+
+    def set_up(self) -> None:
+        reasons = {p.name: why_not(p) if self.backend == "cuda" else "it is for the cuda backend" for p in PEERS}
+        self.peers = [peer for peer in PEERS if reasons[peer.name] is None]
+        self.missing = {name: why for name, why in reasons.items() if why is not None}
+
+    def expect(self) -> str:
+        return "\n".join([f"{EXPECTATION}\n", *(f"not compared: {name}: {why}" for name, why in self.missing.items())])
+
+    def steps(self) -> Sequence[PrefillStep]:
+        """Return the workloads as they are listed."""
+        if self.backend == "host":
+            return SMALL_WORKLOADS
+        return PREFILL_WORKLOADS[3:] if self.smoke else PREFILL_WORKLOADS
+
+    def cells(self) -> list[PrefillStep]:
+        head_dim = self.options.head_dim
+        changes = {"dtype": self.options.dtype, **({"head_dim": head_dim} if head_dim else {})}
+        return [replace(step, **changes) for step in self.steps()]
+
+    def what(self, cell: PrefillStep) -> Row:
+        return {"workload": cell.name}
+
+    def rows(self, cell: PrefillStep) -> list[Row]:
+        return with_ratios(measure(cell, self.peers, self.backend, self.ceiling))
+
+    def title(self) -> str:
+        return "Causal attention of new tokens over a paged context"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {
+            "peers": versions(self.peers), "read_ceiling_gb_s": self.ceiling, "not_compared": self.missing,
+            "workloads": [asdict(step) for step in self.steps()],
+        }  # fmt: skip
+
+    def went_well(self, rows: list[Row]) -> bool:
+        return all(row["status"] == "ok" for row in rows if row.get("peer", OURS) in (OURS, OURS_AS_PREFILL))
 
 
 # --- the contenders -----------------------------------------------------------------------------------------------
@@ -306,7 +312,7 @@ def conclusion(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Path) -> None:
     """Bars of TFLOP/s by workload and contender; nothing without times."""
     good = {
         (row["workload"], row["peer"]): row["tflop_s"] for row in rows if row["status"] == "ok" and "tflop_s" in row
@@ -331,5 +337,7 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Prefill()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -11,21 +11,18 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     new_figure,
     print_table,
     ratio,
-    write_results,
+    save_figure,
 )
 from cupaged.memory.manager import BlockManager
 
@@ -73,7 +70,11 @@ class Config:
     seed: int = 0
 
 
-SMOKE = Config(requests=4, widths=(2, 4), concurrency=(1, 8), conversations=3, turns=3)
+CONFIGS = {
+    ("cpu", False): Config(),
+    ("cpu", True): Config(requests=4, widths=(2, 4), concurrency=(1, 8), conversations=3, turns=3),
+}
+SYSTEM_PROMPT, CHAT = "system prompt", "multi-turn chat"
 
 
 class Usage:
@@ -98,7 +99,7 @@ def new_manager(config: Config, **options: Any) -> BlockManager:
     return BlockManager(1 << 20, block_size=config.block_size, **options)
 
 
-def parallel_sampling(config: Config, lengths: Lengths, width: int) -> dict[str, Any]:
+def parallel_sampling(config: Config, lengths: Lengths, width: int) -> Row:
     """Draw several outputs for each prompt: forks of one sequence, each with its own length."""
     random = np.random.default_rng(config.seed)
     usage, steps = Usage(), 0
@@ -120,7 +121,7 @@ def parallel_sampling(config: Config, lengths: Lengths, width: int) -> dict[str,
     return {"saved_percent": usage.saved, "copies_per_1000_tokens": ratio(1000 * manager.counters.copies, steps)}
 
 
-def beam_search(config: Config, lengths: Lengths, width: int) -> dict[str, Any]:
+def beam_search(config: Config, lengths: Lengths, width: int) -> Row:
     """Keep the best `width` continuations at each step: some beams fork, others die, and tails are copied."""
     random = np.random.default_rng(config.seed)
     usage, steps = Usage(), 0
@@ -172,7 +173,7 @@ def reorder(manager: BlockManager, beams: list[int], parents: np.ndarray, fresh:
     return children
 
 
-def system_prompt(config: Config, system_tokens: int, concurrency: int) -> dict[str, Any]:
+def system_prompt(config: Config, system_tokens: int, concurrency: int) -> Row:
     """Run requests side by side whose prompts begin with the same system prompt, found by the prefix cache."""
     random = np.random.default_rng(config.seed)
     manager, usage = new_manager(config), Usage()
@@ -188,7 +189,7 @@ def system_prompt(config: Config, system_tokens: int, concurrency: int) -> dict[
     return {"saved_percent": usage.saved}
 
 
-def chat(config: Config) -> list[dict[str, Any]]:
+def chat(config: Config) -> list[Row]:
     """Send conversations turn by turn, each prompt the whole history; return what each turn finds in the cache."""
     random = np.random.default_rng(config.seed)
     manager = new_manager(config)
@@ -205,34 +206,11 @@ def chat(config: Config) -> list[dict[str, Any]]:
             manager.append(number, answer)
             manager.free(number)
             histories[number] = np.concatenate([histories[number], answer])
-        rows.append(
-            {
-                "workload": "multi-turn chat",
-                "lengths": "ShareGPT",
-                "turn": turn,
-                "found_percent": ratio(100 * found, asked),
-            }
-        )
+        rows.append({"turn": turn, "found_percent": ratio(100 * found, asked)})
     return rows
 
 
-def rows_of(config: Config) -> list[dict[str, Any]]:
-    """Return one row for each workload and size."""
-    rows: list[dict[str, Any]] = []
-    forked = [(run, name) for name, run in (("parallel sampling", parallel_sampling), ("beam search", beam_search))]
-    cases = list(itertools.product(forked, DATA_SETS, config.widths))
-    for (run, workload), lengths, width in tqdm(cases, "samples and beams"):
-        low, high = PUBLISHED[workload, lengths.name]
-        rows.append({"workload": workload, "lengths": lengths.name, "width": width, **run(config, lengths, width),
-                     "published_low": low, "published_high": high})  # fmt: skip
-    for tokens, concurrency in tqdm(
-        list(itertools.product(config.system_tokens, config.concurrency)), "system prompts"
-    ):
-        rows.append({"workload": "system prompt", "lengths": "ShareGPT", "system_tokens": tokens,
-                     "concurrency": concurrency, **system_prompt(config, tokens, concurrency)})  # fmt: skip
-    return rows + chat(config)
-
-
+FORKED = {"parallel sampling": parallel_sampling, "beam search": beam_search}
 EXPECTATION = (
     "Expect: n samples of a prompt of p blocks with outputs of q blocks need p + n q blocks instead of n (p + q), so a "
     "share of (n - 1) p / (n (p + q)) is saved: 16 % for two samples at the end of ShareGPT's mean output, more before "
@@ -243,16 +221,16 @@ EXPECTATION = (
 )
 
 
-def conclusion(rows: list[dict[str, Any]]) -> str:
+def conclusion(rows: list[Row]) -> str:
     """Return what the rows say."""
     parts = []
     for (workload, lengths), (low, high) in PUBLISHED.items():
         saved = saved_by([row for row in rows if (row["workload"], row["lengths"]) == (workload, lengths)])
         parts.append(f"{workload} on lengths like {lengths}'s saves {min(saved):.1f} to {max(saved):.1f} % "
                      f"(published: {low} to {high} %)")  # fmt: skip
-    prompts = [row for row in rows if row["workload"] == "system prompt"]
+    prompts = [row for row in rows if row["workload"] == SYSTEM_PROMPT]
     many = max(prompts, key=lambda row: row["saved_percent"] or 0)
-    last = [row for row in rows if row["workload"] == "multi-turn chat"][-1]
+    last = [row for row in rows if row["workload"] == CHAT][-1]
     saved = saved_by(rows)
     return (
         f"Found: {'; '.join(parts)}; a system prompt of {many['system_tokens']} tokens before {many['concurrency']} "
@@ -263,12 +241,12 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def saved_by(rows: list[dict[str, Any]]) -> list[float]:
+def saved_by(rows: list[Row]) -> list[float]:
     """Return what sharing saves in these rows, where there was something to save."""
     return [row["saved_percent"] for row in rows if row.get("saved_percent") is not None]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Draw memory saved against samples and beams beside what was published, system prompts, and chat turns."""
     figure, axes = new_figure(2, 2, width=11.5, height=8)
     colors = {"Alpaca": "C1", "ShareGPT": "C0"}
@@ -294,41 +272,67 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     left.set_xticks(ticks, ticks)
     left.minorticks_off()
     left.legend(fontsize=8, title="system prompt", title_fontsize=8)
-    picked = [row for row in rows if row["workload"] == "multi-turn chat"]
+    picked = [row for row in rows if row["workload"] == CHAT]
     right.bar([row["turn"] for row in picked], [row["found_percent"] for row in picked], color="C2")
     right.set(title="multi-turn chat", xlabel="turn", ylabel="prompt tokens found in the cache, %", ylim=(0, 100))
     right.set_xticks([row["turn"] for row in picked])
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
-def main() -> None:
-    """Run, print, write and draw."""
-    arguments = argument_parser(__doc__, backends=False).parse_args()
-    config = SMOKE if arguments.smoke else Config()
-    console.print(EXPECTATION + "\n")
-    rows = rows_of(config)
-    saved = {"saved_percent": "memory saved, %|.1f"}
-    published = {"published_low": "published, %|.1f", "published_high": "to|.1f"}
-    print_table(
-        [row for row in rows if "width" in row],
-        {"workload": "workload", "lengths": "lengths", "width": "width", **saved, **published,
-         "copies_per_1000_tokens": "copies / 1000 tokens|.1f"},
-        "Samples and beams",
-    )  # fmt: skip
-    print_table(
-        [row for row in rows if "concurrency" in row],
-        {"system_tokens": "system prompt|,", "concurrency": "requests at once", **saved},
-        "A common system prompt",
-    )
-    chats = [row for row in rows if "turn" in row]
-    print_table(chats, {"turn": "turn", "found_percent": "prompt found, %|.1f"}, "Multi-turn chat")
-    found = conclusion(rows)
-    folder = write_results(
-        rows, machine_stamp("cpu"), "prefix_sharing", arguments.out, config=asdict(config), conclusion=found
-    )
-    draw(rows, folder / "prefix_sharing.png")
-    console.print(found)
+class PrefixSharing(Experiment):
+    """Samples, beams, system prompts and a chat, each in the sizes that the configuration lists."""
 
+    expectation = EXPECTATION
+    place, runs_on, spreads = 170, "cpu", True
+    failures = ()  # nothing here may fail
+    configs = CONFIGS
+
+    def cells(self) -> list[Row]:
+        config = self.config
+        forked = itertools.product(FORKED, DATA_SETS, config.widths)
+        prompts = itertools.product(config.system_tokens, config.concurrency)
+        return [
+            *({"workload": name, "lengths": lengths.name, "width": width} for name, lengths, width in forked),
+            *(
+                {"workload": SYSTEM_PROMPT, "lengths": "ShareGPT", "system_tokens": tokens, "concurrency": concurrency}
+                for tokens, concurrency in prompts
+            ),
+            {"workload": CHAT, "lengths": "ShareGPT"},
+        ]
+
+    def rows(self, cell: Row) -> list[Row]:
+        return [cell | found for found in chat(self.config)] if cell["workload"] == CHAT else super().rows(cell)
+
+    def measure(self, cell: Row) -> Row:
+        if cell["workload"] == SYSTEM_PROMPT:
+            return system_prompt(self.config, cell["system_tokens"], cell["concurrency"])
+        (lengths,) = (each for each in DATA_SETS if each.name == cell["lengths"])
+        low, high = PUBLISHED[cell["workload"], lengths.name]
+        found = FORKED[cell["workload"]](self.config, lengths, cell["width"])
+        return {**found, "published_low": low, "published_high": high}
+
+    def show(self, rows: list[Row]) -> None:
+        saved = {"saved_percent": "memory saved, %|.1f"}
+        published = {"published_low": "published, %|.1f", "published_high": "to|.1f"}
+        print_table(
+            [row for row in rows if "width" in row],
+            {"workload": "workload", "lengths": "lengths", "width": "width", **saved, **published,
+             "copies_per_1000_tokens": "copies / 1000 tokens|.1f"},
+            "Samples and beams",
+        )  # fmt: skip
+        print_table(
+            [row for row in rows if "concurrency" in row],
+            {"system_tokens": "system prompt|,", "concurrency": "requests at once", **saved},
+            "A common system prompt",
+        )
+        chats = [row for row in rows if "turn" in row]
+        print_table(chats, {"turn": "turn", "found_percent": "prompt found, %|.1f"}, "Multi-turn chat")
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        draw(rows, path)
+
+
+EXPERIMENT = PrefixSharing()
 
 if __name__ == "__main__":
-    main()
+    run_script(EXPERIMENT)

@@ -6,7 +6,6 @@ and pictures inline, readable on a phone. What this machine cannot run is named 
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cupaged.bench import html
+from cupaged.bench.experiment import Experiment
 from cupaged.bench.report import (
     COULD_NOT_RUN,
     argument_parser,
@@ -31,21 +31,14 @@ from cupaged.bench.report import (
     result_folder,
     run_experiment,
 )
+from cupaged.bench.scripts import all_experiments
 from cupaged.runtime import choose_backend
 
 HERE = Path(__file__).resolve().parent
-# In the order of the report, and whether each needs a GPU, serves both backends, or runs no kernel.
-EXPERIMENTS = {
-    "layouts": "both", "decode": "gpu", "paging_overhead": "both", "block_sizes": "both", "texture_vs_global": "both",
-    "batching": "both", "call_overhead": "both", "shared_prefix": "both", "variants": "both", "peers": "both",
-    "prefill": "both", "cache_ops": "both", "swap_or_recompute": "both", "kernel_profile": "gpu",
-    "traffic_agreement": "gpu", "fragmentation": "cpu", "prefix_sharing": "cpu", "eviction": "cpu",
-    "bookkeeping": "cpu", "serving": "both", "model_step": "both",
-}  # fmt: skip
-TIMES_THE_CPU = {"batching", "call_overhead", "cache_ops", "swap_or_recompute", "serving", "model_step"}
+EXPERIMENTS = {each.name: each for each in all_experiments(HERE)}  # in the order of the report
+TIMES_THE_CPU = {name for name, each in EXPERIMENTS.items() if each.wants_quiet_cpu}
 ROWS_SHOWN = 500
 CORES_TO_SPARE = 8
-LONGEST_S = 1200  # that an experiment may take
 
 
 @dataclass
@@ -96,7 +89,7 @@ def run_each(names: list[str], backend: str, out: Path, smoke: bool) -> list[Out
     if backend == "cuda" and (os.cpu_count() or 1) >= CORES_TO_SPARE:
         last = [name for name in names if name in TIMES_THE_CPU]
         others = [name for name in names if name not in TIMES_THE_CPU]
-        lanes = [[name for name in others if (EXPERIMENTS[name] == "cpu") == alone] for alone in (False, True)]
+        lanes = [[name for name in others if (EXPERIMENTS[name].runs_on == "cpu") == alone] for alone in (False, True)]
     outcomes: dict[str, Outcome] = {}
     with tqdm(total=len(names), unit="experiment") as progress, ThreadPoolExecutor(len(lanes)) as pool:
 
@@ -114,7 +107,8 @@ def run_each(names: list[str], backend: str, out: Path, smoke: bool) -> list[Out
 
 def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     """Run one experiment in a process of its own."""
-    kind = EXPERIMENTS.get(name, "cpu")
+    experiment = EXPERIMENTS.get(name)  # the claims are none: they read results
+    kind, longest_s = (experiment.runs_on, experiment.longest_s) if experiment else ("cpu", Experiment.longest_s)
     if kind == "gpu" and backend != "cuda":
         return Outcome(name, "not run: needs a GPU")
     command = [sys.executable, str(HERE / f"{name}.py"), "--out", str(out), *["--smoke"] * smoke]
@@ -124,11 +118,11 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     )  # only what is in this folder: each card says where it is from
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     started, clock = time.time(), time.perf_counter()
-    status, output, errors = _answer(command, {**os.environ, "PYTHONPATH": path})
+    status, output, errors = _answer(command, {**os.environ, "PYTHONPATH": path}, longest_s)
     outcome = Outcome(name, "ok", time.perf_counter() - clock)
     if status != 0:
         said = " ".join((errors or output).split())[-300:]
-        why = f"failed: stopped after {LONGEST_S} s" if status is None else f"failed with status {status}"
+        why = f"failed: stopped after {longest_s} s" if status is None else f"failed with status {status}"
         outcome.status = f"not run: {said}" if status == COULD_NOT_RUN else f"{why}: {said}"
     for file in sorted([*out.glob(f"{name}.*"), *out.glob(f"{name}_*")], key=lambda file: (len(file.stem), file.stem)):
         if file.stat().st_mtime < started - 1:  # of an earlier run
@@ -143,12 +137,12 @@ def run(name: str, backend: str, out: Path, smoke: bool) -> Outcome:
     return outcome
 
 
-def _answer(command: list[str], variables: dict[str, str]) -> tuple[int | None, str, str]:
+def _answer(command: list[str], variables: dict[str, str], longest_s: float) -> tuple[int | None, str, str]:
     """Return a command's status, None if it had to be stopped, and what it said; nothing that it started goes on."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=variables, start_new_session=True, **pipes)
     try:
-        output, errors = process.communicate(timeout=LONGEST_S)
+        output, errors = process.communicate(timeout=longest_s)
     except BaseException as error:  # Ctrl-C among them, which does not reach another session
         os.killpg(process.pid, signal.SIGKILL)
         output, errors = process.communicate()
@@ -175,7 +169,7 @@ def as_page(outcomes: list[Outcome], claims: Outcome, stamp: dict[str, str], smo
         )
     body.append(html.contents((each.name, ending(each)) for each in (*outcomes, claims)))
     body.append(html.section("claims", "The claims, settled", claim_parts(claims)))
-    body += [html.section(outcome.name, question_of(outcome.name), parts(outcome)) for outcome in outcomes]
+    body += [html.section(outcome.name, EXPERIMENTS[outcome.name].asked, parts(outcome)) for outcome in outcomes]
     return html.page(f"cupaged on {stamp['device']}", body)
 
 
@@ -206,12 +200,6 @@ def parts(outcome: Outcome) -> list[str]:
         )
         found.append(html.table(rows[:ROWS_SHOWN], title))
     return found
-
-
-def question_of(name: str) -> str:
-    """Return the first line of an experiment's docstring: the question that it answers."""
-    documentation = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text(encoding="utf-8"))) or name
-    return documentation.split("\n", 1)[0]
 
 
 if __name__ == "__main__":

@@ -10,33 +10,24 @@ counted in steps of the engine: what a step takes there says nothing about a GPU
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from argparse import ArgumentParser
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
     positive,
-    print_table,
     ratio,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.engine.weights import Checkpoint, ModelConfig, random_checkpoint, smollm2_or_random
 from cupaged.memory.sampler import Trace, load_trace, sample_trace
-from cupaged.runtime import choose_backend
 
-Row = dict[str, Any]
 CONTIGUOUS, PAGED, SHARED = "contiguous", "paged", "paged, prefixes shared"
 WARM_UPS = (2, 12, 100)  # tokens of a prompt: prefill has a kernel for few new tokens a sequence, for more, for many
 CLAIM = "The documents: 5 to 10 times as many requests at once. The vLLM paper: 2 to 4 times the throughput."
@@ -105,55 +96,69 @@ class Load:
     arrival: np.ndarray
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every request got its tokens everywhere."""
-    parser = argument_parser(__doc__ or "")
-    parser.add_argument(
-        "--trace", type=Path, default=None, help="a trace file, plain or .gz, instead of the sampled conversation"
-    )
-    parser.add_argument("--requests", type=positive(int), default=None, help="how many requests")
-    parser.add_argument(
-        "--block-sizes",
-        type=positive(int),
-        nargs="+",
-        default=None,
-        help="which (default: 8 to 128, fewer in a smoke run)",
-    )
-    parser.add_argument("--rate", type=positive(float), help="requests a second (default: all at the beginning)")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config = CONFIGS[backend, options.smoke]
-    sizes = tuple(options.block_sizes or config.block_sizes)
-    config = replace(config, requests=options.requests or config.requests, rate=options.rate, block_sizes=sizes)
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    try:
-        trace = trace_of(options.trace, config.requests)
-    except ValueError as error:
-        parser.error(str(error))
-    checkpoint, name = model_of(backend, options.smoke)
-    load = load_of(trace, config, checkpoint.config.vocab_size)
-    ways = [(CONTIGUOUS, 16), *((way, size) for way in (PAGED, SHARED) for size in config.block_sizes)]
-    rows: list[Row] = []
-    answers: list[list[int]] = []
-    for way, size in tqdm(ways, desc="serving", unit="run"):
-        what = {"way": way, "block_size": None if way == CONTIGUOUS else size}
-        case = (checkpoint, backend, config, load, way, size, answers)
-        rows.append(measured_row(what, lambda case=case: serve(*case)))
-    for row in rows:
-        row.update(gains(row, rows[0]))
-    unit = "second" if backend == "cuda" else "step"
-    print_table(rows, columns(unit), f"{len(load.prompts)} requests to {name} in {config.slots} token slots")
-    verdict = conclusion(rows)
-    console.print(verdict, CLAIM, "\n")
-    folder = write_results(
-        rows, stamp, "serving", options.out, config=asdict(config), model=name, trace=trace.name, unit=unit,
-        claim=CLAIM, conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, unit, folder / "serving.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class Serving(Experiment):
+    """One load, served in each way."""
+
+    expectation, claim, unit = EXPECTATION, CLAIM, "run"
+    place, wants_quiet_cpu = 200, True
+    configs = CONFIGS
+
+    def add_options(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--trace", type=Path, default=None, help="a trace file, plain or .gz, instead of the sampled conversation"
+        )
+        parser.add_argument("--requests", type=positive(int), default=None, help="how many requests")
+        parser.add_argument(
+            "--block-sizes", type=positive(int), nargs="+", default=None,
+            help="which (default: 8 to 128, fewer in a smoke run)",
+        )  # fmt: skip
+        parser.add_argument("--rate", type=positive(float), help="requests a second (default: all at the beginning)")
+
+    def set_up(self) -> None:
+        options, config = self.options, self.config
+        sizes = tuple(options.block_sizes or config.block_sizes)
+        requests = options.requests or config.requests
+        self.config = replace(config, requests=requests, rate=options.rate, block_sizes=sizes)
+        self.trace = trace_of(options.trace, requests)
+        self.time_unit = "second" if self.backend == "cuda" else "step"
+        self.answers: list[list[int]] = []
+
+    def prepare(self) -> None:
+        self.checkpoint, self.model = model_of(self.backend, self.smoke)
+        self.load = load_of(self.trace, self.config, self.checkpoint.config.vocab_size)
+
+    def go_on(self, rows: list[Row]) -> None:
+        self.answers = next((row["_answers"] for row in rows if "_answers" in row), [])
+
+    def cells(self) -> list[tuple[str, int]]:
+        return [(CONTIGUOUS, 16), *product((PAGED, SHARED), self.config.block_sizes)]
+
+    def what(self, cell: tuple[str, int]) -> Row:
+        way, size = cell
+        return {"way": way, "block_size": None if way == CONTIGUOUS else size}
+
+    def measure(self, cell: tuple[str, int]) -> Row:
+        first = not self.answers
+        row = serve(self.checkpoint, self.backend, self.config, self.load, *cell, self.answers)
+        return row | ({"_answers": self.answers} if first else {})
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        return [row | gains(row, rows[0]) for row in rows]
+
+    def columns(self) -> dict[str, str]:
+        return columns(self.time_unit)
+
+    def title(self) -> str:
+        return f"{len(self.trace)} requests to {self.model} in {self.config.slots} token slots"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {
+            **super().notes(rows), "model": self.model, "trace": self.trace.name, "unit": self.time_unit,
+            "claim": CLAIM,
+        }  # fmt: skip
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        draw(rows, self.stamp, self.time_unit, path)
 
 
 def columns(unit: str) -> dict[str, str]:
@@ -337,5 +342,7 @@ def draw(rows: list[Row], stamp: dict[str, str], unit: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Serving()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -9,35 +9,23 @@ bytes that the kernels ask for are counted.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
 from cupaged.bench.accuracy import verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import CACHE_ARRAYS, record_traffic
 from cupaged.bench.workload import DecodeStep, DecodeWorkload
-from cupaged.runtime import choose_backend
-
-Row = dict[str, Any]
 
 KERNEL = "paged_attention_persistent"
 WAYS = COPIED, MAPPED, READ_ONCE = ("a copy each", "same blocks", "read once")
@@ -72,33 +60,29 @@ CONFIGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    ceiling = read_ceiling() if backend == "cuda" else None
-    rows = []
-    cells = list(product(config.prefixes, config.sequences, WAYS))
-    for prefix, sequences, way in tqdm(cells, desc="shared prefix", unit="cell"):
-        what = {"prefix": prefix, "sequences": sequences, "way": way}
-        rows.append(measured_row(what, lambda w=what: measure(config, backend, ceiling, **w)))
-    rows = with_gains(rows)
-    columns = GPU_COLUMNS if ceiling else HOST_COLUMNS
-    print_table(
-        rows, columns, f"A decode step with {config.num_heads}/{config.num_kv_heads} heads, suffix {config.suffix}"
-    )
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "shared_prefix", options.out, config=asdict(config), kernel=KERNEL, read_ceiling_gb_s=ceiling,
-        conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / "shared_prefix.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class SharedPrefix(Experiment):
+    """A decode step behind a prefix, which the sequences hold in each of the ways."""
+
+    expectation = EXPECTATION
+    place, spreads, reads_ceiling = 80, True, True
+    configs = CONFIGS
+
+    def cells(self) -> list[Row]:
+        axes = product(self.config.prefixes, self.config.sequences, WAYS)
+        return [{"prefix": prefix, "sequences": sequences, "way": way} for prefix, sequences, way in axes]
+
+    def measure(self, cell: Row) -> Row:
+        return measure(self.config, self.backend, self.ceiling, **cell)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        return with_gains(rows)
+
+    def title(self) -> str:
+        config = self.config
+        return f"A decode step with {config.num_heads}/{config.num_kv_heads} heads, suffix {config.suffix}"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {**super().notes(rows), "kernel": KERNEL, "read_ceiling_gb_s": self.ceiling}
 
 
 COMMON = {"prefix": "prefix", "sequences": "sequences", "way": "way", "bytes": "bytes held|,", "asked": "asked for|,"}
@@ -243,5 +227,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = SharedPrefix()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

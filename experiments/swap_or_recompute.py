@@ -11,33 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import time_graph, time_until_done
-from cupaged.engine.products import product
-from cupaged.runtime import choose_backend
+from cupaged.engine.products import product as matrix_product
 
-Row = dict[str, Any]
 REPEATS = {"repeats": 5, "warm_ups": 1, "repeats_of_slow": 3}
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048)
+HOST_BLOCKS = NEIGHBOURS, SCATTERED = ("neighbours", "scattered")
 PAPER_LENGTH = 256  # what the conclusion compares block sizes at
 EXPECTATION = (
     "What to expect. Swapping moves bytes in proportion to the length, recomputing does arithmetic that grows a little "
@@ -60,36 +54,40 @@ class Model:
 SMALL = Model(2, 2, 64, 128, 256)  # for a CPU, and for a smoke run
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every block came back as it was."""
-    parser = argument_parser(__doc__ or "")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    stamp = machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    small = backend == "host" or options.smoke
-    model, lengths, sizes = (SMALL, (50,), (1, 16)) if small else (Model(), LENGTHS, BLOCK_SIZES)
-    rows: list[Row] = []
-    for length in tqdm(lengths, desc="swap_or_recompute", unit="length"):
-        recompute = recompute_seconds(model, length) if backend == "cuda" else None
-        for size in sizes:
-            swap = Swap(model, length, size, backend)
-            for scattered in (False, True):
-                what = {"tokens": length, "block_size": size, "host_blocks": "scattered" if scattered else "neighbours"}
-                rows.append(measured_row(what, lambda s=swap, far=scattered, r=recompute: measure(s, far, r)))
-            del swap  # before the next one asks for memory
-    print_table(rows, COLUMNS if backend == "cuda" else HOST_COLUMNS, "A sequence out and in again, or computed again")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(rows, stamp, "swap_or_recompute", options.out, model=vars(model), conclusion=verdict)
-    draw(rows, stamp, folder / "swap_or_recompute.png")
-    console.print(f"table, JSON and {'picture' if backend == 'cuda' else 'no picture'}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class SwapOrRecompute(Experiment):
+    """A sequence of every length, in blocks of every size."""
+
+    expectation = EXPECTATION
+    place, wants_quiet_cpu = 130, True
+
+    def set_up(self) -> None:
+        small = self.backend == "host" or self.smoke
+        self.model, self.lengths, self.sizes = (SMALL, (50,), (1, 16)) if small else (Model(), LENGTHS, BLOCK_SIZES)
+
+    def cells(self) -> list[tuple[int, int]]:
+        return list(product(self.lengths, self.sizes))
+
+    def what(self, cell: tuple[int, int]) -> Row:
+        return dict(zip(("tokens", "block_size"), cell, strict=True))
+
+    def rows(self, cell: tuple[int, int]) -> list[Row]:
+        length, size = cell
+        recompute = recompute_seconds(self.model, length) if self.backend == "cuda" else None
+        swap = Swap(self.model, length, size, self.backend)
+        return [
+            measured_row(self.what(cell) | {"host_blocks": kind}, partial(measure, swap, kind == SCATTERED, recompute))
+            for kind in HOST_BLOCKS
+        ]
+
+    def title(self) -> str:
+        return "A sequence out and in again, or computed again"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {"model": vars(self.model)}
 
 
 HOST_COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "status": "status"}
-COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "out_ms": "out ms|.2f",
+GPU_COLUMNS = {"tokens": "tokens", "block_size": "block size", "host_blocks": "on the host", "out_ms": "out ms|.2f",
            "in_ms": "in ms|.2f", "recompute_ms": "recompute ms|.2f", "gb_s": "GB/s|.1f",
            "status": "status"}  # fmt: skip
 
@@ -154,6 +152,7 @@ def measure(swap: Swap, scattered: bool, recompute: float | None) -> Row:
             "recompute_ms": 1e3 * recompute, "gb_s": 2 * swap.nbytes / (out_s + in_s) / 1e9}  # fmt: skip
 
 
+@lru_cache
 def recompute_seconds(model: Model, length: int) -> float:
     """Return the time of a prefill's matrix products, append and attention, one layer's times their number.
 
@@ -181,7 +180,7 @@ def recompute_seconds(model: Model, length: int) -> float:
 
     def layer() -> None:
         for x, weight in zip(inputs, weights, strict=True):
-            product(x, weight)
+            matrix_product(x, weight)
         pg.append_kv(cache, rows, rows, slots, validate=False)
         pg.paged_prefill(rows, cache, tables, lens, starts, plan=plan, validate=False)
 
@@ -201,7 +200,7 @@ def conclusion(rows: Sequence[Row]) -> str:
     return " ".join(parts)
 
 
-def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
+def draw(rows: Sequence[Row], stamp: dict[str, str], path: Path) -> None:
     """Times by block size, and by length, beside recomputing; nothing without times."""
     timed = [row for row in rows if row["status"] == "ok" and "recompute_ms" in row]
     if not timed:
@@ -235,5 +234,7 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Any) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = SwapOrRecompute()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -12,39 +12,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import cupaged as pg
 from cupaged import layouts
 from cupaged.bench.accuracy import verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.ncu import parse_ncu, run_ncu
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
     measured_row,
     new_figure,
     print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.workload import DecodeStep, DecodeWorkload, decode_call
 from cupaged.ops.textures import load_path
-from cupaged.runtime import choose_backend, kernels_defining, load_kernel
+from cupaged.runtime import kernels_defining, load_kernel
 from cupaged.runtime.arguments import Strided
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
-
-Row = dict[str, Any]
 
 PATHS: dict[str, dict[str, object]] = {
     "plain": {"LOAD_PATH": "LOAD_PLAIN"},
@@ -105,43 +96,60 @@ METRICS = {
 }  # fmt: skip
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    parser = argument_parser(__doc__ or "")
-    parser.add_argument("--launch-only", action="store_true", help="launch what ncu counts, on the GPU")
-    options = parser.parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    if options.launch_only:
-        launch_counted(config)
-        return 0
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    notes: dict[str, Any] = {}
-    ceiling = read_ceiling() if backend == "cuda" else None
-    if ceiling:
-        notes["read_ceiling_gb_s"] = ceiling
-    rows = latency_rows(config, backend) + gather_rows(config, backend, ceiling)
-    rows += attention_rows(config, backend, ceiling)
-    if backend == "cuda":
-        counters, notes["not_counted"] = counter_rows(options.smoke)
-        rows += counters
-    verdicts = judge(rows)
-    for part, columns in COLUMNS.items():
-        some = [row for row in rows if row["part"] == part]
-        if some:
-            print_table(some, columns if backend == "cuda" else WITHOUT_TIMES[part], TITLES[part])
-    print_table(verdicts, {"claim": "claim", "measured": "measured", "verdict": "verdict"}, "What became of the claims")
-    verdict = conclusion(rows, verdicts)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "texture_vs_global", options.out, config=asdict(config), verdicts=verdicts, **notes,
-        conclusion=verdict,
-    )  # fmt: skip
-    if backend == "cuda":
-        draw(rows, stamp, folder / "texture_vs_global.png")
-    console.print(f"table, JSON{' and picture' if backend == 'cuda' else ''}: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class TextureVsGlobal(Experiment):
+    """Latency, gathers and attention, each by every path; on a GPU also what Nsight Compute counts."""
+
+    expectation = EXPECTATION
+    place, spreads, reads_ceiling, launches_for_ncu = 50, True, True, True
+    configs = CONFIGS
+
+    def launch(self) -> None:
+        launch_counted(self.config)
+
+    def measure_once(self) -> Row:
+        found = super().measure_once()
+        if self.backend == "cuda":
+            found["counters"], found["not_counted"] = counter_rows(self.smoke)
+        return found
+
+    def cells(self) -> list[Row]:
+        config = self.config
+        latency = product(config.levels, ("random", "row by row"))
+        gathers = product(config.gather_blocks, config.gather_dims)
+        return [
+            *({"part": "latency", "level": level, "order": order} for level, order in latency),
+            *({"part": "gather", "block_size": size, "head_dim": dim} for size, dim in gathers),
+            *({"part": "attention", "layout": layout} for layout in LAYOUTS),
+        ]
+
+    def rows(self, cell: Row) -> list[Row]:
+        measure = {"latency": latency_rows, "gather": gather_rows, "attention": attention_rows}[cell["part"]]
+        where = {key: value for key, value in cell.items() if key != "part"}
+        return measure(self.config, self.backend, self.ceiling, **where)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        rows = [*rows, *self.once.get("counters", [])]
+        self.verdicts = judge(rows)
+        return rows
+
+    def show(self, rows: list[Row]) -> None:
+        for part, columns in COLUMNS.items():
+            some = [row for row in rows if row["part"] == part]
+            if some:
+                print_table(some, columns if self.backend == "cuda" else WITHOUT_TIMES[part], TITLES[part])
+        columns = {"claim": "claim", "measured": "measured", "verdict": "verdict"}
+        print_table(self.verdicts, columns, "What became of the claims")
+
+    def conclusion(self, rows: list[Row]) -> str:
+        return conclusion(rows, self.verdicts)
+
+    def notes(self, rows: list[Row]) -> Row:
+        once = {key: value for key, value in self.once.items() if key != "counters"}
+        return {**super().notes(rows), "verdicts": self.verdicts, **once}
+
+    def draw(self, rows: list[Row], path: Path) -> None:
+        if self.backend == "cuda":
+            draw(rows, self.stamp, path)
 
 
 TITLES = {
@@ -167,16 +175,19 @@ WITHOUT_TIMES = {part: {k: v for k, v in columns.items() if k not in TIMES} for 
 # --- latency ------------------------------------------------------------------------------------------------------
 
 
-def latency_rows(config: Config, backend: str) -> list[Row]:
-    """Return a row for each working set, order and path: the chain of a cell is the same for all paths."""
+def latency_rows(config: Config, backend: str, ceiling: float | None, level: str, order: str) -> list[Row]:
+    """Return a row for each path along one chain: in a working set, in an order."""
+    cache, chain = chain_in_cache(config.levels[level], order, backend)
+    what = {"part": "latency", "level": level, "order": order}
+    return by_path(what, PATHS, lambda: chase(cache, chain, level, config.steps))
+
+
+def by_path(what: Row, paths: dict[str, dict[str, object]], measure: Callable[[], Row]) -> list[Row]:
+    """Return a row for each path: what `measure` finds where kernels load by it."""
     rows = []
-    cells = list(product(config.levels.items(), ("random", "row by row")))
-    for (level, slots), order in tqdm(cells, desc="latency", unit="chain"):
-        cache, chain = chain_in_cache(slots, order, backend)
-        for name, defines in PATHS.items():
-            what = {"part": "latency", "path": name, "level": level, "order": order}
-            with kernels_defining(**defines):
-                rows.append(measured_row(what, lambda c=cache, p=chain, v=level: chase(c, p, v, config.steps)))
+    for name, defines in paths.items():
+        with kernels_defining(**defines):
+            rows.append(measured_row({"part": what["part"], "path": name, **what}, measure))
     return rows
 
 
@@ -247,17 +258,11 @@ def key_arguments(cache: pg.KVCache, textures: Row) -> Row:
 # --- gathering ----------------------------------------------------------------------------------------------------
 
 
-def gather_rows(config: Config, backend: str, ceiling: float | None) -> list[Row]:
-    """Return a row for each block size, head dim and path."""
-    rows = []
-    cells = list(product(config.gather_blocks, config.gather_dims))
-    for block_size, head_dim in tqdm(cells, desc="gather", unit="cell"):
-        work = gather_cache(block_size, head_dim, config.gather_bytes, backend)
-        for name, defines in PATHS.items():
-            what = {"part": "gather", "path": name, "block_size": block_size, "head_dim": head_dim}
-            with kernels_defining(**defines):
-                rows.append(measured_row(what, lambda w=work: gather(*w, ceiling)))
-    return with_plain(rows, "gb_s", "block_size", "head_dim")
+def gather_rows(config: Config, backend: str, ceiling: float | None, block_size: int, head_dim: int) -> list[Row]:
+    """Return a row for each path."""
+    work = gather_cache(block_size, head_dim, config.gather_bytes, backend)
+    what = {"part": "gather", "block_size": block_size, "head_dim": head_dim}
+    return with_plain(by_path(what, PATHS, lambda: gather(*work, ceiling)), "gb_s")
 
 
 def gather_cache(block_size: int, head_dim: int, nbytes: int, backend: str) -> tuple[pg.KVCache, Any, int]:
@@ -297,35 +302,18 @@ def gather(cache: pg.KVCache, table: Any, expected: int, ceiling: float | None) 
     call()
     if int(combined[0]) != expected:
         return {"status": f"wrong: the words combine to {int(combined[0])}, expected {expected}"}
-    return {"status": "ok", **(timed([call], cache.key.nbytes, ceiling) if ceiling else {})}
-
-
-def timed(calls: list[Callable[[], Any]], nbytes: int, ceiling: float) -> Row:
-    """Return time and bandwidth on the GPU."""
-    timing = time_graph(calls)
-    bandwidth = nbytes / timing.median_us / 1e3
-    return {
-        "time_us": timing.median_us,
-        "spread_us": timing.spread_us,
-        "gb_s": bandwidth,
-        "of_ceiling": bandwidth / ceiling,
-    }
+    return {"status": "ok", **(time_graph([call]).row(cache.key.nbytes, ceiling) if ceiling else {})}
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
 
 
-def attention_rows(config: Config, backend: str, ceiling: float | None) -> list[Row]:
-    """Return a row for each layout and path, textures also with texels of floats."""
-    rows = []
-    for layout in tqdm(LAYOUTS, desc="attention", unit="layout"):
-        count = 1 if backend == "host" else copies_for_cold_l2(config.step.build(backend, layout=layout).kv_bytes)
-        copies = [config.step.build(backend, seed, layout=layout) for seed in range(count)]
-        for name, defines in {**PATHS, **OF_FLOATS}.items():
-            what = {"part": "attention", "path": name, "layout": layout}
-            with kernels_defining(**defines):
-                rows.append(measured_row(what, lambda c=copies: attend(c, ceiling)))
-    return with_plain(rows, "gb_s", "layout")
+def attention_rows(config: Config, backend: str, ceiling: float | None, layout: str) -> list[Row]:
+    """Return a row for each path, textures also with texels of floats."""
+    count = 1 if backend == "host" else copies_for_cold_l2(config.step.build(backend, layout=layout).kv_bytes)
+    copies = [config.step.build(backend, seed, layout=layout) for seed in range(count)]
+    what = {"part": "attention", "layout": layout}
+    return with_plain(by_path(what, {**PATHS, **OF_FLOATS}, lambda: attend(copies, ceiling)), "gb_s")
 
 
 def attend(copies: Sequence[DecodeWorkload], ceiling: float | None) -> Row:
@@ -335,14 +323,13 @@ def attend(copies: Sequence[DecodeWorkload], ceiling: float | None) -> Row:
     calls = [decode_call(copy, KERNEL, out) for copy in copies]
     calls[0]()
     row = verdict_on(work.error_of(out, KERNEL))
-    return {**row, **(timed(calls, work.kv_bytes, ceiling) if ceiling else {})}
+    return {**row, **(time_graph(calls).row(work.kv_bytes, ceiling) if ceiling else {})}
 
 
-def with_plain(rows: list[Row], key: str, *cell: str) -> list[Row]:
-    """Add to each row its figure over that of the plain path in the same cell."""
-    plain = {tuple(row[name] for name in cell): row[key] for row in rows if row["path"] == "plain" and key in row}
+def with_plain(rows: list[Row], key: str) -> list[Row]:
+    """Add to each row of a cell its figure over that of the plain path."""
+    base = next((row[key] for row in rows if row["path"] == "plain" and key in row), None)
     for row in rows:
-        base = plain.get(tuple(row[name] for name in cell))
         if base and key in row:
             row["of_plain"] = row[key] / base
     return rows
@@ -546,5 +533,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = TextureVsGlobal()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -10,20 +10,10 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
 
 import cupaged as pg
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.ncu import parse_ncu, run_ncu
-from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
-    print_table,
-    run_experiment,
-    write_results,
-)
 from cupaged.bench.traffic import cache_traffic
 from cupaged.bench.workload import DecodeWorkload, decode_workload
 
@@ -31,6 +21,10 @@ KERNEL = "paged_attention_v1"
 REQUESTS = "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum"
 SECTORS = "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum"
 AGREEMENT = 0.05
+EXPECTATION = (
+    "What to expect. The same source asks for the same addresses, so sectors per request should agree wherever blocks "
+    "lie. The numbers of requests may differ: NVRTC merges or splits loads as the host's compiler does not."
+)
 
 
 @dataclass(frozen=True)
@@ -52,28 +46,36 @@ SHAPES = ((128, 16, "float16"), (72, 16, "float16"), (64, 7, "bfloat16"), (256, 
 CASES = [Case(layout, *shape) for shape in SHAPES for layout in LAYOUTS]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison; returns 0 if every case agrees."""
-    parser = argument_parser(__doc__ or "", backends=False)
-    parser.add_argument("--launch-only", action="store_true", help="launch the cases on the GPU, for ncu to count")
-    options = parser.parse_args(arguments)
-    cases = CASES[:5] if options.smoke else CASES
-    if options.launch_only:
-        for case in cases:
+class TrafficAgreement(Experiment):
+    """Some launches, counted twice."""
+
+    expectation = EXPECTATION
+    place, runs_on, launches_for_ncu = 150, "gpu", True
+
+    def cells(self) -> list[Case]:
+        return CASES[:5] if self.smoke else CASES
+
+    def launch(self) -> None:
+        for case in self.cells():
             pg.paged_attention(*case.workload("cuda").arguments, kernel=KERNEL)
-        return 0
-    counted = list(count_on_gpu(options.smoke))
-    if len(counted) != len(cases):
-        raise RuntimeError(f"ncu counted {len(counted)} launches of {KERNEL}; expected {len(cases)}")
-    rows = [measured_row(asdict(case), partial(compare, case, *gpu)) for case, gpu in zip(cases, counted, strict=True)]
-    print_table(rows, COLUMNS, "Global loads of one launch: the recorder on the CPU beside Nsight Compute on the GPU")
-    verdict = conclusion(rows)
-    console.print(verdict)
-    folder = write_results(
-        rows, machine_stamp("cuda"), "traffic_agreement", options.out, metrics=[SECTORS, REQUESTS], conclusion=verdict
-    )
-    console.print(f"table and JSON: {folder}")
-    return 0 if agreeing(rows) == len(rows) else 1
+
+    def measure_once(self) -> Row:
+        counted, cases = list(count_on_gpu(self.smoke)), self.cells()
+        if len(counted) != len(cases):
+            raise RuntimeError(f"ncu counted {len(counted)} launches of {KERNEL}; expected {len(cases)}")
+        return {"counted": counted}
+
+    def measure(self, cell: Case) -> Row:
+        return compare(cell, *self.once["counted"][CASES.index(cell)])
+
+    def title(self) -> str:
+        return "Global loads of one launch: the recorder on the CPU beside Nsight Compute on the GPU"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {"metrics": [SECTORS, REQUESTS]}
+
+    def went_well(self, rows: list[Row]) -> bool:
+        return agreeing(rows) == len(rows)
 
 
 COLUMNS = {
@@ -97,7 +99,7 @@ def count_on_gpu(smoke: bool) -> Iterator[tuple[float | None, float | None]]:
         yield launch.values.get(REQUESTS), launch.values.get(SECTORS)
 
 
-def compare(case: Case, requests: float | None, sectors: float | None) -> dict[str, Any]:
+def compare(case: Case, requests: float | None, sectors: float | None) -> Row:
     """Count the case on the host and set it beside the GPU's counters."""
     if not requests or not sectors:
         raise ValueError(f"ncu counted requests: {requests}, sectors: {sectors}")
@@ -120,12 +122,12 @@ def compare(case: Case, requests: float | None, sectors: float | None) -> dict[s
     }
 
 
-def agreeing(rows: list[dict[str, Any]]) -> int:
+def agreeing(rows: list[Row]) -> int:
     """Return the number of launches of which both counted alike."""
     return sum(row["status"] == "ok" and row["difference"] <= AGREEMENT for row in rows)
 
 
-def conclusion(rows: list[dict[str, Any]]) -> str:
+def conclusion(rows: list[Row]) -> str:
     """Say how well the two agree, and where least."""
     verdict = f"Sectors per request agree within {AGREEMENT:.0%} in {agreeing(rows)} of {len(rows)} launches"
     good = [row for row in rows if row["status"] == "ok"]
@@ -138,7 +140,7 @@ def conclusion(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def merges(rows: list[dict[str, Any]]) -> str:
+def merges(rows: list[Row]) -> str:
     """Say where the GPU's compiler made fewer or more load instructions than the source has."""
     changed = [row for row in rows if row["gpu_requests"] != row["host_requests"]]
     if not changed:
@@ -151,5 +153,7 @@ def merges(rows: list[dict[str, Any]]) -> str:
     return f"The compiler merged (fewer requests) or split (more) loads in {len(changed)} launches: {listed}."
 
 
+EXPERIMENT = TrafficAgreement()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

@@ -7,33 +7,20 @@ context of its length costs; the others add arithmetic to a kernel that waits fo
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cupaged.bench.accuracy import decode_check, verdict_on
-from cupaged.bench.ceilings import read_ceiling
+from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
-    argument_parser,
-    console,
-    machine_stamp,
-    measured_row,
     new_figure,
-    print_table,
-    result_folder,
-    run_experiment,
     save_figure,
-    write_results,
 )
 from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import CACHE_ARRAYS, record_traffic
 from cupaged.bench.workload import DecodeStep, DecodeWorkload, decode_call
-from cupaged.runtime import choose_backend
-
-Row = dict[str, Any]
 
 KERNELS = ("paged_attention_v1", "paged_attention_v2", "paged_attention_persistent")
 PLAIN, SHORT, WINDOW, LSE = "plain", "as short as the window", "window", "log-sum-exp"
@@ -85,29 +72,31 @@ CONFIGS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the experiment; returns 0 if every result was right."""
-    options = argument_parser(__doc__ or "").parse_args(arguments)
-    backend = choose_backend(options.backend)
-    config, stamp = CONFIGS[backend, options.smoke], machine_stamp(backend)
-    result_folder(stamp, options.out)
-    console.print(EXPECTATION, "\n")
-    ceiling = read_ceiling() if backend == "cuda" else None
-    rows = []
-    for kernel, variant in tqdm(list(product(KERNELS, VARIANTS)), desc="variants", unit="cell"):
-        what = {"kernel": kernel, "variant": variant}
-        rows.append(measured_row(what, lambda w=what: measure(config, backend, **w)))
-    rows = with_costs(rows)
-    columns = {"kernel": "kernel", "variant": "variant", **(TIME if ceiling else BYTES), "status": "status"}
-    print_table(rows, columns, f"{config.sequences} sequences of {config.context} tokens, window {config.window}")
-    verdict = conclusion(rows)
-    console.print(verdict, "\n")
-    folder = write_results(
-        rows, stamp, "variants", options.out, config=asdict(config), read_ceiling_gb_s=ceiling, conclusion=verdict,
-    )  # fmt: skip
-    draw(rows, stamp, folder / "variants.png")
-    console.print(f"table, JSON and picture: {folder}")
-    return 0 if all(row["status"] == "ok" for row in rows) else 1
+class Variants(Experiment):
+    """A decode step by each kernel, plainly and with one variant at a time."""
+
+    expectation = EXPECTATION
+    place, spreads, reads_ceiling = 90, True, True
+    configs = CONFIGS
+
+    def cells(self) -> list[Row]:
+        return [{"kernel": kernel, "variant": variant} for kernel, variant in product(KERNELS, VARIANTS)]
+
+    def measure(self, cell: Row) -> Row:
+        return measure(self.config, self.backend, **cell)
+
+    def compare(self, rows: list[Row]) -> list[Row]:
+        return with_costs(rows)
+
+    def columns(self) -> dict[str, str]:
+        return {"kernel": "kernel", "variant": "variant", **(TIME if self.ceiling else BYTES), "status": "status"}
+
+    def title(self) -> str:
+        config = self.config
+        return f"{config.sequences} sequences of {config.context} tokens, window {config.window}"
+
+    def notes(self, rows: list[Row]) -> Row:
+        return {**super().notes(rows), "read_ceiling_gb_s": self.ceiling}
 
 
 TIME = {"time_us": "us|.1f", "cost": "cost|+.1%"}
@@ -198,5 +187,7 @@ def draw(rows: list[Row], stamp: dict[str, str], path: Path) -> None:
     save_figure(figure, path)
 
 
+EXPERIMENT = Variants()
+
 if __name__ == "__main__":
-    run_experiment(main)
+    run_script(EXPERIMENT)

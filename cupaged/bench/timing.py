@@ -41,6 +41,16 @@ class Timing:
     median_us: float
     spread_us: float
 
+    def row(self, nbytes: int, ceiling: float | None) -> dict[str, Any]:
+        """Return what a row says of a call that must move `nbytes`: its time, and GB/s beside a ceiling in GB/s."""
+        bandwidth = nbytes / self.median_us / 1e3
+        return {
+            "time_us": self.median_us,
+            "spread_us": self.spread_us,
+            "gb_s": bandwidth,
+            "of_ceiling": bandwidth / ceiling if ceiling else None,
+        }
+
 
 @dataclass(frozen=True)
 class Replay:

@@ -400,3 +400,9 @@ def test_what_slows_the_machine_slows_all_contenders(monkeypatch):
     taken = timing.time_until_done_in_turns(contenders, repeats=5, warm_ups=2)
     assert taken == pytest.approx([1.0, 3.0])
     assert made == 7 * ["a", "b"]
+
+
+def test_bandwidth_is_bytes_over_the_median_time():
+    row = timing.Timing(20.0, 0.5).row(3_000_000, 300.0)
+    assert row == {"time_us": 20.0, "spread_us": 0.5, "gb_s": 150.0, "of_ceiling": 0.5}
+    assert timing.Timing(20.0, 0.5).row(3_000_000, None)["of_ceiling"] is None

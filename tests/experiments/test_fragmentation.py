@@ -46,7 +46,7 @@ def test_power_of_two(fragmentation: ModuleType) -> None:
 
 def test_smoke(fragmentation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["fragmentation.py", "--smoke", "--out", str(tmp_path)])
-    fragmentation.main()
+    fragmentation.EXPERIMENT.main()
     results = json.loads((tmp_path / "fragmentation.json").read_text())
     rows = {row["system"]: row for row in results["rows"]}
     assert list(rows) == [
@@ -75,7 +75,7 @@ def burst(start: int, sizes: list[tuple[int, int]]) -> str:
 
 def run_main(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["fragmentation.py", "--smoke", *map(str, arguments)])
-    return script.main()
+    return script.EXPERIMENT.main()
 
 
 def test_a_bursty_trace_with_failed_requests_is_replayed(

@@ -243,13 +243,13 @@ def test_what_was_measured_before_a_stop_is_written(measured, script, tmp_path, 
         seen.append(step.name)
         return plain(step, *rest)
 
-    monkeypatch.setitem(script["main"].__globals__, "measure", measure)
+    monkeypatch.setitem(script["measure"].__globals__, "measure", measure)
     arguments = ["--backend", "host", "--peers", "none", "--out", str(tmp_path)]
     if not measured:
         with pytest.raises(KeyboardInterrupt):
-            script["main"](arguments)
+            script["EXPERIMENT"].main(arguments)
         return
-    assert script["main"](arguments) == 1
+    assert script["EXPERIMENT"].main(arguments) == 1
     assert not (tmp_path / "peers.json").exists()
     result = document(tmp_path, "peers_stopped", picture=False)
     assert [step["name"] for step in result["workloads"]] == seen

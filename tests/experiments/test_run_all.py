@@ -125,7 +125,7 @@ def test_a_result_that_is_not_whole_has_failed(tmp_path, monkeypatch):
 def test_what_hangs_is_stopped(tmp_path, monkeypatch):
     script = functions("run_all")
     monkeypatch.setitem(script["run"].__globals__, "HERE", tmp_path)
-    monkeypatch.setitem(script["run"].__globals__, "LONGEST_S", 2)
+    monkeypatch.setattr(script["EXPERIMENTS"]["layouts"], "longest_s", 2)
     (tmp_path / "layouts.py").write_text(
         "import pathlib, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"

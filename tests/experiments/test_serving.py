@@ -29,6 +29,24 @@ def test_every_answer_is_the_same_and_paging_serves_more_at_once(smoke):
     assert result["unit"] == "step" and result["conclusion"].startswith("Found: contiguous reservation serves")
 
 
+def test_a_resumed_run_compares_with_the_answers_from_before(smoke, tmp_path, monkeypatch):
+    arguments = ["--smoke", "--backend", "host", "--out", str(tmp_path)]
+    experiment, rows_of_a_cell = functions("serving")["EXPERIMENT"], []
+
+    def rows(cell):
+        if rows_of_a_cell:
+            raise KeyboardInterrupt
+        rows_of_a_cell.extend(type(experiment).rows(experiment, cell))
+        return rows_of_a_cell
+
+    monkeypatch.setattr(experiment, "rows", rows)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.main(arguments)
+    resumed = functions("serving")["EXPERIMENT"]
+    assert resumed.main([*arguments, "--resume"]) == 0
+    assert resumed.answers == experiment.answers and document(tmp_path, "serving")["rows"] == smoke[1]["rows"]
+
+
 def test_requests_that_come_over_time_wait_less(tmp_path, smoke):
     run("serving", "--smoke", "--backend", "host", "--rate", "0.05", "--out", str(tmp_path))
     rows, at_once = document(tmp_path, "serving")["rows"], smoke[1]["rows"]
@@ -60,7 +78,7 @@ def test_mistakes_are_a_sentence(arguments, message, tmp_path, monkeypatch, caps
     (tmp_path / "failed.csv").write_text(f"{header}0,0,0\n1,5,0\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        functions("serving")["main"](["--smoke", "--backend", "host", *arguments])
+        functions("serving")["EXPERIMENT"].main(["--smoke", "--backend", "host", *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
