@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cupaged.attention.choose import explain
 from cupaged.bench.accuracy import decode_check, verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
@@ -34,7 +35,6 @@ from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, decode_call
 from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
-from cupaged.ops.attention import explain
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]

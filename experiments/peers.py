@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from cupaged.attention.choose import explain
 from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.ceilings import read_ceiling
 from cupaged.bench.report import (
@@ -38,7 +39,6 @@ from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode
 from cupaged.config import DTYPES
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import like_caller
-from cupaged.ops.attention import explain
 from cupaged.runtime import choose_backend
 
 Row = dict[str, Any]

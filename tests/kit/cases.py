@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 import cupaged as pg
-from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.attention.choose import ATTENTION_KERNELS, DECODING
+from cupaged.attention.kernels.v1 import V1
 
+RUNGS = tuple(kernel.info.name for kernel in DECODING if not kernel.takes_plan and kernel is not V1)  # of the ladder
 ILLEGAL_IDS = np.array([-7, -(2**31), 2**31 - 1, 10**6], dtype=np.int64)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import cupaged as pg
 from cupaged import layouts
-from cupaged.ops.rungs import rung_defines
+from cupaged.attention.kernel import cache_defines
 from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
 
@@ -46,11 +46,11 @@ def rung_variants():
         for rung in RUNGS:
             heads = {"HEADS": 4 - i % 4} if rung == "v2" else {}
             entry = f"paged_attention_{rung}"
-            yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads}
+            yield f"attention/{entry}.cu", entry, {**cache_defines(config), **heads}
             if rung == "v2":
                 asked = dict.fromkeys((VARIANTS[-1], *VARIANTS[1:4])[i], 1)
-                yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads, **asked}
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
+                yield f"attention/{entry}.cu", entry, {**cache_defines(config), **heads, **asked}
+        defines = {name: cache_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
         for asked in ({}, dict.fromkeys(("QUERY_TOKENS", "WINDOW", "SINKS")[: i % 3 + 1], 1)):
             yield "attention/merge_partitions.cu", "merge_partitions", {**defines, **asked}
 
@@ -59,7 +59,7 @@ def texture_variants():
     """Return file, entry and defines of attention by every path of loads, and of what fills arrays."""
     for i, path in enumerate(LOAD_PATHS):
         config, tiles = CONFIGS[(0, 3, 5, 7, 0, 3, 7)[i]], 1 + i % 2
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        defines = {name: cache_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
         floats = int(LOAD_PATHS[path] is not None)
         defines |= {"LOAD_PATH": path, "TEXEL_FLOATS": floats, "TEXTURE_TILES": tiles if floats else 1}
         yield "attention/paged_attention_texture.cu", "paged_attention_texture", defines
@@ -70,7 +70,7 @@ def texture_variants():
         yield "bench/pointer_chase.cu", "pointer_chase", chase
         yield "bench/gather_paths.cu", "gather_paths", {**chase, "STORAGE": "__half", "HEADS": 3}
     for config, slot, texel in ((CONFIGS[0], "int", 8), (CONFIGS[5], "long long", 16), (CONFIGS[7], "int", 16)):
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        defines = {name: cache_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
         yield "cache/write_texture.cu", "write_texture", {**defines, "SLOT": slot, "TEXEL_BYTES": texel}
 
 

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention.choose import ATTENTION_KERNELS
 from cupaged.bench.accuracy import decode_check
-from cupaged.ops.registry import ATTENTION_KERNELS
-from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host
-from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
+from tests.kit.cases import RUNGS, DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.ops import rungs
+from cupaged.attention.kernels import batched
 from cupaged.runtime import host, kernels_folder, kernels_from
 from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
 from tests.kit.prefill import PrefillShape, prefill_case
@@ -135,7 +135,7 @@ def test_there_are_barriers_to_remove():
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
-    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
+    monkeypatch.setattr(batched, "batched_blocks", lambda *_: 1)  # a block takes several pairs
     monkeypatch.setattr("cupaged.ops.cache.ROPE_BLOCKS", 1)  # and several heads
     kernel = KERNEL_OF_FILE[file]
     shapes = SHAPES_OF_KERNEL.get(kernel, SHAPES)
