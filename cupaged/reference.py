@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,20 @@ __all__ = [
     "sampling_probabilities",
     "uniform",
 ]
+
+
+LARGEST_LOGIT = float(np.finfo(np.float32).max) * np.log(2)  # kernels keep logits in float32, in units of log 2
+
+
+def saturated(logits: np.ndarray) -> np.ndarray:
+    """Return logits, or log-sum-exps; those that float32 cannot hold become the largest, or lowest, that it can."""
+    largest = logits.dtype.type(LARGEST_LOGIT)
+    return np.clip(logits, -largest, largest)
+
+
+def saturated_sinks(logits: np.ndarray) -> np.ndarray:
+    """Return the same of logits of which -inf stands for one that is not there."""
+    return np.where(np.isneginf(logits), logits, saturated(logits))
 
 
 def attention(
@@ -64,6 +79,8 @@ def attention(
     sinks : ndarray, [H], optional
         One more logit for each head, without a value: it takes weight away from the tokens.
 
+    A logit beyond `LARGEST_LOGIT` counts as that, as it does in the kernels: tokens beyond it weigh the same.
+
     Returns
     -------
     out : ndarray, [H, D]
@@ -71,18 +88,18 @@ def attention(
         The sink's logit included. Both of type `dtype`.
     """
     num_heads, head_dim = query.shape
-    tokens, num_kv_heads, _ = key.shape
+    tokens = len(key)
     sink: np.ndarray = np.full(num_heads, -np.inf, dtype) if sinks is None else sinks.astype(dtype)
+    sink = saturated_sinks(sink)
     if tokens == 0:
         return np.zeros((num_heads, head_dim), dtype), sink
-    by_kv_head = (num_kv_heads, num_heads // num_kv_heads)
-    grouped: np.ndarray = query.astype(dtype).reshape(*by_kv_head, head_dim)
-    logits = dtype(scale) * np.einsum("kgd,tkd->kgt", grouped, key.astype(dtype))
+    logits = dtype(scale) * by_kv_head(query.astype(dtype), key.astype(dtype))
     if softcap is not None:
         logits = dtype(softcap) * np.tanh(logits / dtype(softcap))
     if bias is not None:
-        logits = logits + bias.astype(dtype).reshape(*by_kv_head, tokens)
-    sink = sink.reshape(*by_kv_head, 1)
+        logits = logits + bias.astype(dtype).reshape(logits.shape)
+    logits = saturated(logits)
+    sink = sink.reshape(*logits.shape[:2], 1)
     largest = np.maximum(logits.max(axis=-1, keepdims=True), sink)
     weights = np.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - largest)
@@ -91,6 +108,14 @@ def attention(
     out = np.einsum("kgt,tkd->kgd", weights / total, value.astype(dtype))
     lse = np.log(total) + largest
     return out.reshape(num_heads, head_dim), lse.reshape(num_heads)
+
+
+def by_kv_head(query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return products of queries, [H, D], with keys, [tokens, Hkv, D], by KV head: [Hkv, H // Hkv, tokens]."""
+    num_kv_heads, head_dim = key.shape[1:]
+    with np.errstate(over="ignore"):  # in float32
+        products: np.ndarray = np.einsum("kgd,tkd->kgt", query.reshape(num_kv_heads, -1, head_dim), key)
+    return products
 
 
 def paged_attention(
@@ -109,6 +134,7 @@ def paged_attention(
     shared_prefix: int = 0,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
+    attend: Callable[..., tuple[np.ndarray, np.ndarray]] = attention,
 ) -> Any:
     """Return decode attention over a paged cache; the arguments are those of `cupaged.paged_attention`.
 
@@ -139,6 +165,8 @@ def paged_attention(
         So many tokens of all sequences lie in the same blocks: checked, and it changes nothing.
     dtype, weight_dtype
         See `attention`.
+    attend : callable
+        What takes the place of `attention`, called as it is, for each query token and what it sees.
 
     Returns
     -------
@@ -160,7 +188,7 @@ def paged_attention(
     lse = np.full(several.shape[:3], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens.tolist()):
         out[seq], lse[seq] = _attend(
-            several[seq], cache, block_tables[seq], seq_len, scale, dtype, weight_dtype,
+            several[seq], cache, block_tables[seq], seq_len, scale, dtype, weight_dtype, attend,
             window=window, softcap=softcap, slopes=slopes, sinks=sinks,
         )  # fmt: skip
     out, lse = out.reshape(query.shape), lse.reshape(query.shape[:-1])
@@ -175,6 +203,7 @@ def _attend(
     scale: float,
     dtype: type,
     weight_dtype: np.dtype | None,
+    attend: Callable[..., tuple[np.ndarray, np.ndarray]],
     *,
     causal: bool = True,
     window: int | None,
@@ -198,7 +227,7 @@ def _attend(
         seen = tokens <= position if causal else tokens >= 0
         if window is not None:
             seen = seen & (tokens > position - window)
-        out[i], lse[i] = attention(
+        out[i], lse[i] = attend(
             query[i], key[seen], value[seen], scale, dtype, weight_dtype, softcap=softcap, sinks=sinks,
             bias=None if slopes is None else slopes.astype(dtype)[:, np.newaxis] * (tokens[seen] - position),
         )  # fmt: skip
@@ -221,6 +250,7 @@ def paged_prefill(
     return_lse: bool = False,
     dtype: type = np.float64,
     weight_dtype: np.dtype | None = None,
+    attend: Callable[..., tuple[np.ndarray, np.ndarray]] = attention,
 ) -> Any:
     """Return attention of each sequence's last tokens; the arguments are those of `cupaged.paged_prefill`.
 
@@ -241,6 +271,8 @@ def paged_prefill(
         Also return the log-sum-exp.
     dtype, weight_dtype
         See `attention`.
+    attend : callable
+        What takes the place of `attention`, called as it is, for each query token and what it sees.
 
     Returns
     -------
@@ -257,7 +289,7 @@ def paged_prefill(
     lse = np.full(query.shape[:2], -np.inf, dtype)
     for seq, (first, end) in enumerate(pairwise(starts)):
         out[first:end], lse[first:end] = _attend(
-            query[first:end], cache, block_tables[seq], seq_lens[seq], scale, dtype, weight_dtype,
+            query[first:end], cache, block_tables[seq], seq_lens[seq], scale, dtype, weight_dtype, attend,
             causal=causal, window=window, softcap=softcap, slopes=slopes, sinks=sinks,
         )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -283,6 +315,7 @@ def merge_states(outs: Any, lses: Any, dtype: type = np.float64) -> tuple[np.nda
     """
     outs, lses = as_numpy(outs).astype(dtype), as_numpy(lses).astype(dtype)
     empty = np.isneginf(lses)
+    lses = saturated_sinks(lses)
     largest = lses.max(axis=0)
     weights = np.where(empty, dtype(0), np.exp(lses - np.where(np.isneginf(largest), dtype(0), largest)))
     total = weights.sum(axis=0)
@@ -380,6 +413,8 @@ def uniform(seed: int) -> float:
 def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> np.ndarray:
     """Return the token drawn for each row: the first at which the probabilities, summed up, pass the row's number.
 
+    A row whose largest logit is not finite, or that holds NaN, has no token: it gives -1.
+
     Parameters
     ----------
     logits : array, [num_seqs, vocab_size]
@@ -390,8 +425,11 @@ def sample(logits: Any, temperature: float = 1.0, top_k: int = 0, top_p: float =
     -------
     ndarray, int32 [num_seqs]
     """
-    tokens = []
+    tokens: list[Any] = []
     for i, row in enumerate(as_numpy(logits)):
+        if not np.isfinite(row.astype(np.float64).max()):
+            tokens.append(-1)
+            continue
         cumulative = np.cumsum(sampling_probabilities(row, temperature, top_k, top_p))
         tokens.append(np.searchsorted(cumulative, uniform(seed + i) * cumulative[-1], side="right"))
     return np.array(tokens, np.int32)

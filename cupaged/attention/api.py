@@ -76,6 +76,13 @@ def paged_attention(
     ``softcap * tanh(x / softcap)``, then ``+ slope * (t - p)``; keys outside the window take no part, and a sink joins
     the sum of exponentials that weights are divided by.
 
+    Logits are float32. One beyond 2.3e38 counts as 2.3e38, and one below -2.3e38 as that: several such tokens weigh the
+    same. On tensor cores that also holds for a product ``q.k`` beyond 3.4e38 before `scale` shrinks it. Products whose
+    sum passes through both infinities make the row NaN.
+
+    The work goes to CuPy's current stream, or, if any array is a torch tensor, to torch's current stream of its device,
+    in order with what is on CuPy's (`cupaged.ops.streams`).
+
     Parameters
     ----------
     query : array, [num_seqs, H, D] or [num_seqs, Q, H, D]
@@ -104,7 +111,7 @@ def paged_attention(
     sinks : array, float32 [H], optional
         One learned logit for each head, in the units of the logits after `scale`, that has no value (gpt-oss).
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each head's logits, the sink among them, by which `merge_states` merges parts
         of a context: give the sinks to one of the parts.
@@ -212,7 +219,7 @@ def paged_prefill(
     window, softcap, alibi_slopes, sinks
         As `paged_attention` takes them; a window only with `causal`.
     out : array, of the query's shape, optional
-        Where to write the result.
+        Where to write the result; it shares no memory with any other argument.
     return_lse : bool
         Also return the log-sum-exp of each token's and head's logits, the sink among them.
     plan : PrefillPlan or DecodePlan, optional
@@ -292,7 +299,9 @@ class DecodePlan(DecodeShares):
     error where calls are validated.
 
     A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
-    keep. For several streams make several plans.
+    keep. For several streams make several plans. A graph that captured calls with a plan uses that work space, and
+    keeps neither the plan nor the arrays of the calls: keep them for as long as it is replayed. Calls without a plan
+    make one, which the graph keeps.
 
     Attributes
     ----------

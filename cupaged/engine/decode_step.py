@@ -128,7 +128,7 @@ class DecodeStep:
         if self._plan is not None:
             self._plan.update(self._input.seq_lens)
         logits = self.model.forward(self._input, self.caches, self._plan, validate=False)
-        sample(logits, **self._sampling, out=self._out, validate=False)
+        sample(logits, **self._sampling, out=self._out, validate=False, invalid="mark")
 
     def _capture(self) -> None:
         """Capture the step; what its arrays are allocated from is its own, as a replay writes to them again."""

@@ -43,6 +43,7 @@ __all__ = [
 
 INT32_MAX = 2**31 - 1  # the largest integer that a kernel takes for a size
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, float(np.finfo(np.float32).max)
+MAX_SCALE = FLOAT32_MAX * math.log(2)  # which float32 holds in units of log 2
 SOFTCAP_RANGE = (1e-30, 1e30)  # within it, float32 holds the cap, its inverse and what they become in units of log 2
 
 
@@ -297,7 +298,12 @@ def as_float32(values: np.ndarray) -> np.ndarray:
 
 def checked_scale(scale: float | None, head_dim: int) -> float:
     """Return the factor of the logits, ``1 / sqrt(head_dim)`` if none is given, or raise by name."""
-    return head_dim**-0.5 if scale is None else checked_real(scale, "scale")
+    if scale is None:
+        return head_dim**-0.5
+    scale = checked_real(scale, "scale")
+    if abs(scale) > MAX_SCALE:
+        raise ValueError(f"scale must be at most {MAX_SCALE:.3g} either way, as logits are float32; got {scale!r}")
+    return scale
 
 
 def checked_out(out: Any, query: Any, cache: KVCache, **read: Any) -> Any:

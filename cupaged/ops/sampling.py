@@ -29,6 +29,7 @@ LOGIT_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat1
 MAX_VOCABULARY = 2**19  # so that weights of 44 bits sum up in 63
 TOKENS_OF_WARP = 512  # at least, where there are several warps
 MAX_WARPS = 32
+INVALID = ("raise", "mark")  # what to do with rows that have no token
 
 
 @on_callers_streams
@@ -41,6 +42,7 @@ def sample(
     *,
     out: Any = None,
     validate: bool | None = None,
+    invalid: str = "raise",
 ) -> Any:
     """Draw the next token of each sequence.
 
@@ -51,7 +53,8 @@ def sample(
     Parameters
     ----------
     logits : array, float16, bfloat16 or float32 [num_seqs, vocab_size]
-        A row needs a finite logit, and none that is NaN or plus infinity; minus infinity rules a token out.
+        A row needs a finite logit, and none that is NaN or plus infinity; minus infinity rules a token out. Any other
+        row is invalid: it has no token, and -1 stands in its place. Other rows are drawn as if it were not there.
     temperature : float, or float32 array [num_seqs]
         0 or more; 0 takes the most likely token, of equal ones the first. Numbers that float32 does not hold are taken
         as the nearest that it has above 0: 1e-50 draws among equals of the most likely, 1e300 among all alike.
@@ -62,15 +65,19 @@ def sample(
     seed : int, or uint64 array [num_seqs]
         Of each row; one number, modulo 2**64, gives row i the seed ``seed + i``.
     out : array, int32 [num_seqs], optional
-        Where to write the tokens.
+        Where to write the tokens; it shares no memory with any other argument.
     validate : bool, optional
         Read all arrays and check them, which on a GPU waits for it. The default reads them on the host backend only,
-        or everywhere if CUPAGED_VALIDATE is set to 1. Without it, a row that has no finite largest logit gives -1.
+        or everywhere if CUPAGED_VALIDATE is set to 1. Without it, an invalid row gives -1, and so does a row whose
+        temperature, top_k or top_p is out of its range.
+    invalid : {"raise", "mark"}
+        What a check does with rows of invalid logits: raise ValueError for the whole call, or leave -1 for them.
+        Without `validate` nothing is raised for them in any case.
 
     Returns
     -------
     array, int32 [num_seqs]
-        Token ids, of the kind of `logits`.
+        Token ids, of the kind of `logits`; -1 for an invalid row.
 
     Raises
     ------
@@ -108,8 +115,12 @@ def sample(
             {"out": tokens},
             {"logits": logits, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed},
         )
+    if invalid not in INVALID:
+        raise ValueError(f"invalid must be one of {', '.join(INVALID)}; got {invalid!r}")
     if must_validate(validate, backend):
-        _check_values(logits, temperature, top_k, top_p)
+        _check_ranges(temperature, top_k, top_p)
+        if invalid == "raise":
+            _check_logits(logits)
     if num_seqs:
         warps = min(MAX_WARPS, max(1, vocab_size // TOKENS_OF_WARP))
         defines = {"STORAGE": C_TYPE_OF_DTYPE[logits.dtype], "WARPS": 1 << (warps.bit_length() - 1)}
@@ -159,9 +170,12 @@ def _check_range(name: str, values: np.ndarray, given: Any = None) -> None:
         raise ValueError(f"{name} must be {expected}; got {values[np.argmax(wrong)] if given is None else given}")
 
 
-def _check_values(logits: Any, temperature: Any, top_k: Any, top_p: Any) -> None:
+def _check_ranges(temperature: Any, top_k: Any, top_p: Any) -> None:
     for name, array in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         _check_range(name, as_numpy(array).astype(np.float64))
+
+
+def _check_logits(logits: Any) -> None:
     largest = as_numpy(logits).astype(np.float32).max(axis=1, initial=-np.inf)  # NaN where there is one
     if not np.isfinite(largest).all():
         row = int(np.argmin(np.isfinite(largest)))

@@ -55,11 +55,13 @@ def on_callers_streams(function: Function) -> Function:
             stream = _current_stream()
             if not is_capturing(stream):
                 return function(*arguments, **named)
-            allocated = stack.enter_context(captured(stream))
-            result = function(*arguments, **named)
-            kept = _without(allocated, result)
-            if kept:
-                keep_for_graph(stream, kept)
+            allocated, result = stack.enter_context(captured(stream)), None
+            try:
+                result = function(*arguments, **named)
+            finally:  # after an error too: something may have been captured before it
+                kept = _without(allocated, result)
+                if kept:
+                    keep_for_graph(stream, kept)
             return result
 
     return call  # type: ignore[return-value]

@@ -83,9 +83,10 @@ class HostBlocks:
 class SwapEngine:
     """Moves blocks of the layers' caches to the host and back, on streams of its own.
 
-    A swap waits for the work that is on the current stream when it is asked for; the work that follows waits for the
-    swap only after `wait`. Two buffers of up to 16 MiB take turns: while one is gathered or scattered, the other is on
-    the link. Swaps take place in the order in which they were asked for.
+    A swap waits for the work that is on CuPy's current stream when it is asked for; the work that follows there waits
+    for the swap only after `wait`. Calls of the toolkit with torch tensors are in order with CuPy's current stream, and
+    so with swaps. A CUDA graph cannot capture a swap. Two buffers of up to 16 MiB take turns: while one is gathered or
+    scattered, the other is on the link. Swaps take place in the order in which they were asked for.
 
     Parameters
     ----------
@@ -196,6 +197,7 @@ class _Mover:
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         cache = caches[0]
+        _refuse_in_capture(cache)
         config, elements = cache.config, block_elements(cache)
         self.block_bytes = elements * config.numpy_dtype.itemsize
         self.at_once = max(1, min(config.num_blocks, STAGING_BYTES // self.block_bytes))
@@ -223,7 +225,7 @@ class _Mover:
         if self.streams is None:
             self._move_layers(caches, hosts, blocks)
             return
-        refuse_in_capture("cuda", "blocks must be swapped by calls, as swaps run on streams of their own")
+        _refuse_in_capture(caches[0])
         self.streams.wait_for_current()
         self.streams.wait_for(host.moved for host in hosts)  # by this mover or another
         try:
@@ -420,6 +422,10 @@ class _Streams:
         """Wait for what was started so far."""
         for stream in self.own:
             stream.synchronize()
+
+
+def _refuse_in_capture(cache: KVCache) -> None:
+    refuse_in_capture(cache.backend, "blocks must be swapped by calls, as swaps run on streams of their own")
 
 
 def _checked(config: CacheConfig, num_host_blocks: int, pairs: Any, out: bool) -> tuple[np.ndarray, np.ndarray]:

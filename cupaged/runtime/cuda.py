@@ -178,6 +178,8 @@ class CudaKernel:
     def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], shared_bytes: int = 0, **arguments: Any) -> None:
         """Launch the kernel on CuPy's current stream; returns without waiting for it.
 
+        The doors in `cupaged.ops` make that stream torch's where they are given torch tensors.
+
         Parameters
         ----------
         grid, block : tuple of int

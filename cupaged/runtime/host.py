@@ -73,7 +73,10 @@ def schedule(seed: int) -> Iterator[None]:
     """Within the block, run threads, warps and blocks in an order shuffled by `seed`; 0 is index order.
 
     A kernel without races gives the same result in every order. Reading shared memory that another thread writes,
-    with no barrier between, gives a different one.
+    with no barrier between, gives a different one. Copies that run on their own (cp.async) may be made at any time
+    between their start and the wait for them: when they are waited for if `seed` modulo 3 is 0, at their start if it is
+    1, and either, by chance, if it is 2. What they will fill is NaN meanwhile. So three seeds in a row show whoever
+    reads it too early, and whoever still writes it.
     """
     if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer; got {type(seed).__name__} {written(seed)}")

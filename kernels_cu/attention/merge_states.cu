@@ -18,6 +18,11 @@ constexpr int THREADS = 256;
 constexpr int VEC = kValuesPer16Bytes<STORAGE>;
 using Share = Vector<STORAGE, VEC>;
 
+// A part's log-sum-exp in units of log 2; -infinity for a part over nothing.
+__device__ __forceinline__ float log_sum_exp_2(float lse) {
+  return lse == minus_infinity() ? lse : saturated(lse * kLog2E);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) merge_states(
     STORAGE* __restrict__ out,         // [rows, vectors * VEC]
     float* __restrict__ lse,           // [rows]
@@ -29,11 +34,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) merge_states(
   const long long row = index / vectors;
 
   SoftmaxState softmax;
-  for (int part = 0; part < parts; ++part) softmax.max = fmaxf(softmax.max, load_global(lses + part * rows + row) * kLog2E);
+  for (int part = 0; part < parts; ++part) softmax.max = fmaxf(softmax.max, log_sum_exp_2(load_global(lses + part * rows + row)));
 
   float sum[VEC] = {};
   for (int part = 0; part < parts; ++part) {
-    const float of_part = load_global(lses + part * rows + row) * kLog2E;
+    const float of_part = log_sum_exp_2(load_global(lses + part * rows + row));
     const auto* address = reinterpret_cast<const Share*>(outs) + part * rows * vectors + index;
     const Share value = load_global_if(of_part != minus_infinity(), address);
     const float weight = softmax_weight(of_part, softmax.max);

@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
 #pragma unroll
         for (int r = 0; r < IN_FLIGHT; ++r) {
           const float product = key[r].dot(scaled_query);
-          logit[r] = first + row_in_warp + r * GROUPS < filled ? product : minus_infinity();
+          logit[r] = first + row_in_warp + r * GROUPS < filled ? saturated(product) : minus_infinity();
         }
         attention.add(logit, value);
       }

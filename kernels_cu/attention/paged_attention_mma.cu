@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) paged_attention_mma(
     wait_for_copies<0>();
     __syncwarp();   // every lane's copies have arrived
     tile.add(chunk.key, chunk.value, [&](float product, int, int token) {
-      return (mapped >> token & 1) != 0 ? product * (scale * kLog2E) : minus_infinity();
+      return (mapped >> token & 1) != 0 ? saturated(product * (scale * kLog2E)) : minus_infinity();
     });
     __syncwarp();   // the chunk has been read: its memory may be written again
   }

@@ -45,7 +45,7 @@ struct Logits {
       const long long offset = strides.offset(block_id, kv_head, context.slot_of(token), dim);
       logit += to_float(load_global(query + dim)) * to_float(load_global(key_cache + offset));
     }
-    return logit * (scale * kLog2E);
+    return saturated(logit * (scale * kLog2E));
   }
 };
 

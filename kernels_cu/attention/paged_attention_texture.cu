@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_atten
 #pragma unroll
     for (int r = 0; r < IN_FLIGHT; ++r) {
       const float product = key[r].dot(scaled_query);
-      logit[r] = block_id[r] == kUnmapped ? minus_infinity() : product;
+      logit[r] = block_id[r] == kUnmapped ? minus_infinity() : saturated(product);
     }
     attention.add(logit, value);
   }

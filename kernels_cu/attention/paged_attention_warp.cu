@@ -42,7 +42,7 @@ __device__ __forceinline__ void compute_logits(float (&logit)[IN_FLIGHT], const 
 #pragma unroll
   for (int r = 0; r < IN_FLIGHT; ++r) {
     const float product = key[r].dot(query);
-    logit[r] = block_id[r] == kUnmapped ? minus_infinity() : product;
+    logit[r] = block_id[r] == kUnmapped ? minus_infinity() : saturated(product);
   }
 }
 

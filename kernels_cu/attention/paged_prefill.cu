@@ -350,13 +350,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) paged_prefi
       if (mask.nothing_seen(shortest, longest)) continue;
       Tile::Products product;
       tile.multiply(product, warp_query, memory.stage[stage].key + warp_token * HEAD_DIM);
+      const bool find_largest = tile.wants_logits();
       float factor = scale * kLog2E;
-      if (TRANSFORMED || factor <= 0.0f) {   // only a positive factor can wait: it keeps the order
+      if (TRANSFORMED || factor <= 0.0f || find_largest) {   // only a positive factor can wait: it keeps the order
         transform(product, mask, exchange, warp_row, warp_token, factor);
         factor = 1.0f;
       }
       if (!mask.all_seen(shortest, longest)) leave_out(product, mask, exchange, warp_row, warp_token);
-      tile.add(product, factor, memory.stage[stage].value + warp_token * HEAD_DIM);
+      tile.add(product, factor, find_largest, memory.stage[stage].value + warp_token * HEAD_DIM);
     }
     __syncthreads();   // all tiles have been read
 

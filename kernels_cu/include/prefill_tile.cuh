@@ -2,6 +2,10 @@
 // 2307.08691): queries, keys and values are read from shared memory, logits, a running softmax and the weighted sum of
 // values stay in registers.
 //
+// A weight is 2^(product * factor - maximum), by one multiply-add that rounds nothing before it subtracts. The maximum is
+// rounded, though, and where it is large that shifts all exponents by many units: there, weights are made of logits that
+// are rounded before, as the maximum was (`wants_logits`), and so they are beside a maximum that has just been raised.
+//
 // Lane l has the rows l/4, l/4 + 8, l/4 + 16, ..., called halves here since two of them fill an operand. Weights are
 // rounded to the storage type before they meet the values; sums are float32.
 #pragma once
@@ -20,7 +24,8 @@ struct PrefillTile {
   static constexpr int STEPS = HeadDim / 16;                         // tiles of 16 dimensions
   static constexpr int EIGHTS = Tokens / 8, SIXTEENTHS = Tokens / 16;
   static constexpr float HEADROOM = 256.0f;   // how large a lane's weights may become before the maximum is raised
-  static constexpr float NO_LOGIT = -3.4028235e38f;   // a maximum of nothing: finite, as -infinity less -infinity is NaN
+  static constexpr float NO_LOGIT = -kLargestFloat;   // a maximum of nothing: finite, as -infinity less -infinity is NaN
+  static constexpr float LARGE = 1048576.0f;   // a maximum up to which rounding shifts exponents by a sixteenth at most
 
   using Products = ResultTile[OPERANDS][EIGHTS];   // [16 rows, 8 tokens] each
   using Weights = LeftTile[OPERANDS];              // of 16 tokens
@@ -81,13 +86,21 @@ struct PrefillTile {
     }
   }
 
-  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
-  // of -infinity leaves the token out. Weights of the next 16 tokens are made between the multiplications of 16.
-  __device__ __forceinline__ void add(const Products& product, float factor, const T* value) {   // [Tokens][HeadDim]
-    bool unset = false;
+  // Whether `add` wants logits instead of products: some row has no maximum yet, or a large one. The same for all lanes.
+  __device__ __forceinline__ bool wants_logits() const {
+    bool wants = false;
 #pragma unroll
-    for (const SoftmaxState& state : softmax) unset = unset || state.max == NO_LOGIT;
-    if (__any_sync(kAllLanes, unset)) raise(product, factor, 0);
+    for (const SoftmaxState& state : softmax) wants = wants || fabsf(state.max) > LARGE;
+    return __any_sync(kAllLanes, wants);
+  }
+
+  // Take in the values of a tile: its logits are products times `factor`, which is positive, in units of log 2; a product
+  // of -infinity leaves the token out. With `find_largest` they are logits, and `factor` is 1. Weights of the next 16
+  // tokens are made between the multiplications of 16.
+  __device__ __forceinline__ void add(const Products& product, float factor, bool find_largest,
+                                      const T* value) {   // [Tokens][HeadDim]
+    if (find_largest) raise(product, factor, 0);
+    float headroom = HEADROOM;
     const Walk walk(value, lane() % 16, lane() / 16);
     Weights weight[2];
     Totals total;
@@ -95,7 +108,7 @@ struct PrefillTile {
     for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight[0], total, product, factor, 0, pair);
 #pragma unroll
     for (int i = 0; i < SIXTEENTHS; ++i) {
-      settle(weight[i % 2], total, product, factor, i);
+      settle(weight[i % 2], total, headroom, product, factor, i);
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
         unsigned int pair[4];   // dimensions 0-7 and 8-15 of the step, each as two tiles of 8 tokens
@@ -130,34 +143,44 @@ struct PrefillTile {
         const float* logit = product[half / 2][eighth].value + half % 2 * 2;
         largest = fmaxf(largest, fmaxf(logit[0], logit[1]));
       }
-      const float shrink = softmax[half].raise(warp_reduce<Max, 1, 4>(largest) * factor);
+      const float shrink = softmax[half].raise(as_logit(warp_reduce<Max, 1, 4>(largest), factor));
 #pragma unroll
       for (ResultTile& tile : out[half / 2]) tile.value[half % 2 * 2] *= shrink, tile.value[half % 2 * 2 + 1] *= shrink;
     }
   }
 
+  // A product's logit, rounded. What is too low for a float may be -infinity, as its weight is 0 beside what is raised.
+  static __device__ __forceinline__ float as_logit(float product, float factor) {
+    const float logit = product * factor;
+    return logit > kLargestFloat ? kLargestFloat : logit;
+  }
+
   // Make a pair of weights of 16 tokens, and add them to this lane's part of their sums.
+  template <bool Rounded = false>
   __device__ __forceinline__ void weigh(Weights& weight, Totals& total, const Products& product, float factor,
                                         int sixteenth, int pair) {
     const int operand = pair / 4, half = pair % 2, eighth = pair / 2 % 2, of_all = 2 * operand + half;
     const float* logit = product[operand][2 * sixteenth + eighth].value + 2 * half;
     const float base = softmax[of_all].max;
-    const float low = fast_exp2(fmaf(logit[0], factor, -base)), high = fast_exp2(fmaf(logit[1], factor, -base));
+    const auto above = [&](float x) { return Rounded ? as_logit(x, factor) - base : fmaf(x, factor, -base); };
+    const float low = fast_exp2(above(logit[0])), high = fast_exp2(above(logit[1]));
     total[of_all] = eighth == 0 ? low + high : total[of_all] + (low + high);
     weight[operand].pair[half + 2 * eighth] = pack_pair(low, high, T());
   }
 
   // Take the weights of 16 tokens into the sums. If one of them has outgrown its maximum, which is seldom after the first
   // tile, raise all maxima and make the weights again: looking at sums, which are there, spares looking for the largest.
-  __device__ __forceinline__ void settle(Weights& weight, Totals& total, const Products& product, float factor,
-                                         int sixteenth) {
+  // The maximum may be a large one now, so that the rest of the tile takes the same way.
+  __device__ __forceinline__ void settle(Weights& weight, Totals& total, float& headroom, const Products& product,
+                                         float factor, int sixteenth) {
     bool outgrown = false;
 #pragma unroll
-    for (float sum : total) outgrown = outgrown || sum > HEADROOM;
+    for (float sum : total) outgrown = outgrown || sum > headroom;
     if (__any_sync(kAllLanes, outgrown)) {
+      headroom = -1.0f;
       raise(product, factor, sixteenth);
 #pragma unroll
-      for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh(weight, total, product, factor, sixteenth, pair);
+      for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh<true>(weight, total, product, factor, sixteenth, pair);
     }
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) softmax[half].sum += total[half];

@@ -7,6 +7,15 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
+constexpr float kLargestFloat = 3.4028235e38f;
+
+// A logit beyond float32's range counts as the largest, or the lowest, number in it: an infinite one less an infinite maximum
+// is NaN, and -infinity stands for a token that takes no part. A logit that is NaN stays one.
+__device__ __forceinline__ float saturated(float logit) {
+  const float at_most = logit > kLargestFloat ? kLargestFloat : logit;   // not fminf, which takes the number beside NaN
+  return at_most < -kLargestFloat ? -kLargestFloat : at_most;
+}
+
 // 2^(logit - max), and 0 for what takes no part: without the test, -inf minus -inf would give NaN. A logit that is NaN
 // stays one.
 __device__ __forceinline__ float softmax_weight(float logit, float max) {

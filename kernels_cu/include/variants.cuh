@@ -52,13 +52,14 @@ struct Variants {
 #if ALIBI
     product += slope * static_cast<float>(key_token - (context - 1));
 #endif
-    return product;
+    return SOFTCAP && !ALIBI ? product : saturated(product);   // a soft cap keeps it in range
   }
 
   // Let a head's sink join a softmax, once for the whole context; returns the factor for the weighted sum of values.
   __device__ __forceinline__ float add_sink(SoftmaxState& softmax, int head) const {
 #if SINKS
-    const float sink = load_global(sinks + head) * kLog2E;
+    const float given = load_global(sinks + head);
+    const float sink = given == minus_infinity() ? given : saturated(given * kLog2E);
     const float factor = softmax.raise(sink);
     softmax.sum += softmax_weight(sink, softmax.max);
     return factor;

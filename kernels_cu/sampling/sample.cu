@@ -20,13 +20,13 @@
 
 using Count = unsigned long long;
 
-constexpr unsigned kMinusInfinity = 0x007fffffu, kInfinity = 0xff800000u;   // as `ordered` gives them
+constexpr unsigned kMinusInfinity = 0x007fffffu, kInfinity = 0xff800000u, kNaN = 0xffffffffu;   // beside what `ordered` gives
 constexpr float kOne = 17592186044416.0f;   // 2^44, the weight of the most likely token
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr int LOADS = 8;   // of a thread, under way at once
 constexpr int BITS = 2, CANDIDATES = (1 << BITS) - 1;   // of the threshold, found in a pass
 
-// A whole number that is larger where the float is.
+// A whole number that is larger where the float is; x is not NaN.
 __device__ __forceinline__ unsigned ordered(float x) {
   const unsigned bits = __float_as_uint(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -125,12 +125,18 @@ __device__ __forceinline__ Count scaled_down(Count bits, Count n) {
   return high_high + (high_low >> 32) + (low_high >> 32) + (middle >> 32);
 }
 
+// Whether a row's parameters are what the kernel takes. NaN is not.
+__device__ __forceinline__ bool are_in_range(float temperature, int top_k, float top_p) {
+  return 0.0f <= temperature && temperature <= 3.4028235e38f && top_k >= 0 && 0.0f < top_p && top_p <= 1.0f;
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS) sample(
-    int* __restrict__ tokens,                      // [num_seqs]; -1 where no logit is finite, or one is NaN or infinite
+    int* __restrict__ tokens,                      // [num_seqs]; -1 where a logit is NaN or infinity, no logit is finite, or
+                                                   // a parameter of the row is out of its range
     const STORAGE* __restrict__ logits,              // [num_seqs, vocab_size]
-    const float* __restrict__ temperature,         // [num_seqs]; 0 takes the most likely token, of equals the first
-    const int* __restrict__ top_k,                 // [num_seqs]; 0 takes all tokens
-    const float* __restrict__ top_p,               // [num_seqs]; 1 takes all
+    const float* __restrict__ temperature,         // [num_seqs], 0 or more; 0 takes the most likely token, of equals the first
+    const int* __restrict__ top_k,                 // [num_seqs], 0 or more; 0 takes all tokens
+    const float* __restrict__ top_p,               // [num_seqs], above 0, to 1; 1 takes all
     const unsigned long long* __restrict__ seeds,  // [num_seqs]
     const int vocab_size) {
   __shared__ Count scratch[2][CANDIDATES][WARPS];
@@ -142,7 +148,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) sample(
 
   Count best = 0;   // the logit, and of equal ones the first token
   row.visit([&](float x, int i) {
-    best = max(best, static_cast<Count>(ordered(x)) << 32 | (0xffffffffu - static_cast<unsigned>(i)));
+    const unsigned key = isnan(x) ? kNaN : ordered(x);   // NaN of either sign is larger than any number
+    best = max(best, static_cast<Count>(key) << 32 | (0xffffffffu - static_cast<unsigned>(i)));
   });
 #pragma unroll
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
@@ -152,9 +159,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) sample(
   for (int other = 0; other < WARPS; ++other) best = max(best, best_of_warp[other]);
   const int most_likely = static_cast<int>(0xffffffffu - static_cast<unsigned>(best));
   const unsigned largest_key = static_cast<unsigned>(best >> 32);
-  const bool finite = largest_key > kMinusInfinity && largest_key < kInfinity;
-  if (temperature[seq] == 0.0f || !finite) {
-    if (threadIdx.x == 0) tokens[seq] = finite ? most_likely : -1;
+  const bool has_token = largest_key > kMinusInfinity && largest_key < kInfinity &&
+                         are_in_range(temperature[seq], top_k[seq], top_p[seq]);
+  if (temperature[seq] == 0.0f || !has_token) {
+    if (threadIdx.x == 0) tokens[seq] = has_token ? most_likely : -1;
     return;
   }
   row.largest = to_float(load_global(row.logits + most_likely));

@@ -15,9 +15,10 @@ DTYPES = [np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float
 
 
 def assert_within(found, exact, single):
-    """A few times what float32 loses in the same arithmetic, and the rounding of the result."""
+    """A few times what float32 loses in the same arithmetic, in the same row, and the rounding of the result."""
     storage, found = ml_dtypes.finfo(found.dtype), to_numpy(found)
-    arithmetic = np.abs(single - exact).max(initial=0.0) + FLOAT32_EPS * np.abs(exact).max(initial=0.0)
+    lost, size = (np.abs(array).max(axis=-1, keepdims=True, initial=0.0) for array in (single - exact, exact))
+    arithmetic = lost + FLOAT32_EPS * size
     budget = SAFETY * arithmetic + np.abs(exact) * float(storage.eps) + float(storage.smallest_subnormal)
     assert found.shape == exact.shape and (np.abs(found.astype(np.float64) - exact) <= budget).all()
 

@@ -149,7 +149,14 @@ class Streams:
     def _raw_kernel(self, kernel):
         source = kernel.source
         twin = load_kernel(source.file, source.entry, dict(source.defines), "host")
-        return SimpleNamespace(twin=twin, parameters=source.parameters, kernel=SimpleNamespace(ptr=0))
+        return SimpleNamespace(
+            twin=twin,
+            parameters=source.parameters,
+            kernel=SimpleNamespace(ptr=0),
+            num_regs=128,
+            shared_size_bytes=0,
+            max_dynamic_shared_size_bytes=0,
+        )
 
     def _launched(self, launch):
         told, kernel = launch._config, launch._kernel

@@ -89,6 +89,17 @@ def test_an_unwritten_sequence_is_not_found_on_the_cpu_after_its_blocks_were_off
     manager.check()
 
 
+def test_what_was_said_to_be_computed_and_was_not_is_not_found_where_it_lay_before_a_swap():
+    manager = BlockManager(16, 16, BLOCK)
+    manager.allocate("a", TEXT)
+    manager.publish("a", len(TEXT))
+    manager.swap_out("a")
+    assert found(manager) == 16
+    manager.free("a", written=False)
+    assert found(manager) == 0
+    manager.check()
+
+
 def test_what_others_wrote_is_found_though_the_same_text_is_freed_as_not_written():
     manager = BlockManager(32, 0, BLOCK)
     manager.allocate("written", TEXT, publish=False)

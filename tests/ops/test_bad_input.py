@@ -43,6 +43,8 @@ def call(case, **changed):
         ("block_tables", lambda t, xp: t + 100, ValueError, r"block ids below 8, .*block_tables\[0, 0\] is 10"),
         ("scale", lambda _, xp: "1", TypeError, "scale must be a real number; got str '1'"),
         ("scale", lambda _, xp: float("nan"), ValueError, "scale must be finite; got nan"),
+        ("scale", lambda _, xp: 1e39, ValueError, r"scale must be at most 2\.36e\+38 either way, .* got 1e\+39"),
+        ("scale", lambda _, xp: -3e38, ValueError, "scale must be at most"),
         ("kernel", lambda _, xp: "v9", ValueError, "kernel must be 'auto' or one of paged_attention_naive"),
         ("out", lambda _, xp: xp.empty((2, 4, 64), xp.float32), TypeError, "out must have dtype float16"),
         ("out", lambda _, xp: xp.empty((2, 4, 32), xp.float16), ValueError, r"out must have shape \[2, 4, 64\]"),

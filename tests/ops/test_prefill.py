@@ -95,7 +95,7 @@ def test_logits_may_outgrow_all_before_them(order, dtype, height, backend, xp):
     out, lse = pg.paged_prefill(*arguments, scale=1.0, return_lse=True)
     budget = prefill_budget(*arguments, scale=1.0)
     assert budget.error_of(out) <= 1
-    assert np.abs(to_numpy(lse) - budget.expected_lse).max() <= budget.lse
+    assert budget.error_of_lse(to_numpy(lse)) <= 1
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])

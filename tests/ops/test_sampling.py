@@ -130,6 +130,64 @@ def test_rows_without_a_finite_largest_logit_give_no_token(xp):
         assert (tokens[:3] == -1).all() and tokens[3] >= 0
 
 
+QUIET_NAN, NEGATIVE_NAN = (np.array(bits, np.uint32).view(np.float32) for bits in (0x7FC00000, 0xFFC00000))
+SPOILED = {
+    "NaN": lambda row: row.__setitem__(7, QUIET_NAN),
+    "NaN with the sign bit": lambda row: row.__setitem__(7, NEGATIVE_NAN),
+    "NaN first": lambda row: row.__setitem__(0, NEGATIVE_NAN),
+    "NaN last": lambda row: row.__setitem__(-1, NEGATIVE_NAN),
+    "NaN beside plus infinity": lambda row: row.__setitem__(slice(3, 5), (np.inf, NEGATIVE_NAN)),
+    "NaN beside minus infinity": lambda row: row.__setitem__(slice(None), [np.nan] + (len(row) - 1) * [-np.inf]),
+    "all NaN": lambda row: row.fill(QUIET_NAN),
+    "all NaN with the sign bit": lambda row: row.fill(NEGATIVE_NAN),
+    "plus infinity": lambda row: row.__setitem__(11, np.inf),
+    "all minus infinity": lambda row: row.fill(-np.inf),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_an_invalid_row_is_marked_and_the_others_are_drawn_as_ever(xp, cut, dtype):
+    """The rows between the spoiled ones have the tokens that they have without them."""
+    for vocab_size in (40, 1500):
+        logits = logits_of(2 * len(SPOILED), vocab_size, dtype=dtype)
+        expected = as_numpy(pg.sample(xp.asarray(logits), seed=3, **cut))
+        for row, spoil in zip(logits[::2], SPOILED.values(), strict=True):
+            spoil(row)
+        for asked in ({"invalid": "mark"}, {"invalid": "mark", "validate": True}, {"validate": False}):
+            tokens = as_numpy(pg.sample(xp.asarray(logits), seed=3, **cut, **asked))
+            assert dict(zip(SPOILED, tokens[::2].tolist(), strict=True)) == dict.fromkeys(SPOILED, -1)
+            np.testing.assert_array_equal(tokens[1::2], expected[1::2])
+        np.testing.assert_array_equal(pg.reference.sample(logits, seed=3, **cut)[::2], -1)
+        for row in range(0, len(logits), 2):
+            with pytest.raises(ValueError, match="logits must have a finite largest entry in each row; that of row 0"):
+                pg.sample(xp.asarray(logits[row : row + 1]), seed=3, validate=True, **cut)
+
+
+def test_a_spoiled_row_holds_nan_with_the_sign_bit():
+    row = np.zeros(12, ml_dtypes.bfloat16)
+    row[7] = NEGATIVE_NAN
+    assert row.view(np.uint16)[7] & 0x8000 and np.signbit(np.float32(NEGATIVE_NAN))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "values"),
+    [
+        ("temperature", np.float32, (np.nan, -1.0, np.inf)),
+        ("top_k", np.int32, (-1, -(2**31))),
+        ("top_p", np.float32, (np.nan, 0.0, -0.5, 1.5)),
+    ],
+)
+def test_a_row_with_a_parameter_out_of_range_is_marked_where_nothing_is_checked(xp, name, dtype, values):
+    logits = logits_of(len(values) + 1, 70)
+    given = xp.asarray(np.array([*values, 1], dtype))
+    tokens = as_numpy(pg.sample(xp.asarray(logits), **{name: given}, seed=3, validate=False))
+    assert tokens[:-1].tolist() == [-1] * len(values)
+    assert tokens[-1] == pg.reference.sample(logits, 1.0, int(name == "top_k"), seed=3)[-1]
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        pg.sample(xp.asarray(logits), **{name: given}, invalid="mark", validate=True)
+
+
 def test_extreme_temperatures(xp):
     logits = xp.asarray(logits_of(20, 90))
     greedy = as_numpy(pg.sample(logits, 0.0))
@@ -212,6 +270,7 @@ def test_out_is_written(xp):
         ({"top_p": np.array([1, 2], np.float32)}, ValueError, "top_p must be above 0 and at most 1; got 2.0"),
         ({"seed": True}, TypeError, "seed must be an integer"),
         ({"seed": np.zeros(3, np.uint64)}, ValueError, r"seed must have shape \[2\]; got \[3\]"),
+        ({"invalid": "drop"}, ValueError, "invalid must be one of raise, mark; got 'drop'"),
         ({"out": np.zeros(2)}, TypeError, "out must have dtype int32; got float64"),
     ],
 )  # fmt: skip

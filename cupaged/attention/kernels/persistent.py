@@ -110,30 +110,7 @@ def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, asked:
 
 
 class DecodeShares(Plan):
-    """Shares out one step of decode attention; made by `cupaged.plan_decode`.
-
-    A plan serves every layer of a step, and the next steps after `update`, which runs on the device, reads no length
-    back and can be captured in a CUDA graph with the attention calls behind it. The lengths of a call must be those of
-    the last `update`, or, without a window, shorter ones: tokens that are not in the plan take no part, which is an
-    error where calls are validated.
-
-    A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
-    keep. For several streams make several plans.
-
-    Attributes
-    ----------
-    num_seqs, num_heads : int
-        What it was made for.
-    num_blocks, block_shared_bytes : int
-        Thread blocks that the work is shared out over, and the dynamic shared memory that each asks for.
-    shared_prefix : int
-        Tokens that all sequences share.
-    prefix : DecodeShares or None
-        Of the launch that reads these for all sequences at once; None: each sequence reads its own.
-    overlap : bool
-        Whether a call starts while the kernel before it on the stream ends: it waits by itself, and meanwhile fetches
-        keys that it will read first into the L2 cache.
-    """
+    """What `cupaged.DecodePlan` is, all but that it prepares calls."""
 
     def __init__(
         self,

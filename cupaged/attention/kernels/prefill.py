@@ -134,7 +134,7 @@ class PrefillPlan(Plan):
 
     A plan serves every layer of a step, and later steps with as many sequences and query tokens after `update`, which
     runs on the device and can be captured in a CUDA graph with the calls behind it. It has work space: its calls and
-    updates must run one after the other.
+    updates must run one after the other, and it must be kept for as long as a graph is replayed that captured them.
 
     Attributes
     ----------

@@ -1,5 +1,5 @@
-// The host's twin of kernels_cu/include/async_copy.cuh. A copy is only noted when it starts and made when it is waited
-// for, as late as the GPU may make it: whoever reads too early reads what was there before.
+// The host's twin of kernels_cu/include/async_copy.cuh. A copy is made when it starts, or noted then and made when it is
+// waited for, as the schedule's seed says: the GPU may make it at any time between. Until then NaN stands in its place.
 #ifndef CUPAGED_ASYNC_COPY_CUH
 #define CUPAGED_ASYNC_COPY_CUH
 

@@ -2,7 +2,8 @@
 //
 // A warp is run as far as it can go before the next one starts, the opposite of a GPU's fair rotation: a missing
 // barrier then shows, because one warp is a whole phase ahead of the others. A seed shuffles the order of warps,
-// lanes and blocks. Shared memory starts out as NaN, and the bytes behind it are checked.
+// lanes and blocks, and says when copies that run on their own arrive. Shared memory starts out as NaN, so does what such
+// a copy has not filled yet, and the bytes behind it are checked.
 #include "scheduler.h"
 
 #include <sys/mman.h>
@@ -57,11 +58,22 @@ constexpr uint64_t kMaxStacks = 20000;                  // a process may have so
 
 enum class State : uint8_t { ready, at_barrier, in_warp_operation, finished };
 
+constexpr size_t kCopyBytes = 16;
+
 struct PendingCopy {
   void* to;
-  const void* from;
+  const void* from;                                     // null: zeros
   int group;
+
+  void make() const {
+    if (from != nullptr) std::memcpy(to, from, kCopyBytes);
+    else std::memset(to, 0, kCopyBytes);
+  }
 };
+
+// When a copy that runs on its own arrives: the GPU makes it at any time between its start and the wait for it.
+enum class Arrival : uint64_t { at_the_wait, at_once, by_chance };
+Arrival arrival_of(uint64_t seed) { return static_cast<Arrival>(seed % 3); }
 
 struct Fiber {
   ThreadContext context;
@@ -252,19 +264,22 @@ class Worker {
     warps_[current_ / kWarpSize].traffic.add(current_ % kWarpSize, address, size, site);
   }
 
-  void note_copy(void* to, const void* from) { running().copies.push_back({to, from, running().open_group}); }
+  // Whoever reads before the wait may find what was there before, what is copied, or neither: NaN, for those to come.
+  void note_copy(void* to, const void* from) {
+    const PendingCopy copy{to, from, running().open_group};
+    const Arrival arrival = arrival_of(launch_->seed);
+    if (arrival == Arrival::at_once || (arrival == Arrival::by_chance && arrivals_.below(2) != 0)) return copy.make();
+    std::memset(to, kPoison, kCopyBytes);
+    running().copies.push_back(copy);
+  }
 
   void close_copies() { running().open_group += 1; }
 
-  // As late as the GPU may make them: whoever reads before the wait reads what was there before.
   void make_copies(int groups_left) {
     Fiber& fiber = running();
     size_t made = 0;
-    for (; made < fiber.copies.size() && fiber.copies[made].group < fiber.open_group - groups_left; ++made) {
-      const PendingCopy& copy = fiber.copies[made];
-      if (copy.from != nullptr) std::memcpy(copy.to, copy.from, 16);
-      else std::memset(copy.to, 0, 16);
-    }
+    for (; made < fiber.copies.size() && fiber.copies[made].group < fiber.open_group - groups_left; ++made)
+      fiber.copies[made].make();
     fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(made));
   }
 
@@ -325,6 +340,7 @@ class Worker {
   void run_block(const Index3& block) {
     const Launch& launch = *launch_;
     Random random(launch.seed + 0x10001ull * (block.x + 977ull * block.y + 991ull * 977ull * block.z));
+    arrivals_ = random;
     start_fibers(block);
     finished_ = at_barrier_ = predicates_ = 0;
     failed_ = false;
@@ -519,6 +535,7 @@ class Worker {
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
   std::vector<int> warp_order_;
+  Random arrivals_{0};                 // of copies, by chance
   TrafficTable traffic_;
   TouchedSectors touched_;             // by the block that runs
   ArrayTable arrays_;

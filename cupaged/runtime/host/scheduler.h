@@ -40,7 +40,7 @@ uint64_t meet_warp(WarpOperation operation, uint32_t mask, uint64_t value, int s
 void record_load(const void* address, unsigned size, Site site);
 
 // Copies that run on their own: note one of 16 bytes (zeros if `from` is null), close the group of those noted since the
-// last one, and make those of all groups but the latest few. A thread's own; they end with it.
+// last one, and make those of all groups but the latest few that are not made yet. A thread's own; they end with it.
 void note_copy(void* to, const void* from);
 void close_copies();
 void make_copies(int groups_left);
@@ -62,7 +62,8 @@ struct Launch {
   void** arguments;                   // one pointer per kernel parameter, to its value
   uint32_t grid[3], block[3];
   uint64_t dynamic_shared_bytes;
-  uint64_t seed;                      // 0: threads run in index order; else a shuffled order
+  uint64_t seed;                      // 0: threads run in index order; else a shuffled order. Modulo 3: copies that run
+                                      // on their own arrive when they are waited for, at once, or each by chance
   int32_t workers;                    // OS threads to spread the blocks over
   int32_t record_traffic;
   int32_t num_arrays;                 // the arrays among the arguments, so that traffic can be told apart
