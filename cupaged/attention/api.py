@@ -159,7 +159,6 @@ def paged_attention(
     .. [3] Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", arXiv 2402.05099.
     """
     if plan is not None and not isinstance(plan, DecodeShares):
-        check_cache(cache)
         raise TypeError(f"plan must be a DecodePlan, from plan_decode; got {type(plan).__name__}")
     pages = Pages(block_tables, seq_lens, query_to_seq=query_to_seq)
     mask = Mask(window=window, shared_prefix=shared_prefix)

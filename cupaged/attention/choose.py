@@ -50,7 +50,17 @@ ATTENTION_KERNELS = tuple(BY_NAME)
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernel runs, and why; `shared_prefix` is how many tokens are read once for all sequences."""
+    """Which kernel runs, and why.
+
+    Attributes
+    ----------
+    kernel, reason : str
+        Its name, and why it was chosen.
+    shared_prefix : int
+        Tokens that are read once for all sequences.
+    served_by : Kernel
+        The kernel itself.
+    """
 
     kernel: str
     reason: str
@@ -114,9 +124,8 @@ def kernels() -> dict[str, KernelInfo]:
 
 
 def _named(call: AttentionCall, kernel: Kernel) -> Choice:
-    others = _that_take(call.pages.queries)
-    if kernel not in others:
-        names = " or ".join(other.info.name for other in others)
+    if call.pages.queries not in kernel.info.serves.queries:
+        names = " or ".join(other.info.name for other in _that_take(call.pages.queries, KERNELS))
         raise UnsupportedError(f"{call.pages.queries} is served by {names}; the call names {kernel.info.name}")
     limit = kernel.why_not(call)
     if limit is not None:
@@ -134,5 +143,5 @@ def _best(call: AttentionCall) -> Choice:
     raise UnsupportedError("; ".join(limits))
 
 
-def _that_take(queries: str, kernels: Sequence[Kernel] = KERNELS) -> list[Kernel]:
+def _that_take(queries: str, kernels: Sequence[Kernel]) -> list[Kernel]:
     return [kernel for kernel in kernels if queries in kernel.info.serves.queries]

@@ -188,9 +188,6 @@ def _getter(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     return lambda values: tuple([values[place] for place in places])
 
 
-NOTHING_MORE: tuple[_Form | None, tuple[Any, ...], tuple[Any, ...]] = (_Form(_getter([]), _getter([]), ()), (), ())
-
-
 def remembers_calls(function: Callable[..., Answer]) -> Callable[..., Any]:
     """Make a function that answers a call into one that launches, and launches calls like earlier ones unchecked.
 
@@ -199,6 +196,7 @@ def remembers_calls(function: Callable[..., Answer]) -> Callable[..., Any]:
     are never launched so, nor those of several launches.
     """
     signature, forms = inspect.signature(function), dict[tuple[Any, ...], _Form]()
+    nothing_more: tuple[_Form | None, tuple[Any, ...], tuple[Any, ...]] = _form_of(signature, 0), (), ()
 
     @wraps(function)
     def door(
@@ -215,7 +213,7 @@ def remembers_calls(function: Callable[..., Answer]) -> Callable[..., Any]:
     ) -> Any:
         remember = None
         if isinstance(plan, Plan) and isinstance(cache, KVCache):
-            form, more_arrays, more_options = split(more, named) if more or named else NOTHING_MORE
+            form, more_arrays, more_options = split(more, named) if more or named else nothing_more
             arrays = (query, block_tables, seq_lens, *more_arrays, out)
             options = (form, cache.config, cache.device, return_lse, validate, *more_options)
             if validate is False or (validate is None and cache.backend != "host"):
