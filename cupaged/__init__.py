@@ -5,6 +5,16 @@ manager that feeds them.
 """
 
 from cupaged import reference
+from cupaged.attention.api import (
+    DecodePlan,
+    PrefillPlan,
+    merge_states,
+    paged_attention,
+    paged_prefill,
+    plan_decode,
+    plan_prefill,
+)
+from cupaged.attention.choose import explain, kernels
 from cupaged.config import CacheConfig
 from cupaged.engine.attention import PagedAttention, PagedStep
 from cupaged.engine.generate import LLM, Completion, StepReport
@@ -21,13 +31,8 @@ from cupaged.errors import (
 )
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import BlockManager
-from cupaged.ops.attention import explain, paged_attention
 from cupaged.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
 from cupaged.ops.cache import Llama3Scaling, append_kv, rope_append_kv
-from cupaged.ops.merge import merge_states
-from cupaged.ops.plan import DecodePlan, plan_decode
-from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
-from cupaged.ops.registry import kernels
 from cupaged.ops.sampling import sample
 from cupaged.ops.swap import HostBlocks, SwapEngine, swap_blocks
 from cupaged.ops.textures import TextureView, bind_textures

@@ -8,8 +8,8 @@ from numbers import Integral
 import ml_dtypes
 import numpy as np
 
+from cupaged.axes import LAYOUTS
 from cupaged.errors import UnsupportedError, written
-from cupaged.layouts import LAYOUTS
 
 __all__ = ["DTYPES", "CacheConfig"]
 

@@ -20,50 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from cupaged.config import CacheConfig
+from cupaged.axes import LAYOUTS, Kind, Layout
+from cupaged.config import CacheConfig
 
 __all__ = ["LAYOUTS", "KvStrides", "Layout", "axis_sizes", "from_dense", "kv_strides", "to_dense"]
 
-Kind = Literal["key", "value"]
 DENSE_AXES = ("block", "slot", "head", "dim")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A named order of axes; `fused` layouts keep keys and values in one array, along the axis "kv"."""
-
-    name: str
-    key_axes: tuple[str, ...]
-    value_axes: tuple[str, ...]
-    fused: bool = False
-
-    def axes(self, kind: Kind) -> tuple[str, ...]:
-        """Return the axes of the key's or the value's array; of a fused layout, without "kv"."""
-        if kind not in ("key", "value"):
-            raise ValueError(f"kind must be 'key' or 'value'; got {kind!r}")
-        return tuple(axis for axis in (self.key_axes if kind == "key" else self.value_axes) if axis != "kv")
-
-
-def _layout(name: str, key: str, value: str | None = None) -> Layout:
-    key_axes, value_axes = tuple(key.split()), tuple((value or key).split())
-    return Layout(name, key_axes, value_axes, fused="kv" in key_axes)
-
-
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        _layout("BSHD", "block slot head dim"),
-        _layout("BHSD", "block head slot dim"),
-        _layout("HBSD", "head block slot dim"),
-        _layout("BS2HD", "block slot kv head dim"),
-        _layout("BHDSX", "block head pack slot lane", "block head dim slot"),
-    )
-}
 
 
 class KvStrides(NamedTuple):

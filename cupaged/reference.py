@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupaged.attention.logits import Logits
+from cupaged.attention.mask import Mask
 from cupaged.kv_cache import KVCache
 from cupaged.ops.checks import (
     as_numpy,
@@ -175,24 +177,36 @@ def paged_attention(
         Only with `return_lse`; both of type `dtype`.
     """
     query, block_tables, seq_lens = (as_numpy(array) for array in (query, block_tables, seq_lens))
-    slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
     if query_to_seq is not None:
         block_tables, seq_lens = block_tables[as_numpy(query_to_seq)], seq_lens[as_numpy(query_to_seq)]
-    scale, window, softcap = checked_scale(scale, query.shape[-1]), checked_window(window), checked_softcap(softcap)
+    logits = _logits(Logits(scale, softcap, alibi_slopes, sinks), query.shape[-1])
+    mask = Mask(window=checked_window(window))
     several = query if query.ndim == 4 else query[:, np.newaxis]
     num_queries = several.shape[1]
     block_size = cache.config.block_size
     shared_prefix = checked_shared_prefix(shared_prefix, block_size, max_blocks=block_tables.shape[1])
     check_shared_prefix(shared_prefix, block_size, block_tables, seq_lens, num_queries)
+    arithmetic = Arithmetic(dtype, weight_dtype, attend)
     out = np.zeros(several.shape, dtype)
     lse = np.full(several.shape[:3], -np.inf, dtype)
     for seq, seq_len in enumerate(seq_lens.tolist()):
-        out[seq], lse[seq] = _attend(
-            several[seq], cache, block_tables[seq], seq_len, scale, dtype, weight_dtype, attend,
-            window=window, softcap=softcap, slopes=slopes, sinks=sinks,
-        )  # fmt: skip
+        out[seq], lse[seq] = _attend(several[seq], cache, block_tables[seq], seq_len, mask, logits, arithmetic)
     out, lse = out.reshape(query.shape), lse.reshape(query.shape[:-1])
     return (out, lse) if return_lse else out
+
+
+class Arithmetic(NamedTuple):
+    """What a reference computes in, and by which function for each query token."""
+
+    dtype: type
+    weight_dtype: np.dtype | None
+    attend: Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+def _logits(logits: Logits, head_dim: int) -> Logits:
+    """Return checked logits whose arrays are NumPy's."""
+    slopes, sinks = (None if array is None else as_numpy(array) for array in (logits.alibi_slopes, logits.sinks))
+    return Logits(checked_scale(logits.scale, head_dim), checked_softcap(logits.softcap), slopes, sinks)
 
 
 def _attend(
@@ -200,19 +214,13 @@ def _attend(
     cache: KVCache,
     table: np.ndarray,
     seq_len: int,
-    scale: float,
-    dtype: type,
-    weight_dtype: np.dtype | None,
-    attend: Callable[..., tuple[np.ndarray, np.ndarray]],
-    *,
-    causal: bool = True,
-    window: int | None,
-    softcap: float | None,
-    slopes: np.ndarray | None,
-    sinks: np.ndarray | None,
+    mask: Mask,
+    logits: Logits,
+    arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return attention of a sequence's last tokens, [tokens, H, D], over its context, by its row of the table."""
-    count, block_size = len(query), cache.config.block_size
+    count, block_size, window = len(query), cache.config.block_size, mask.window
+    dtype, slopes = arithmetic.dtype, logits.alibi_slopes
     positions = np.arange(seq_len - count, seq_len)
     first = 0 if window is None else max(0, seq_len - count - window + 1)
     tokens = np.arange(first, seq_len)
@@ -224,11 +232,12 @@ def _attend(
     out: np.ndarray = np.zeros(query.shape, dtype)
     lse: np.ndarray = np.full(query.shape[:2], -np.inf, dtype)
     for i, position in enumerate(positions):
-        seen = tokens <= position if causal else tokens >= 0
+        seen = tokens <= position if mask.causal else tokens >= 0
         if window is not None:
             seen = seen & (tokens > position - window)
-        out[i], lse[i] = attend(
-            query[i], key[seen], value[seen], scale, dtype, weight_dtype, softcap=softcap, sinks=sinks,
+        out[i], lse[i] = arithmetic.attend(
+            query[i], key[seen], value[seen], logits.scale, dtype, arithmetic.weight_dtype,
+            softcap=logits.softcap, sinks=logits.sinks,
             bias=None if slopes is None else slopes.astype(dtype)[:, np.newaxis] * (tokens[seen] - position),
         )  # fmt: skip
     return out, lse
@@ -283,15 +292,14 @@ def paged_prefill(
     query, block_tables, seq_lens, starts = (
         as_numpy(array) for array in (query, block_tables, seq_lens, query_start)
     )  # fmt: skip
-    slopes, sinks = (None if array is None else as_numpy(array) for array in (alibi_slopes, sinks))
-    scale, window, softcap = checked_scale(scale, query.shape[-1]), checked_window(window), checked_softcap(softcap)
+    logits = _logits(Logits(scale, softcap, alibi_slopes, sinks), query.shape[-1])
+    mask, arithmetic = Mask(causal, checked_window(window)), Arithmetic(dtype, weight_dtype, attend)
     out = np.zeros(query.shape, dtype)
     lse = np.full(query.shape[:2], -np.inf, dtype)
     for seq, (first, end) in enumerate(pairwise(starts)):
         out[first:end], lse[first:end] = _attend(
-            query[first:end], cache, block_tables[seq], seq_lens[seq], scale, dtype, weight_dtype, attend,
-            causal=causal, window=window, softcap=softcap, slopes=slopes, sinks=sinks,
-        )  # fmt: skip
+            query[first:end], cache, block_tables[seq], seq_lens[seq], mask, logits, arithmetic
+        )
     return (out, lse) if return_lse else out
 
 

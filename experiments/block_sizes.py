@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cupaged.attention.choose import explain
 from cupaged.bench.accuracy import decode_check, verdict_on
 from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
@@ -25,7 +26,6 @@ from cupaged.bench.timing import copies_for_cold_l2, time_graph
 from cupaged.bench.traffic import record_traffic
 from cupaged.bench.workload import DecodeStep, decode_call
 from cupaged.memory.sampler import WORKLOADS, Trace, exact_sum, load_trace, sample_trace
-from cupaged.ops.attention import explain
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 AS_FAST = 0.02  # within this of the fastest is called as fast

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cupaged.attention.choose import explain
 from cupaged.bench.accuracy import verdict_on
 from cupaged.bench.experiment import Experiment, Row, run_script
 from cupaged.bench.report import (
@@ -32,7 +33,6 @@ from cupaged.bench.workload import WORKLOADS, DecodeStep, DecodeWorkload, decode
 from cupaged.config import DTYPES
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import like_caller
-from cupaged.ops.attention import explain
 
 Call = Callable[[], Any]
 

@@ -35,9 +35,8 @@ import ml_dtypes
 import numpy as np
 
 from cupaged import reference
+from cupaged.attention.choose import explain, kernels
 from cupaged.kv_cache import KVCache
-from cupaged.ops.attention import explain
-from cupaged.ops.registry import kernels
 
 __all__ = [
     "DecodeBudget",

@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from cupaged.attention.api import (
+    DecodePlan,
+    PrefillPlan,
+    paged_attention,
+    paged_prefill,
+    plan_decode,
+    plan_prefill,
+)
+from cupaged.attention.choose import explain
 from cupaged.bench.accuracy import DecodeBudget, decode_budget, kernel_rounds_weights
 from cupaged.config import CacheConfig
 from cupaged.kv_cache import KVCache, aligned_zeros
-from cupaged.ops.attention import explain, paged_attention
-from cupaged.ops.plan import DecodePlan, plan_decode
-from cupaged.ops.prefill import PrefillPlan, paged_prefill, plan_prefill
 from cupaged.reference import as_numpy
 
 __all__ = [
@@ -31,7 +37,6 @@ __all__ = [
 ]
 
 PLACEMENTS = ("sequential", "random")
-PLANNED_KERNELS = ("paged_attention_persistent",)
 
 
 @dataclass(frozen=True)
@@ -207,11 +212,11 @@ def decode_call(work: DecodeWorkload, kernel: str = "auto", out: Any = None, **o
     Where the kernel takes a plan it is made here, once, as one plan serves all layers of a step. `options` are further
     ones of `paged_attention`.
     """
-    chosen = explain(*work.arguments, kernel=kernel).kernel
+    chosen = explain(*work.arguments, kernel=kernel)
     plan = None
-    if chosen in PLANNED_KERNELS:
+    if chosen.served_by.takes_plan:
         plan = plan_decode(work.cache, work.seq_lens, work.query.shape[1], window=options.get("window"))
-    return lambda: paged_attention(*work.arguments, kernel=chosen, out=out, plan=plan, validate=False, **options)
+    return lambda: paged_attention(*work.arguments, kernel=chosen.kernel, out=out, plan=plan, validate=False, **options)
 
 
 def decode_workload(

@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from cupaged.attention.api import paged_attention, paged_prefill, why_no_prefill
 from cupaged.config import CacheConfig
 from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.memory.manager import NO_PAIRS, BlockManager, Mark
 from cupaged.ops.arrays import as_backend_array, like_caller
-from cupaged.ops.attention import paged_attention
 from cupaged.ops.blocks import copy_blocks
 from cupaged.ops.cache import append_kv, checked_rows
 from cupaged.ops.checks import check_cache, checked_scale, checked_softcap, checked_window
 from cupaged.ops.overlap import check_apart
-from cupaged.ops.prefill import paged_prefill, why_no_prefill
 from cupaged.ops.streams import on_callers_streams
 from cupaged.ops.swap import SwapEngine
 from cupaged.runtime.captures import refuse_in_capture

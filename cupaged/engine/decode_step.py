@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupaged.attention.api import plan_decode, why_no_plan
 from cupaged.engine.model import Llama, ModelInput
 from cupaged.kv_cache import KVCache
-from cupaged.ops.plan import plan_decode, why_no_tensor_cores
 from cupaged.ops.sampling import sample
 from cupaged.reference import as_numpy
 
@@ -92,7 +92,7 @@ class DecodeStep:
         self._out = model.xp.empty(shape.num_seqs, np.int32)
         self._fill({})
         self._upload()
-        served = not model.use_reference and why_no_tensor_cores(caches[0]) is None
+        served = not model.use_reference and why_no_plan(caches[0]) is None
         self._plan = plan_decode(caches[0], self._input.seq_lens, model.config.num_heads) if served else None
 
     def run(self, **rows: np.ndarray) -> np.ndarray:

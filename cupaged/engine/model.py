@@ -19,16 +19,21 @@ from typing import Any
 import numpy as np
 
 from cupaged import reference
+from cupaged.attention.api import (
+    DecodePlan,
+    paged_attention,
+    paged_prefill,
+    plan_decode,
+    plan_prefill,
+    why_no_plan,
+)
 from cupaged.config import CacheConfig
 from cupaged.engine.elementwise import rms_norm, swiglu
 from cupaged.engine.products import add_product, product
 from cupaged.engine.weights import Checkpoint
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import array_module
-from cupaged.ops.attention import paged_attention
 from cupaged.ops.cache import append_kv, frequencies, rope_append_kv
-from cupaged.ops.plan import DecodePlan, plan_decode, why_no_tensor_cores
-from cupaged.ops.prefill import paged_prefill, plan_prefill
 
 __all__ = ["Llama", "ModelInput"]
 
@@ -220,7 +225,7 @@ class Llama:
         if self.use_reference:
             every = np.arange(len(lens) + 1) if starts is None else starts
             return lambda query, cache: reference.paged_prefill(query, cache, tables, lens, every, dtype=np.float32)
-        heads, served = self.config.num_heads, why_no_tensor_cores(cache) is None
+        heads, served = self.config.num_heads, why_no_plan(cache) is None
         if starts is None:
             decode = (plan or plan_decode(cache, lens, heads)) if served else None
             return lambda query, cache: paged_attention(query, cache, tables, lens, plan=decode, validate=validate)

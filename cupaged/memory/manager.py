@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import INT32, whole_number
 from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
+from cupaged.memory.counters import Counters
 from cupaged.memory.eviction import BlockStats, EvictionPolicy
-from cupaged.memory.metrics import Counters
 from cupaged.memory.moves import Move, MoveList, Transfer
 from cupaged.memory.pool import NO_BLOCKS, BlockPool
 from cupaged.memory.prefix_cache import ExtraKeys, Transcripts, chain, root_digest

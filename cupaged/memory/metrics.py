@@ -7,37 +7,19 @@ therefore counts slots as well; blocks that several sequences share count once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cupaged.memory.counters import Counters
+
 if TYPE_CHECKING:
     from cupaged.memory.manager import BlockManager
     from cupaged.memory.pool import BlockPool
 
-__all__ = ["Counters", "History", "PrometheusCollector", "external_fragmentation", "snapshot"]
-
-
-@dataclass
-class Counters:
-    """What a manager has counted since it began."""
-
-    prompt_tokens: int = 0
-    """Tokens of prompts whose text was given, so that a cached prefix could be looked up; none of the readmitted."""
-    cached_tokens: int = 0
-    """Those of them that were found."""
-    copies: int = 0
-    """Blocks copied because a sequence wrote to a block that another reads."""
-    blocks_swapped_out: int = 0
-    blocks_swapped_in: int = 0
-    blocks_offloaded: int = 0
-    """Cached blocks that moved to the CPU when they were evicted."""
-    blocks_restored: int = 0
-    """Cached blocks that came back from the CPU."""
-    preemptions: int = 0
-    """Sequences that gave way to others."""
+__all__ = ["History", "PrometheusCollector", "external_fragmentation", "snapshot"]
 
 
 def snapshot(manager: BlockManager) -> dict[str, int | float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.attention.choose import ATTENTION_KERNELS
 from cupaged.runtime.select import why_no_gpu
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "decode.py"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 
 import cupaged as pg
-from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.attention.choose import ATTENTION_KERNELS, DECODING
+from cupaged.attention.kernels.v1 import V1
 
+RUNGS = tuple(kernel.info.name for kernel in DECODING if not kernel.takes_plan and kernel is not V1)  # of the ladder
 ILLEGAL_IDS = np.array([-7, -(2**31), 2**31 - 1, 10**6], dtype=np.int64)
 
 
@@ -128,14 +131,14 @@ def serving_kernels(case: DecodeCase) -> list[str]:
     return [kernel for kernel in ATTENTION_KERNELS if serves(kernel)]
 
 
-def keeps_rows_together(shape: DecodeShape) -> bool:
-    """Return whether a token's row lies in one piece."""
-    return shape.layout != "BHDSX" or shape.block_size == 1
-
-
-def tensor_cores_serve(shape: DecodeShape) -> bool:
-    """Return whether kernels on tensor cores serve the shape; needs no cache."""
-    return shape.dtype != "float32" and shape.head_dim % 16 == 0 and keeps_rows_together(shape)
+def serves(kernel: str, shape: DecodeShape) -> bool:
+    """Return whether an attention kernel serves the cache of a shape, and what is asked for; needs no cache."""
+    config = pg.CacheConfig(1, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.dtype, shape.layout)
+    asked = {"query_tokens": (shape.query_tokens or 1) > 1, "window": shape.window, "softcap": shape.softcap,
+             "alibi_slopes": shape.alibi, "sinks": shape.sinks}  # fmt: skip
+    served = pg.kernels()[kernel].serves
+    host = SimpleNamespace(backend="host", config=config)
+    return served.why_not_cache(kernel, host) is None and {name for name in asked if asked[name]} <= served.variants
 
 
 def random_shape(seed: int, specialisations: int) -> DecodeShape:

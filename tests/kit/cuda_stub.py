@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupaged.ops import plan, prefill
+from cupaged.attention import kernel
+from cupaged.attention.kernels import persistent, prefill
 from cupaged.runtime import cuda, driver, launch, select
 
 H100 = {
@@ -63,11 +64,11 @@ class CudaStub:
         monkeypatch.setattr(select, "why_no_gpu", lambda: None)
         monkeypatch.setattr(select, "_loaded", {})  # no kernel of a stub's stays for those who have a GPU
         monkeypatch.setattr(launch, "_remembered", {})
-        monkeypatch.setattr(plan, "_compute_capability", lambda device: 90)
+        monkeypatch.setattr(kernel, "compute_capability", lambda device: 90)
         monkeypatch.setattr(cuda.CudaKernel, "raw_kernel", lambda kernel: self.kernel)
         monkeypatch.setattr(driver, "_launch_function", lambda: None)
         monkeypatch.setattr(driver.DriverLaunch, "_launch", lambda launch: self._launched(launch))
-        monkeypatch.setattr(plan, "can_overlap_launches", lambda backend, device: True)
+        monkeypatch.setattr(persistent, "can_overlap_launches", lambda backend, device: True)
         monkeypatch.setattr(prefill, "can_overlap_launches", lambda backend, device: True)
 
     def _launched(self, launch):

@@ -150,7 +150,12 @@ class Streams:
         source = kernel.source
         twin = load_kernel(source.file, source.entry, dict(source.defines), "host")
         return SimpleNamespace(
-            twin=twin, parameters=source.parameters, kernel=SimpleNamespace(ptr=0), num_regs=128, shared_size_bytes=0
+            twin=twin,
+            parameters=source.parameters,
+            kernel=SimpleNamespace(ptr=0),
+            num_regs=128,
+            shared_size_bytes=0,
+            max_dynamic_shared_size_bytes=0,
         )
 
     def _launched(self, launch):

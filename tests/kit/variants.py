@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 import cupaged as pg
 from cupaged import layouts
-from cupaged.ops.rungs import rung_defines
+from cupaged.attention.call import Pages, checked_call, with_results
+from cupaged.attention.choose import DECODING
+from cupaged.attention.kernel import row_defines
+from cupaged.attention.kernels.partitions import MERGE
+from cupaged.attention.kernels.v1 import v1_defines
+from cupaged.attention.logits import Logits
+from cupaged.attention.mask import Mask
 from cupaged.ops.textures import LOAD_PATHS
-from cupaged.runtime.source import C_TYPE_OF_DTYPE, KernelSource
+from cupaged.runtime.source import KernelSource
 
 CONFIGS = [
     pg.CacheConfig(4, block_size, 2, head_dim, dtype, layout)
@@ -25,41 +33,54 @@ CONFIGS = [
 ]
 
 
-def attention_defines(config):
-    """Return the defines of paged_attention_v1 for a cache."""
-    return {
-        "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
-        "HEAD_DIM": config.head_dim,
-        "BLOCK_SIZE": config.block_size,
-        "KEY_PACK": layouts.kv_strides(config, "key").pack_size,
-        "VALUE_COLUMNS": int(layouts.kv_strides(config, "value").pack_size == 1),
-    }
+TABLE_BLOCKS = 2048  # so many that contexts are cut into partitions, which are merged
 
 
-RUNGS = ("naive", "warp", "online", "v2", "batched")
+def launched(kernel, config, i=0, **asked):
+    """Yield file, entry and defines of all that an attention kernel launches for a call over a cache.
+
+    `i` varies what follows from the call's shape; `asked` are options of the mask and the logits.
+    """
+    heads = config.num_kv_heads * (4 - i % 4)
+    tokens = (asked.pop("query_tokens"),) if "query_tokens" in asked else ()
+    query = np.zeros((1, *tokens, heads, config.head_dim), config.numpy_dtype)
+    pages = Pages(np.zeros((1, TABLE_BLOCKS), np.int32), np.zeros(1, np.int32))
+    mask, logits = Mask(window=asked.pop("window", None)), Logits(**asked)
+    call = with_results(checked_call(query, pg.KVCache(config, "host"), pages, mask, logits), query, None, False)
+    if kernel.why_not(call) is None:
+        for launch in kernel.prepare(call, None):
+            source = launch.kernel.source
+            yield source.file, source.entry, dict(source.defines)
+
+
+def asked_for(kernel, i):
+    """Return what calls ask a kernel for: nothing, and all that it takes or one of it, as `i` says."""
+    heads = np.zeros(CONFIGS[0].num_kv_heads * (4 - i % 4), np.float32)
+    values = {"query_tokens": 2, "window": 20, "softcap": 1.0, "alibi_slopes": heads, "sinks": heads}
+    taken = [name for name in values if name in kernel.info.variants]
+    chosen = taken if i == 0 else taken[i : i + 1]
+    return [{}, {name: values[name] for name in chosen}] if chosen else [{}]
+
+
 CONFIGS_OF_RUNGS = CONFIGS[::3]  # halves, bfloat16 and float32, rows of every alignment, BHDSX
 
 
 def rung_variants():
-    """Return file, entry and defines of the rungs of the ladder, v2 with every number of heads."""
+    """Return file, entry and defines of every attention kernel without a plan, and of what merges after it."""
     for i, config in enumerate(CONFIGS_OF_RUNGS):
-        for rung in RUNGS:
-            heads = {"HEADS": 4 - i % 4} if rung == "v2" else {}
-            entry = f"paged_attention_{rung}"
-            yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads}
-            if rung == "v2":
-                asked = dict.fromkeys((VARIANTS[-1], *VARIANTS[1:4])[i], 1)
-                yield f"attention/{entry}.cu", entry, {**rung_defines(config), **heads, **asked}
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}
-        for asked in ({}, dict.fromkeys(("QUERY_TOKENS", "WINDOW", "SINKS")[: i % 3 + 1], 1)):
-            yield "attention/merge_partitions.cu", "merge_partitions", {**defines, **asked}
+        for kernel in DECODING:
+            if not kernel.takes_plan:
+                for asked in asked_for(kernel, i):
+                    yield from launched(kernel, config, i, **asked)
+        asked = dict.fromkeys(("QUERY_TOKENS", "WINDOW", "SINKS")[: i % 3 + 1], 1)  # which v2 is not asked for alone
+        yield MERGE.file, MERGE.name, {**{name: row_defines(config)[name] for name in ("STORAGE", "HEAD_DIM")}, **asked}
 
 
 def texture_variants():
     """Return file, entry and defines of attention by every path of loads, and of what fills arrays."""
     for i, path in enumerate(LOAD_PATHS):
         config, tiles = CONFIGS[(0, 3, 5, 7, 0, 3, 7)[i]], 1 + i % 2
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        defines = row_defines(config)
         floats = int(LOAD_PATHS[path] is not None)
         defines |= {"LOAD_PATH": path, "TEXEL_FLOATS": floats, "TEXTURE_TILES": tiles if floats else 1}
         yield "attention/paged_attention_texture.cu", "paged_attention_texture", defines
@@ -70,21 +91,21 @@ def texture_variants():
         yield "bench/pointer_chase.cu", "pointer_chase", chase
         yield "bench/gather_paths.cu", "gather_paths", {**chase, "STORAGE": "__half", "HEADS": 3}
     for config, slot, texel in ((CONFIGS[0], "int", 8), (CONFIGS[5], "long long", 16), (CONFIGS[7], "int", 16)):
-        defines = {name: rung_defines(config)[name] for name in ("STORAGE", "HEAD_DIM", "BLOCK_SIZE")}
+        defines = row_defines(config)
         yield "cache/write_texture.cu", "write_texture", {**defines, "SLOT": slot, "TEXEL_BYTES": texel}
 
 
 def append_defines(config, slot):
     """Return the defines of append_kv for a cache."""
-    defines = attention_defines(config)
+    defines = v1_defines(config)
     del defines["VALUE_COLUMNS"]
     return {**defines, "VALUE_PACK": layouts.kv_strides(config, "value").pack_size, "SLOT": slot}
 
 
 def all_variants():
-    """Return the source of every kernel over its covering set of defines."""
+    """Return the source of every kernel over its covering set of defines, each once."""
     v1 = [
-        ("attention/paged_attention_v1.cu", "paged_attention_v1", {**attention_defines(config), **asked})
+        ("attention/paged_attention_v1.cu", "paged_attention_v1", {**v1_defines(config), **asked})
         for i, config in enumerate(CONFIGS)
         for asked in ({}, dict.fromkeys(VARIANTS[i % len(VARIANTS)], 1))
     ]
@@ -146,7 +167,11 @@ def all_variants():
         sampling,
         rest,
     )
-    return [KernelSource.read(*variant) for group in groups for variant in group]
+    found = {}
+    for group in groups:
+        for file, entry, defines in group:
+            found.setdefault((file, entry, *sorted((name, str(value)) for name, value in defines.items())), defines)
+    return [KernelSource.read(*known[:2], defines) for known, defines in found.items()]
 
 
 VARIANTS = [

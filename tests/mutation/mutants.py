@@ -969,7 +969,7 @@ OPS = [
     ),
     Mutant(
         "plan: a chunk too many is not missed",
-        "cupaged/ops/plan.py",
+        "cupaged/attention/kernels/persistent.py",
         "-(-lens // self.shape.chunk) > ranges[:, 1]",
         "lens // self.shape.chunk > ranges[:, 1]",
         (OPS_PRINT + "::test_a_plan_holds_whole_chunks_and_no_token_more",),

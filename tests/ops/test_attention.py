@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention.choose import ATTENTION_KERNELS
 from cupaged.bench.accuracy import decode_check
-from cupaged.ops.registry import ATTENTION_KERNELS
-from cupaged.ops.rungs import RUNGS
 from cupaged.runtime import host
-from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
+from tests.kit.cases import RUNGS, DecodeShape, decode_case, serves
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 
 LAYOUTS = ["BSHD", "BHSD", "HBSD", "BS2HD", "BHDSX"]
@@ -50,10 +49,9 @@ CORNERS_OF_RUNGS = [  # each costs a build for each rung
 BY_KERNEL = [
     *(("paged_attention_v1", shape) for shape in CORNERS),
     *((kernel, shape) for kernel in RUNGS for shape in CORNERS_OF_RUNGS
-      if (kernel != "paged_attention_mma" or tensor_cores_serve(shape))
-      and (kernel != "paged_attention_texture" or keeps_rows_together(shape))),
+      if serves(kernel, shape)),
 ]  # fmt: skip
-KERNELS_OF_ROWS = ("paged_attention_mma", "paged_attention_texture")
+KERNELS_OF_ROWS = [kernel for kernel in RUNGS if pg.kernels()[kernel].serves.whole_rows]
 
 
 @pytest.mark.parametrize(("kernel", "shape"), BY_KERNEL, ids=str)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention import api
 from cupaged.kv_cache import aligned_zeros
-from cupaged.ops import attention
 from cupaged.runtime import kernels_defining, kernels_folder, launch
 from cupaged.runtime.host import HostKernel
 from tests.kit.cases import DecodeShape, decode_case
@@ -23,13 +23,13 @@ SHAPE = DecodeShape((100, 33))
 @pytest.fixture
 def checks(monkeypatch):
     """The calls that were checked in full."""
-    calls, checked_call = [], attention._checked_call
+    calls, checked_call = [], api.checked_call
 
     def counted(*arguments, **options):
         calls.append(options)
         return checked_call(*arguments, **options)
 
-    monkeypatch.setattr(attention, "_checked_call", counted)
+    monkeypatch.setattr(api, "checked_call", counted)
     return calls
 
 
@@ -322,7 +322,7 @@ def test_preparing_checks_and_launches_nothing(backend, xp):
 def test_updates_with_lengths_of_the_same_kind_are_not_checked_again(monkeypatch):
     planned = Planned()
     loads = []
-    monkeypatch.setattr("cupaged.ops.plan.load_kernel", lambda *a, **k: loads.append(a))
+    monkeypatch.setattr("cupaged.attention.kernels.persistent.load_kernel", lambda *a, **k: loads.append(a))
     planned.plan.update(aligned(np.array([5, 20], np.int32)))
     planned.case.seq_lens[:] = (5, 20)
     monkeypatch.undo()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.ops.registry import ATTENTION_KERNELS
+from cupaged.attention.choose import ATTENTION_KERNELS
 from cupaged.reference import LARGEST_LOGIT
 from tests.kit.compare import to_numpy
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention.kernels import prefill
 from cupaged.bench.accuracy import prefill_budget
-from cupaged.ops import prefill
 from tests.kit.cases import DecodeShape
 from tests.kit.compare import assert_prefill_matches_reference, to_numpy
 from tests.kit.cuda_stub import H100, CudaStub

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.ops import rungs
+from cupaged.attention.kernels import batched, partitions
 from cupaged.runtime.host import record_traffic
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference
@@ -15,7 +15,7 @@ OVER_PARTITIONS = pytest.mark.parametrize("kernel", ["paged_attention_v2", "page
 
 
 def cut_into(monkeypatch, tokens):
-    monkeypatch.setattr(rungs, "split_context", lambda capacity, *_: (tokens, max(1, -(-capacity // tokens))))
+    monkeypatch.setattr(partitions, "split_context", lambda capacity, *_: (tokens, max(1, -(-capacity // tokens))))
 
 
 @OVER_PARTITIONS
@@ -78,7 +78,7 @@ def test_work_space_is_not_read_before_it_is_written(kernel, monkeypatch):
     cut_into(monkeypatch, 32)
     case = decode_case(DecodeShape((0, 1, 300, 33)), "host")
     with monkeypatch.context() as patch:
-        patch.setattr(np, "empty", lambda shape, dtype: np.ones(shape, np.float32) * np.float32(np.nan))
+        patch.setattr(np, "empty", lambda shape, dtype: np.full(shape, np.nan, dtype))
         out, lse = pg.paged_attention(*case.arguments, kernel=kernel, return_lse=True)
     assert_decode_matches_reference(case, out, lse, kernel)
 
@@ -107,7 +107,7 @@ def test_chunks_of_rows_of_any_length_and_blocks_of_any_size(head_dim, block_siz
     ],
 )
 def test_how_contexts_are_cut_on_an_h100(capacity, blocks, expected):
-    assert rungs.split_context(capacity, blocks, 132) == expected
+    assert partitions.split_context(capacity, blocks, 132) == expected
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -115,12 +115,12 @@ def test_partitions_cover_the_context_and_are_not_too_many(seed):
     rng = np.random.default_rng(seed)
     capacity, blocks = (int(2 ** rng.uniform(0, bits)) for bits in (31, 20))
     processors = int(rng.integers(1, 200))
-    tokens, partitions = rungs.split_context(capacity, blocks, processors)
-    assert (partitions - 1) * tokens < capacity <= partitions * tokens
-    assert partitions <= rungs.MAX_PARTITIONS and tokens < 2**31
-    fill = rungs.BLOCKS_TO_FILL * processors
-    assert partitions == 1 or partitions * blocks <= rungs.MOST_WAVES * fill
-    assert partitions * blocks >= fill // 4 or tokens == rungs.MIN_PARTITION_TOKENS
+    tokens, count = partitions.split_context(capacity, blocks, processors)
+    assert (count - 1) * tokens < capacity <= count * tokens
+    assert count <= partitions.MAX_PARTITIONS and tokens < 2**31
+    fill = partitions.BLOCKS_TO_FILL * processors
+    assert count == 1 or count * blocks <= partitions.MOST_WAVES * fill
+    assert count * blocks >= fill // 4 or tokens == partitions.MIN_PARTITION_TOKENS
 
 
 # --- queries that share sequences ------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_a_grid_of_any_size_gives_the_same_bits(blocks, backend, monkeypatch):
     """Fewer blocks than (query, head) pairs, as many, and more."""
     case, arguments, mapping = shared_case(backend, [3, 3, 0, 1, 2, 0, 3], block_size=3)
     expected = pg.paged_attention(*arguments, query_to_seq=mapping)
-    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: blocks)
+    monkeypatch.setattr(batched, "batched_blocks", lambda *_: blocks)
     out, lse = pg.paged_attention(*arguments, query_to_seq=mapping, return_lse=True)
     assert_decode_matches_reference(case, out, lse, "paged_attention_batched")
     assert (out == expected).all()

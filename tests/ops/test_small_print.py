@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention.choose import ATTENTION_KERNELS
+from cupaged.attention.kernels import persistent as plans
 from cupaged.bench.accuracy import decode_budget
 from cupaged.kv_cache import aligned_zeros
-from cupaged.ops import plan as plans
 from cupaged.ops import textures
 from cupaged.ops.cache import MAX_POSITION, frequencies
 from cupaged.ops.checks import check_block_tables, check_shared_prefix
-from cupaged.ops.registry import ATTENTION_KERNELS
 from tests.kit.cases import DecodeShape, decode_case
 from tests.kit.compare import assert_decode_matches_reference, assert_prefill_matches_reference
 from tests.kit.prefill import PrefillShape, prefill_case

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.ops.registry import ATTENTION_KERNELS
-from cupaged.ops.variants import ALL_VARIANTS
+from cupaged.attention.call import ALL_VARIANTS
+from cupaged.attention.choose import ATTENTION_KERNELS
 from tests.kit.cases import DecodeShape, decode_case, serving_kernels
 from tests.kit.compare import assert_decode_matches_reference, to_numpy
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import cupaged as pg
+from cupaged.attention.kernels.prefill import TILE_TOKENS
 from cupaged.bench.accuracy import prefill_budget
-from cupaged.ops.prefill import TILE_TOKENS
 from cupaged.runtime import kernels_from
 from tests.kit.cases import ILLEGAL_IDS
 from tests.kit.mutants import kernels_with

@@ -13,10 +13,9 @@ import numpy as np
 import cupaged as pg
 from cupaged.engine.elementwise import rms_norm, swiglu
 from cupaged.ops.arrays import array_module
-from cupaged.ops.rungs import RUNGS
 from cupaged.ops.textures import LOAD_PATHS
 from cupaged.runtime import host, kernels_defining, load_kernel
-from tests.kit.cases import DecodeShape, decode_case, serving_kernels
+from tests.kit.cases import RUNGS, DecodeShape, decode_case, serving_kernels
 from tests.kit.compare import (
     assert_decode_matches_reference,
     assert_merge_matches_reference,

@@ -7,23 +7,16 @@ import numpy as np
 import pytest
 
 import cupaged as pg
-from cupaged.ops import rungs
+from cupaged.attention.choose import KERNELS
+from cupaged.attention.kernels import batched
 from cupaged.runtime import host, kernels_folder, kernels_from
-from tests.kit.cases import DecodeShape, decode_case, keeps_rows_together, tensor_cores_serve
+from tests.kit.cases import DecodeShape, decode_case, serves
 from tests.kit.prefill import PrefillShape, prefill_case
 
-# Not plan_prefill.cu: with a barrier gone, a list that it writes may never end.
+# Not those that make plans: with a barrier gone, a list that one of them writes may never end.
 KERNEL_OF_FILE = {
-    "attention/paged_attention_naive.cu": "paged_attention_naive",
-    "attention/paged_attention_v1.cu": "paged_attention_v1",
-    "attention/paged_attention_online.cu": "paged_attention_online",
-    "attention/paged_attention_texture.cu": "paged_attention_texture",
-    "attention/paged_attention_v2.cu": "paged_attention_v2",
-    "attention/merge_partitions.cu": "paged_attention_v2",
-    "attention/paged_attention_batched.cu": "paged_attention_batched",
-    "attention/paged_attention_mma.cu": "paged_attention_mma",
-    "attention/paged_attention_persistent.cu": "paged_attention_persistent",
-    "attention/paged_prefill.cu": "paged_prefill",
+    **{kernel.info.file: kernel.info.name for kernel in KERNELS},
+    **{info.file: kernel.info.name for kernel in reversed(KERNELS) for info in kernel.helpers if not kernel.takes_plan},
     "sampling/sample.cu": "sample",
     "include/reduce.cuh": "paged_attention_v1",
     "cache/rope_append_kv.cu": "rope_append_kv",
@@ -135,12 +128,11 @@ def test_there_are_barriers_to_remove():
 
 @pytest.mark.parametrize(("file", "position"), BARRIERS, ids=lambda value: str(value).split("/")[-1])
 def test_without_it_a_result_is_wrong(tmp_path, monkeypatch, file, position):
-    monkeypatch.setattr(rungs, "batched_blocks", lambda *_: 1)  # a block takes several pairs
+    monkeypatch.setattr(batched, "batched_blocks", lambda *_: 1)  # a block takes several pairs
     monkeypatch.setattr("cupaged.ops.cache.ROPE_BLOCKS", 1)  # and several heads
     kernel = KERNEL_OF_FILE[file]
     shapes = SHAPES_OF_KERNEL.get(kernel, SHAPES)
-    shapes = [shape for shape in shapes if kernel != "paged_attention_mma" or tensor_cores_serve(shape)]
-    shapes = [shape for shape in shapes if kernel != "paged_attention_texture" or keeps_rows_together(shape)]
+    shapes = [shape for shape in shapes if not isinstance(shape, DecodeShape) or serves(kernel, shape)]
     expected = {shape: outcomes(kernel, shape) for shape in shapes}
     with kernels_from(copy_without(tmp_path, file, position)):
         wrong = sum(differs(kernel, shape, expected[shape]) for shape in shapes)

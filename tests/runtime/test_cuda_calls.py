@@ -50,7 +50,7 @@ def test_a_known_call_launches_what_a_checked_one_does(stub, monkeypatch):
         "out": stub.array(step.out.shape, np.float16),
     }
     first, expected = step(), step(**alike, validate=None, scale=np.float64(128**-0.5))
-    monkeypatch.setattr("cupaged.ops.attention._checked_call", None)
+    monkeypatch.setattr("cupaged.attention.api.checked_call", None)
     assert step() == first
     made = step(**alike)
     assert made == expected and made != first
@@ -98,7 +98,7 @@ def test_the_environment_asks_for_validation(stub, monkeypatch):
     now = time.monotonic()
     monkeypatch.setenv("CUPAGED_VALIDATE", "1")
     monkeypatch.setattr(time, "monotonic", lambda: now + 2 * launch.LOOK_SECONDS)  # it is noticed as late as a file
-    monkeypatch.setattr("cupaged.ops.attention.check_block_tables", lambda *_: (_ for _ in ()).throw(KeyError("read")))
+    monkeypatch.setattr("cupaged.attention.call.check_block_tables", lambda *_: (_ for _ in ()).throw(KeyError("read")))
     with pytest.raises(KeyError, match="read"):
         step()
 

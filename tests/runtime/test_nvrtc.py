@@ -3,6 +3,7 @@
 import pytest
 
 import cupaged as pg
+from cupaged.attention.choose import KERNELS
 from cupaged.runtime import cuda, kernels_folder
 from tests.kit.programs import kernel_from_text
 from tests.kit.variants import all_variants
@@ -23,7 +24,7 @@ def serves(source, architecture):
     """cp.async and bfloat16 on tensor cores came with sm_80, kernels that start early with sm_90."""
     if "LAUNCH_OVERLAP" in dict(source.defines) and architecture in ("sm_75", "sm_80"):
         return False
-    copies = source.entry in ("paged_attention_mma", "paged_attention_persistent", "paged_prefill")
+    copies = any(source.entry == kernel.info.name and kernel.info.serves.capability >= 80 for kernel in KERNELS)
     copies = copies or dict(source.defines).get("LOAD_PATH") == "LOAD_ASYNC_COPY"
     return architecture != "sm_75" or not copies
 

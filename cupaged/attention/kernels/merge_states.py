@@ -11,48 +11,24 @@ import numpy as np
 from cupaged.errors import UnsupportedError
 from cupaged.ops.arrays import as_backend_array, backend_of, check_alignment, empty_for, like_caller
 from cupaged.ops.checks import check_contiguous, check_dtype, check_shape
-from cupaged.ops.streams import on_callers_streams
+from cupaged.runtime.info import KernelInfo
 from cupaged.runtime.select import load_kernel
 from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["merge_states"]
+__all__ = ["MERGE_STATES", "merged_states"]
 
 THREADS = 256
 STORAGE_DTYPES = tuple(np.dtype(dtype) for dtype in (np.float16, ml_dtypes.bfloat16, np.float32))
+MERGE_STATES = KernelInfo(
+    "merge_states",
+    "attention/merge_states.cu",
+    "merges attention over disjoint parts of a context by their log-sum-exps",
+    "float16, bfloat16, float32; any shape whose last axis is a multiple of 16 bytes; parts over nothing",
+)
 
 
-@on_callers_streams
-def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
-    """Merge attention over disjoint parts of a context into attention over all of it.
-
-    The parts come from `paged_attention` with ``return_lse=True``. Where heads have sinks, give them to one part only:
-    a log-sum-exp includes the sink.
-
-    Parameters
-    ----------
-    outs : array, [parts, ..., D]
-        The parts' outputs, in float16, bfloat16 or float32; D a multiple of 16 bytes.
-    lses : array, float32 [parts, ...]
-        Their log-sum-exps. A part with -inf counts nothing and is not read.
-
-    Returns
-    -------
-    out : array, [..., D]
-        Of the kind and dtype of `outs`; 0 where every part has log-sum-exp -inf.
-    lse : array, float32 [...]
-        The whole's log-sum-exp.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was expected and what came.
-    UnsupportedError
-        If D is no multiple of 16 bytes.
-
-    References
-    ----------
-    .. [1] Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867.
-    """
+def merged_states(outs: Any, lses: Any) -> tuple[Any, Any]:
+    """Merge parts, as `cupaged.merge_states` says."""
     caller, backend = outs, backend_of(outs, "outs")
     outs, lses = as_backend_array(outs, "outs", backend), as_backend_array(lses, "lses", backend)
     check_dtype(outs, "outs", *STORAGE_DTYPES)
@@ -71,9 +47,8 @@ def merge_states(outs: Any, lses: Any) -> tuple[Any, Any]:
     if out.size:
         check_alignment(outs, "outs")
         rows, vectors = math.prod(out.shape[:-1]), head_dim // per_vector
-        kernel = load_kernel(
-            "attention/merge_states.cu", "merge_states", {"STORAGE": C_TYPE_OF_DTYPE[outs.dtype]}, backend
-        )
+        defines = {"STORAGE": C_TYPE_OF_DTYPE[outs.dtype]}
+        kernel = load_kernel(MERGE_STATES.file, MERGE_STATES.name, defines, backend)
         kernel(
             (-(-rows * vectors // THREADS),),
             (THREADS,),

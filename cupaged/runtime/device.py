@@ -1,16 +1,45 @@
-"""What the current device gives a thread block, and how many blocks of a kernel one multiprocessor runs at once."""
+"""What a device is and gives a thread block, and how many blocks of a kernel one multiprocessor runs at once."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
-__all__ = ["device_attribute", "dynamic_shared_bytes", "resident_blocks", "shared_bytes_for_at_most"]
+__all__ = [
+    "compute_capability",
+    "device_attribute",
+    "dynamic_shared_bytes",
+    "multiprocessors",
+    "resident_blocks",
+    "shared_bytes_for_at_most",
+]
 
 STATIC_SHARED_BYTES = 4096  # of a block, at most
 SYSTEM_SHARED_BYTES = 1024  # that the GPU keeps of each block's
 SHARED_GRANULE = 128  # in which it is given out
 REGISTERS_PER_SM = 65536
 UNLIMITED = 2**30  # what the host backend gives
+HOST_MULTIPROCESSORS = 16  # enough to cut the contexts of the tests
+
+
+@cache
+def compute_capability(device: int) -> int:
+    """Return a GPU's compute capability, ten times as CUDA writes it: 90 for 9.0."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability)
+
+
+def multiprocessors(backend: str, device: int) -> int:
+    """Return how many multiprocessors run a launch."""
+    return HOST_MULTIPROCESSORS if backend == "host" else _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 def device_attribute(backend: str, name: str, on_host: int) -> int:

@@ -1,47 +1,64 @@
-"""Plans of decode work: how it is shared out over thread blocks, made on the device, reused over layers and steps."""
+"""paged_attention_persistent: work shared out over thread blocks by a plan, which is made on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
+from cupaged.attention.call import AttentionCall
+from cupaged.attention.kernel import Kernel, Launch, Serves, cache_arguments, load, row_defines
+from cupaged.attention.logits import LOGITS_OPTIONS
+from cupaged.attention.mask import MASK_OPTIONS
+from cupaged.attention.plans import Plan
 from cupaged.config import CacheConfig
-from cupaged.errors import UnsupportedError
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array
-from cupaged.ops.checks import (
-    as_numpy,
-    check_cache,
-    check_dtype,
-    check_shape,
-    checked_flag,
-    checked_heads,
-    checked_integer,
-    checked_shared_prefix,
-    checked_window,
+from cupaged.ops.checks import as_numpy, check_dtype, check_shape
+from cupaged.ops.streams import on_callers_streams
+from cupaged.runtime.device import (
+    device_attribute,
+    dynamic_shared_bytes,
+    resident_blocks,
+    shared_bytes_for_at_most,
 )
-from cupaged.ops.occupancy import device_attribute, dynamic_shared_bytes, resident_blocks, shared_bytes_for_at_most
-from cupaged.ops.streams import callers_streams, on_callers_streams
 from cupaged.runtime.driver import can_overlap_launches
-from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
+from cupaged.runtime.info import KernelInfo
+from cupaged.runtime.launch import CheckedCalls
 from cupaged.runtime.select import load_kernel
-from cupaged.runtime.source import C_TYPE_OF_DTYPE
 
-__all__ = ["DecodePlan", "PreparedAttention", "plan_decode"]
+__all__ = ["PERSISTENT", "DecodeShares", "TileShape", "tile_shape"]
 
 HOST_BLOCKS = 7  # enough to cut sequences in the middle, few enough to be quick
 MERGE_BYTES = 72 * 1024  # what an SM of an H100 reads while parts are merged, some 3 us
 PIECE_BYTES = 16 * 1024  # and while a block changes to the next piece
 ALONE_SPEED = {2: 0.8, 4: 1.36, 8: 1.75}  # what a block of so many warps reads without company, in an SM's fair shares
 NO_WINDOW = 2**31 - 1
-NO_CONTEXT = nullcontext()
 TALL_TILES_DIM = 64  # of longer rows, registers hold no more than 16 well: at 128 taller tiles take 15 to 25 % longer
 PREFIX_ALONE, PREFIX_BEFORE = 1, 2  # values of SHARED_PREFIX, as in kernels_cu/include/shared_prefix.cuh
+
+INFO = KernelInfo(
+    "paged_attention_persistent",
+    "attention/paged_attention_persistent.cu",
+    "tensor cores, copies that are always under way, and work shared out in chunks of tokens",
+    Serves(
+        ("float16", "bfloat16"),
+        range(32, 257, 16),
+        whole_rows=True,
+        mask=MASK_OPTIONS,
+        logits=LOGITS_OPTIONS,
+        shared_prefix=True,
+        capability=80,
+    ),
+    rounds_weights=True,
+)
+PLANNER = KernelInfo(
+    "plan_decode",
+    "attention/plan_decode.cu",
+    "shares decode work out over thread blocks, on the device, from lengths that the host need not know",
+    "what paged_attention_persistent serves",
+)
 
 
 @dataclass(frozen=True)
@@ -86,48 +103,14 @@ def tile_shape(config: CacheConfig, rows: int, many: bool, shared: bool = False)
     return TileShape(tile_rows, 4, 2, blocks_per_sm=2) if many else TileShape(tile_rows, 8, 2)
 
 
-def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, variants: dict[str, int]) -> Any:
-    """Return paged_attention_persistent for a cache, a tile and what a call asks for besides plain decode."""
-    defines = {
-        "STORAGE": C_TYPE_OF_DTYPE[config.numpy_dtype],
-        "HEAD_DIM": config.head_dim,
-        "BLOCK_SIZE": config.block_size,
-        "ROWS": shape.rows,
-        "WARPS": shape.warps,
-        "STAGES": shape.stages,
-        "CHUNK_TOKENS": shape.chunk,
-        **variants,
-    }
-    return load_kernel("attention/paged_attention_persistent.cu", "paged_attention_persistent", defines, backend)
+def attention_kernel(config: CacheConfig, shape: TileShape, backend: str, asked: dict[str, int]) -> Any:
+    """Return the kernel for a cache, a tile and what a call asks for besides plain decode."""
+    of_shape = {"ROWS": shape.rows, "WARPS": shape.warps, "STAGES": shape.stages, "CHUNK_TOKENS": shape.chunk}
+    return load(INFO, {**row_defines(config), **of_shape, **asked}, backend)
 
 
-class DecodePlan:
-    """Shares out one step of decode attention; made by `plan_decode`.
-
-    A plan serves every layer of a step, and the next steps after `update`, which runs on the device, reads no length
-    back and can be captured in a CUDA graph with the attention calls behind it. The lengths of a call must be those of
-    the last `update`, or, without a window, shorter ones: tokens that are not in the plan take no part, which is an
-    error where calls are validated.
-
-    A plan has work space: its calls and updates must run one after the other, on one stream or in an order that events
-    keep. For several streams make several plans. A graph that captured calls with a plan uses that work space, and
-    keeps neither the plan nor the arrays of the calls: keep them for as long as it is replayed. Calls without a plan
-    make one, which the graph keeps.
-
-    Attributes
-    ----------
-    num_seqs, num_heads : int
-        What it was made for.
-    num_blocks, block_shared_bytes : int
-        Thread blocks that the work is shared out over, and the dynamic shared memory that each asks for.
-    shared_prefix : int
-        Tokens that all sequences share.
-    prefix : DecodePlan or None
-        Of the launch that reads these for all sequences at once; None: each sequence reads its own.
-    overlap : bool
-        Whether a call starts while the kernel before it on the stream ends: it waits by itself, and meanwhile fetches
-        keys that it will read first into the L2 cache.
-    """
+class DecodeShares(Plan):
+    """What `cupaged.DecodePlan` is, all but that it prepares calls."""
 
     def __init__(
         self,
@@ -141,12 +124,11 @@ class DecodePlan:
         overlap: bool = True,
     ) -> None:
         """Make room for a plan; `shared_by` sequences, if several, share the one that it is for, as their prefix."""
+        super().__init__(cache, window)
         config = cache.config
-        self.config, self.backend, self.device = config, cache.backend, cache.device
-        self.num_seqs, self.num_heads = num_seqs, num_heads
-        self.query_tokens, self.window = query_tokens, window
+        self.num_seqs, self.num_heads, self.query_tokens = num_seqs, num_heads, query_tokens
         self.shared_prefix = shared_prefix
-        self.prefix: DecodePlan | None = None
+        self.prefix: DecodeShares | None = None
         self.overlap = overlap and can_overlap_launches(cache.backend, cache.device)
         self.defines: dict[str, int] = {"LAUNCH_OVERLAP": int(self.overlap)}  # besides those of a call's variants
         if shared_by > 1:
@@ -174,36 +156,7 @@ class DecodePlan:
         self.partial_out = xp.empty((max_slots, rows, config.head_dim), dtype=np.float32)
         self.partial_state = xp.empty((max_slots, rows, 2), dtype=np.float32)
         self.arrivals = xp.zeros(1 + max_slots, dtype=np.uint32)
-        self.calls = CheckedCalls(cache.backend)  # of paged_attention
         self.updates = CheckedCalls(cache.backend)
-
-    @on_callers_streams
-    def prepare(
-        self, query: Any, cache: KVCache, block_tables: Any, seq_lens: Any, scale: float | None = None, **options: Any
-    ) -> PreparedAttention:
-        """Check a call of `paged_attention` with this plan, and return it to be launched as often as need be.
-
-        Parameters
-        ----------
-        query, cache, block_tables, seq_lens, scale, **options
-            As `paged_attention` takes them; without `out`, one array is made here that every launch writes to.
-
-        Returns
-        -------
-        PreparedAttention
-            Called without arguments, it launches on CuPy's current stream (with torch tensors, on torch's), checks
-            nothing again and returns what `paged_attention` would. It holds the arrays: what they contain may change
-            between launches, lengths too (after `update`). It keeps the kernel that it was made with, also if the
-            kernel's file is edited.
-
-        Raises
-        ------
-        TypeError, ValueError, UnsupportedError
-            As `paged_attention` does.
-        """
-        from cupaged.ops.attention import prepare_attention  # which itself takes plans
-
-        return prepare_attention(self, query, cache, block_tables, seq_lens, scale=scale, **options)
 
     def _residency(self) -> tuple[int, int]:
         """Return how many thread blocks an SM runs at once, and a block's dynamic shared memory.
@@ -219,7 +172,7 @@ class DecodePlan:
             return blocks, needed
         return blocks, max(needed, shared_bytes_for_at_most(blocks, self.kernel))
 
-    def _keep_out(self, follower: DecodePlan) -> None:
+    def _keep_out(self, follower: DecodeShares) -> None:
         """Let no block of the plan whose calls follow this one's find room before one of this leaves, either."""
         at_once = self.num_blocks // self.num_sms
         enough = shared_bytes_for_at_most(at_once, self.kernel, follower.kernel, follower.block_shared_bytes)
@@ -228,13 +181,26 @@ class DecodePlan:
     def _plan_prefix(self, cache: KVCache) -> None:
         """Plan the launch for the shared prefix, once, as its length stays; make room for what it finds."""
         xp, rows = cache.xp, self.num_seqs * self.query_tokens * self.num_heads
-        self.prefix = DecodePlan(
+        self.prefix = DecodeShares(
             cache, 1, self.num_heads, self.query_tokens, shared_by=self.num_seqs, overlap=self.overlap
         )
         self.prefix_lens = xp.full(1, self.shared_prefix, dtype=np.int32)
         self.prefix.update(self.prefix_lens)
         self.prefix_out = xp.empty((rows, self.config.head_dim), dtype=np.float32)
         self.prefix_state = xp.empty((rows, 2), dtype=np.float32)
+
+    def made_for(self, call: AttentionCall) -> list[tuple[str, Any, Any]]:
+        """Return what must be the same as in a call."""
+        return [
+            ("number of sequences", self.num_seqs, call.query.shape[0]),
+            ("number of query heads", self.num_heads, call.num_heads),
+            ("number of query tokens", self.query_tokens, call.mask.query_tokens),
+            ("shared prefix", self.shared_prefix, call.mask.shared_prefix),
+        ]
+
+    def check_contents(self, call: AttentionCall) -> None:
+        """Raise ValueError unless the plan holds every token of a call."""
+        self.check_lens(call.pages.seq_lens)
 
     @on_callers_streams
     def check_lens(self, seq_lens: Any) -> None:
@@ -270,9 +236,7 @@ class DecodePlan:
         check_dtype(seq_lens, "seq_lens", np.dtype(np.int32))
         check_shape(seq_lens, "seq_lens", (self.num_seqs,))
         chunks_per_byte = self.num_sms / self.num_blocks / self.shape.chunk_bytes(self.config)
-        kernel = load_kernel(
-            "attention/plan_decode.cu", "plan_decode", {"CHUNK_TOKENS": self.shape.chunk}, self.backend
-        )
+        kernel = load_kernel(PLANNER.file, PLANNER.name, {"CHUNK_TOKENS": self.shape.chunk}, self.backend)
         launch = kernel.prepare(
             (1,),
             (1024,),
@@ -298,103 +262,58 @@ class DecodePlan:
         self.updates.add((), (given,), launch, ("seq_lens",))
 
 
-class PreparedAttention:
-    """A planned call of `paged_attention` that passed its checks; made by `DecodePlan.prepare`.
+class Persistent(Kernel):
+    """As many thread blocks as run at once, each with its share of all chunks of tokens."""
 
-    Attributes
-    ----------
-    launches : sequence of PreparedLaunch
-        What a call does, in order; none if there is no query.
-    result : array or tuple of array
-        What a call returns.
-    """
+    info = INFO
+    helpers = (PLANNER,)
+    because = "tensor cores serve it, and up to 16 query rows share each read"
+    takes_plan = True
 
-    def __init__(self, launches: Sequence[PreparedLaunch], result: Any, foreign: Sequence[Any] = ()) -> None:
-        self.launches = tuple(launches)
-        self.result = result
-        self._foreign = tuple(foreign)  # arrays of other libraries, by which streams go
+    def plan(self, call: AttentionCall) -> DecodeShares:
+        """Return a plan for one call."""
+        mask = call.mask
+        plan = DecodeShares(
+            call.cache, call.num_seqs, call.num_heads, mask.query_tokens or 1, mask.window, mask.shared_prefix
+        )
+        plan.update(call.pages.seq_lens)
+        return plan
 
-    def __call__(self) -> Any:
-        """Launch, and return the result: the same arrays each time.
-
-        Raises
-        ------
-        ValueError
-            If another device is current than when it was made.
-        """
-        with callers_streams(self._foreign) if self._foreign else NO_CONTEXT:
-            for launch in self.launches:
-                launch()
-        return self.result
-
-
-@on_callers_streams
-def plan_decode(
-    cache: KVCache,
-    seq_lens: Any,
-    num_heads: int,
-    *,
-    query_tokens: int = 1,
-    window: int | None = None,
-    shared_prefix: int = 0,
-    overlap: bool = True,
-) -> DecodePlan:
-    """Return a plan for decode attention of these lengths.
-
-    Parameters
-    ----------
-    cache : KVCache
-        In float16 or bfloat16, a plain layout, head_dim a multiple of 16.
-    seq_lens : array, int32 [num_seqs]
-        Lengths on the cache's backend; they are not read back.
-    num_heads : int
-        Query heads.
-    query_tokens, window, shared_prefix : int
-        Those of the calls. A plan's shared prefix stays as it is: `DecodePlan.update` is told the whole lengths.
-    overlap : bool
-        Whether calls start while the kernel before them on the stream ends, where the GPU can: from compute capability
-        9.0 and a driver of CUDA 12.3 on. They change nothing before it has ended.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was expected and what came.
-    UnsupportedError
-        If tensor cores do not serve the cache, or there is a window besides a shared prefix; the message names it.
-    """
-    check_cache(cache)
-    query_tokens, window = checked_integer(query_tokens, "query_tokens", 1), checked_window(window)
-    overlap, num_heads = checked_flag(overlap, "overlap"), checked_heads(num_heads, cache)
-    shared_prefix = checked_shared_prefix(shared_prefix, cache.config.block_size, window)
-    reason = why_no_tensor_cores(cache)
-    if reason:
-        raise UnsupportedError(reason)
-    lens = as_backend_array(seq_lens, "seq_lens", cache.backend)
-    check_shape(lens, "seq_lens", ("num_seqs",))
-    plan = DecodePlan(cache, lens.shape[0], num_heads, query_tokens, window, shared_prefix, overlap=overlap)
-    plan.update(lens)
-    return plan
+    def prepare(self, call: AttentionCall, plan: DecodeShares) -> list[Launch]:
+        """Return the launches: for a shared prefix first, without the sinks, which count once."""
+        if plan.prefix is None:
+            of_prefix = {"prefix_out": None, "prefix_state": None, "prefix_tokens": 0}
+            return [_planned_launch(call, plan, of_prefix)]
+        of_prefix = {
+            "prefix_out": plan.prefix_out,
+            "prefix_state": plan.prefix_state,
+            "prefix_tokens": plan.shared_prefix,
+        }
+        alone = replace(call, lse=None, logits=replace(call.logits, sinks=None))
+        return [_planned_launch(alone, plan.prefix, of_prefix), _planned_launch(call, plan, of_prefix)]
 
 
-def why_no_tensor_cores(cache: KVCache, kernel: str = "paged_attention_persistent") -> str | None:
-    """Return None if a kernel on tensor cores serves the cache where it lies, else what it does not."""
-    config = cache.config
-    if cache.backend == "cuda" and _compute_capability(cache.device) < 80:
-        return f"{kernel} needs compute capability 8.0"
-    if config.dtype == "float32":
-        return f"{kernel} takes float16 or bfloat16; the cache is float32"
-    if config.head_dim % 16:
-        return f"{kernel} takes a head_dim that is a multiple of 16; the cache's is {config.head_dim}"
-    if config.layout == "BHDSX" and config.block_size > 1:
-        return f"{kernel} takes layouts that keep a token's row together; BHDSX does not"
-    return None
+def _planned_launch(call: AttentionCall, plan: DecodeShares, of_prefix: dict[str, Any]) -> Launch:
+    config = call.config
+    kernel = attention_kernel(config, plan.shape, call.cache.backend, {**plan.defines, **call.defines})
+    arguments = {
+        **cache_arguments(call, packs=False),
+        "partial_out": plan.partial_out,
+        "partial_state": plan.partial_state,
+        "arrivals": plan.arrivals,
+        "summary": plan.summary,
+        "pieces": plan.pieces,
+        "num_kv_heads": config.num_kv_heads,
+        "num_blocks": config.num_blocks,
+        **call.mask.arguments,
+        **call.logits.arguments,
+        **of_prefix,
+        "num_seqs": call.num_seqs,
+    }
+    return Launch(kernel, (plan.num_blocks,), (32 * plan.shape.warps,), arguments, plan.block_shared_bytes)
 
 
-@cache
-def _compute_capability(device: int) -> int:
-    import cupy
-
-    return int(cupy.cuda.Device(device).compute_capability)
+PERSISTENT = Persistent()
 
 
 def _fitting(shape: TileShape, config: CacheConfig, backend: str) -> TileShape:

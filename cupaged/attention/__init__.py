@@ -1,0 +1,1 @@
+"""Who attends to what, and by which kernel."""
