@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from cupaged.bench.partial import Row
 from cupaged.bench.report import measured_row
 
-if TYPE_CHECKING:
-    from cupaged.bench.experiment import Experiment
-
-__all__ = ["each_measured"]
+__all__ = ["Measuring", "each_measured"]
 
 
-def each_measured(experiment: Experiment, cells: list[tuple[int, Any]]) -> Iterator[tuple[int, list[Row]]]:
+class Measuring(Protocol):
+    """What of a `cupaged.bench.experiment.Experiment` measures its cells."""
+
+    options: argparse.Namespace
+    failures: tuple[type[Exception], ...]
+
+    def rows(self, cell: Any) -> list[Row]:
+        """Measure a cell, and return its rows."""
+
+    def what(self, cell: Any) -> Row:
+        """Return what tells a cell's row apart."""
+
+
+def each_measured(experiment: Measuring, cells: list[tuple[int, Any]]) -> Iterator[tuple[int, list[Row]]]:
     """Yield the rows of each cell with its number, as they are done."""
     workers = min(experiment.options.workers, len(cells))
     if workers < 2:
@@ -39,7 +50,7 @@ def each_measured(experiment: Experiment, cells: list[tuple[int, Any]]) -> Itera
             raise
 
 
-def rows_of(experiment: Experiment, cell: Any) -> list[Row]:
+def rows_of(experiment: Measuring, cell: Any) -> list[Row]:
     """Return a cell's rows; one that failed, if what its rows share could not be made."""
     try:
         return experiment.rows(cell)
@@ -52,10 +63,10 @@ def rows_of(experiment: Experiment, cell: Any) -> list[Row]:
     return [measured_row(experiment.what(cell), fail, experiment.failures)]
 
 
-_in_worker: Experiment
+_in_worker: Measuring
 
 
-def _begin_worker(experiment: Experiment) -> None:
+def _begin_worker(experiment: Measuring) -> None:
     """Keep the experiment for the cells that come; Ctrl-C is for the process that spreads them."""
     global _in_worker
     _in_worker = experiment
