@@ -9,8 +9,10 @@ again when there is room.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Collection
+from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +23,7 @@ from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.contiguous import ContiguousAllocator, Usage
 from cupaged.memory.manager import BlockManager
-from cupaged.memory.sampler import Trace, exact_sum
+from cupaged.memory.sampler import MOST_TOKENS, Trace, exact_sum
 
 __all__ = ["STATES", "ContiguousMemory", "Memory", "PagedMemory", "Replay", "Requests", "replay"]
 
@@ -34,12 +36,51 @@ TOKENS, RESERVATION, INTERNAL, EXTERNAL, FREE = range(len(STATES))
 MOST_STEPS = 2**53  # beyond it a float64 skips whole numbers
 
 
-class Requests(NamedTuple):
-    """A trace in decode steps: one int64 array [num_requests] a property, in order of arrival."""
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """A trace in decode steps: one read-only int64 array [num_requests] a property, in order of arrival.
+
+    Parameters
+    ----------
+    arrival : int64 [num_requests]
+        Steps, at least 0, never falling.
+    prompt, output : int64 [num_requests]
+        Tokens of the prompt and generated tokens, each at least 1, together at most 2**31 - 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A column holds something else than such whole numbers. Lists, and floats that are whole, are converted.
+    """
 
     arrival: IntArray
     prompt: IntArray
     output: IntArray
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            column = _whole_numbers(f"requests.{field.name}", getattr(self, field.name))
+            column.setflags(write=False)
+            object.__setattr__(self, field.name, column)
+        shapes = [column.shape for column in (self.arrival, self.prompt, self.output)]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"requests must have columns of one length, got {shapes}")
+        if (self.arrival[1:] < self.arrival[:-1]).any():
+            raise ValueError("requests must be in order of arrival, got an arrival that falls")
+        if (self.arrival < 0).any():
+            raise ValueError(f"requests must have arrivals of at least step 0, got {self.arrival.min()}")
+        for name, column in (("prompt", self.prompt), ("output", self.output)):
+            if (column < 1).any():
+                raise ValueError(f"requests must have {name}s of at least 1 token everywhere, got {column.min()}")
+        if (self.prompt > MOST_TOKENS - self.output).any():
+            longest = int(np.argmax(self.prompt > MOST_TOKENS - self.output))
+            raise ValueError(
+                f"requests must have at most {MOST_TOKENS} tokens of prompt and output together, "
+                f"got {self.prompt[longest]} and {self.output[longest]} for request {longest}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.arrival)
 
     @property
     def final(self) -> IntArray:
@@ -236,7 +277,9 @@ class Replay(NamedTuple):
     """uint8 [num_painted, num_slots]: the memory at the steps asked for."""
 
 
-def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Collection[int] = ()) -> Replay:
+def replay(
+    requests: Requests, memory: Memory, max_waiting: int, paint_at: Collection[int] = (), max_steps: int = 2_000_000
+) -> Replay:
     """Replay requests until the last has left.
 
     Parameters
@@ -248,26 +291,40 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     max_waiting : int
         A request that arrives while so many wait is refused.
     paint_at : collection of int
-        Steps at whose end the memory is painted.
+        Steps at whose end the memory is painted, in order of time; those after the last step are passed over.
+    max_steps : int
+        The most steps that the replay may take, idle ones too: every step is a row of the result.
 
     Raises
     ------
     ValueError
-        Requests are not in order of arrival, or have no tokens; or a request does not fit into the memory although it
-        is alone there.
+        A request does not fit into the memory although it is alone there; or the replay takes more than `max_steps`.
     """
-    _check(requests)
+    if not isinstance(requests, Requests):
+        raise TypeError(f"requests must be Requests, got {type(requests).__name__}")
+    max_steps = whole_number("max_steps", max_steps, at_least=1)
+    if _least_steps(requests) > max_steps:
+        raise ValueError(
+            f"requests must be replayed within max_steps = {max_steps} decode steps, "
+            f"got arrivals and outputs that take at least {_least_steps(requests)}"
+        )
+    painted_steps = _steps_to_paint(paint_at)
     engine = _Engine(requests, memory, whole_number("max_waiting", max_waiting, at_least=1))
-    usage, counts, painted = [], [], []
+    usage, counts, painted = array("q"), array("q"), []
     for step in count():
         if not engine.busy():
             break
+        if step == max_steps:
+            raise ValueError(
+                f"requests must be replayed within max_steps = {max_steps} decode steps, got {engine.completed} of "
+                f"{len(requests)} requests completed and {engine.refused} refused by then"
+            )
         engine.decode()
         engine.arrive(step)
         engine.admit()
-        usage.append(memory.usage(engine.running, engine.held, engine.upcoming()))
-        counts.append(engine.counts())
-        if step in paint_at:
+        usage.extend(memory.usage(engine.running, engine.held, engine.upcoming()))
+        counts.extend(engine.counts())
+        if step in painted_steps:
             painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
     running, waiting, refused, preempted, completed = np.array(counts, np.int64).reshape(-1, 5).T
     pictures = np.array(painted, np.uint8).reshape(-1, memory.num_slots)
@@ -275,16 +332,49 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     return Replay(slots, running, waiting, refused, preempted, completed, pictures)
 
 
-def _check(requests: Requests) -> None:
-    """Refuse requests that would be replayed wrongly, or for ever."""
-    shapes = {np.shape(column) for column in requests}
-    if len(shapes) > 1 or len(shapes.pop()) != 1:
-        raise ValueError(f"requests must have columns of one length, got {[np.shape(column) for column in requests]}")
-    if (requests.arrival[1:] < requests.arrival[:-1]).any():
-        raise ValueError("requests must be in order of arrival, got an arrival that falls")
-    for name, column in (("prompt", requests.prompt), ("output", requests.output)):
-        if (column < 1).any():
-            raise ValueError(f"requests must have {name}s of at least 1 token everywhere, got {column.min()}")
+def _least_steps(requests: Requests) -> int:
+    """Return a number of steps that no replay can stay below: the last arrives, and the first is never refused."""
+    if not len(requests):
+        return 0
+    return 1 + max(int(requests.arrival[-1]), int(requests.arrival[0] + requests.output[0]))
+
+
+def _steps_to_paint(paint_at: Collection[int]) -> Collection[int]:
+    """Return the steps as something that can be asked for one of them at once."""
+    if (
+        not isinstance(paint_at, Collection)
+        or isinstance(paint_at, str | bytes)
+        or getattr(paint_at, "shape", None) == ()
+    ):
+        raise TypeError(f"paint_at must be a collection of steps, got {type(paint_at).__name__}")
+    if isinstance(paint_at, range):
+        return paint_at
+    return frozenset(whole_number("each step of paint_at", step, at_least=0) for step in paint_at)
+
+
+def _whole_numbers(name: str, values: Any) -> IntArray:
+    """Return a copy of the values as an int64 vector, or raise an error that names the argument."""
+    if np.ma.is_masked(values):
+        raise TypeError(f"{name} must be whole numbers, got masked ones")
+    try:
+        column = np.array(values)
+    except (TypeError, ValueError) as error:  # such as lists of several lengths
+        raise ValueError(f"{name} must be a vector of whole numbers: {error}") from None
+    if column.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got {column.ndim}")
+    if not column.size:
+        return np.empty(0, np.int64)
+    if column.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be whole numbers that fit in int64, got {column.dtype}")
+    if column.dtype.kind == "f":
+        column = column.astype(np.longdouble)
+        exact = np.isfinite(column) & (column == np.floor(column)) & (abs(column) < 2.0**63)
+    else:
+        exact = column <= np.iinfo(np.int64).max
+    if not exact.all():
+        first = int(np.argmin(exact))
+        raise ValueError(f"{name} must be whole numbers that fit in int64, got {column[first]} for request {first}")
+    return column.astype(np.int64)
 
 
 class _Engine:
