@@ -9,6 +9,8 @@ again when there is room.
 
 from __future__ import annotations
 
+import math
+import numbers
 from array import array
 from collections import deque
 from collections.abc import Collection
@@ -101,14 +103,15 @@ class Requests:
 
         Raises
         ------
-        ValueError
-            The trace is so short, or so many tokens are offered, that all requests would arrive at once; or an arrival
-            would be no exact number of steps.
+        TypeError, ValueError
+            `offered_tokens` is no number; the trace is so short, or so many tokens are offered, that all requests would
+            arrive at once; or an arrival would be no exact number of steps.
         """
         if len(trace) < 2 or trace.arrival[-1] == trace.arrival[0]:
             raise ValueError("trace must hold at least two requests that arrive over time")
         if (trace.output_tokens == 0).any():
             raise ValueError("trace must hold requests that generate at least one token, got one that generates none")
+        offered_tokens = _real_number("offered_tokens", offered_tokens)
         if not offered_tokens > 0:
             raise ValueError(f"offered_tokens must be positive, got {offered_tokens}")
         elapsed = (trace.arrival - trace.arrival[0]) / (trace.arrival[-1] - trace.arrival[0])
@@ -130,11 +133,13 @@ class Requests:
 class Memory(Protocol):
     """What the replay asks of a way to allocate.
 
-    A request is its index. `running` holds those admitted, int64 [num_running], in order of admission, `held` the
-    tokens of every request, int64 [num_requests], and `upcoming` is the next request in line, if any is left.
+    A request is its index in `requests`, those to be replayed. `running` holds those admitted, int64 [num_running], in
+    order of admission, `held` the tokens of every request, int64 [num_requests], and `upcoming` is the next request in
+    line, if any is left.
     """
 
     num_slots: int
+    requests: Requests
 
     def admit(self, request: int, tokens: int) -> bool:
         """Write a request's first tokens; return False and change nothing where there is no room."""
@@ -162,12 +167,22 @@ class ContiguousMemory:
     requests : Requests
         Those to be replayed.
     reserve : int64 [num_requests]
-        Slots that each of them asks for.
+        Slots that each of them asks for, at least the tokens that it holds in the end.
     """
 
     def __init__(self, allocator: ContiguousAllocator, requests: Requests, reserve: IntArray) -> None:
+        reserve = _whole_numbers("reserve", reserve)
+        if len(reserve) != len(requests):
+            raise ValueError(f"reserve must hold one number for each of {len(requests)} requests, got {len(reserve)}")
+        short = reserve < requests.final
+        if short.any():
+            first = int(np.argmax(short))
+            raise ValueError(
+                f"reserve must be at least the {requests.final[first]} tokens that request {first} holds in the end, "
+                f"got {reserve[first]}"
+            )
         self.num_slots = allocator.num_slots
-        self.allocator = allocator
+        self.allocator, self.requests = allocator, requests
         self._reserve, self._final = reserve.tolist(), requests.final.tolist()
 
     def admit(self, request: int, tokens: int) -> bool:
@@ -214,12 +229,13 @@ class PagedMemory:
     def __init__(self, num_slots: int, block_size: int, requests: Requests, kept_free: float = 0.01) -> None:
         self.block_size = whole_number("block_size", block_size, at_least=1)
         self.num_slots = whole_number("num_slots", num_slots, at_least=self.block_size)
+        kept_free = _real_number("kept_free", kept_free)
         if not 0 <= kept_free < 1:
             raise ValueError(f"kept_free must be at least 0 and below 1, got {kept_free}")
         self.num_blocks = self.num_slots // self.block_size
         self.manager = BlockManager(num_gpu_blocks=self.num_blocks, block_size=self.block_size)
         self._kept_free = int(kept_free * self.num_blocks)
-        self._final = requests.final
+        self.requests, self._final = requests, requests.final
 
     def admit(self, request: int, tokens: int) -> bool:
         if self.manager.gpu.num_free - self._blocks(tokens) < self._kept_free:
@@ -287,7 +303,7 @@ def replay(
     requests : Requests
         What arrives.
     memory : Memory
-        Empty.
+        Empty, and made for these requests.
     max_waiting : int
         A request that arrives while so many wait is refused.
     paint_at : collection of int
@@ -298,10 +314,16 @@ def replay(
     Raises
     ------
     ValueError
-        A request does not fit into the memory although it is alone there; or the replay takes more than `max_steps`.
+        The memory was made for other requests; a request does not fit there although it is alone; or the replay takes
+        more than `max_steps`.
     """
     if not isinstance(requests, Requests):
         raise TypeError(f"requests must be Requests, got {type(requests).__name__}")
+    if not np.array_equal(memory.requests.final, requests.final):
+        raise ValueError(
+            f"memory must be made for the {len(requests)} requests to be replayed, "
+            f"got one made for {len(memory.requests)} others"
+        )
     max_steps = whole_number("max_steps", max_steps, at_least=1)
     if _least_steps(requests) > max_steps:
         raise ValueError(
@@ -350,6 +372,16 @@ def _steps_to_paint(paint_at: Collection[int]) -> Collection[int]:
     if isinstance(paint_at, range):
         return paint_at
     return frozenset(whole_number("each step of paint_at", step, at_least=0) for step in paint_at)
+
+
+def _real_number(name: str, value: Any) -> float:
+    """Return `value` as a float, infinite where it is larger than a float can be, or raise an error that names it."""
+    if isinstance(value, bool | np.bool_) or not issubclass(type(value), numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, 1 if value > 0 else -1)
 
 
 def _whole_numbers(name: str, values: Any) -> IntArray:

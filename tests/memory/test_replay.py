@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import count
 from typing import Any
 
@@ -208,7 +209,8 @@ def test_a_replay_takes_no_more_steps_than_allowed() -> None:
     assert len(replay(these, reserve_max(8, 8, these), 4, max_steps=11).running) == 11
     with pytest.raises(ValueError, match="within max_steps = 10 decode steps, got 1 of 2 requests completed and 0 ref"):
         replay(these, reserve_max(8, 8, these), 4, max_steps=10)
-    assert len(replay(requests((9, 1, 1)), PagedMemory(8, 2, these), 4, max_steps=11).running) == 11
+    late = requests((9, 1, 1))
+    assert len(replay(late, PagedMemory(8, 2, late), 4, max_steps=11).running) == 11
     for max_steps, error in ((0, ValueError), (1.5, TypeError), (None, TypeError)):
         with pytest.raises(error, match="max_steps must be "):
             replay(these, PagedMemory(8, 2, these), 4, max_steps=max_steps)
@@ -247,6 +249,40 @@ def test_steps_to_paint_come_in_order_of_time(paint_at: Any) -> None:
     these = requests((3, 1, 3))
     outcome = replay(these, PagedMemory(8, 2, these), 1, paint_at)
     assert [int((picture != STATES.index("free")).sum()) for picture in outcome.painted] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("reserve", "error", "message"),
+    [
+        ([5], ValueError, "reserve must hold one number for each of 2 requests, got 1"),
+        ([5, 9, 9], ValueError, "reserve must hold one number for each of 2 requests, got 3"),
+        ([5, 8], ValueError, "reserve must be at least the 9 tokens that request 1 holds in the end, got 8"),
+        ([-5, 9], ValueError, "reserve must be at least the 5 tokens that request 0 holds in the end, got -5"),
+        ([5.5, 9], ValueError, "reserve must be whole numbers that fit in int64, got 5.5 for request 0"),
+        (["a", "b"], TypeError, "reserve must be whole numbers"),
+        (9, ValueError, "reserve must have one dimension, got 0"),
+        (None, ValueError, "reserve must have one dimension, got 0"),
+    ],
+)
+def test_a_contiguous_memory_asks_for_a_reserve_for_each_request(reserve: Any, error: type, message: str) -> None:
+    these = requests((0, 3, 2), (0, 5, 4))
+    with pytest.raises(error, match=message):
+        ContiguousMemory(FirstFit(100), these, reserve)
+
+
+@pytest.mark.parametrize("reserve", [[5, 9], np.array([200, 220], np.uint8), [5.0, 9.0]])
+def test_a_reserve_of_every_type_is_taken(reserve: Any) -> None:
+    these = requests((0, 3, 2), (0, 5, 4))
+    outcome = replay(these, ContiguousMemory(FirstFit(420), these, reserve), 4)
+    assert outcome.usage[0].tolist() == [8, 6, sum(map(int, reserve)) - 14, 0, 420 - sum(map(int, reserve))]
+
+
+@pytest.mark.parametrize("others", [[(0, 3, 2)], [(0, 3, 2), (0, 5, 4), (0, 1, 1)], [(0, 3, 2), (0, 5, 5)]])
+def test_a_memory_made_for_other_requests_is_refused(others: list) -> None:
+    these, others = requests((0, 3, 2), (0, 5, 4)), requests(*others)
+    for memory in (PagedMemory(64, 2, others), ContiguousMemory(FirstFit(64), others, others.final)):
+        with pytest.raises(ValueError, match=f"made for the 2 requests .*, got one made for {len(others)} others"):
+            replay(these, memory, 4)
 
 
 @pytest.mark.parametrize("these", [[(0, 1, 1)], None, ([0], [1], [1])])
@@ -336,9 +372,31 @@ def test_offered_tokens_are_what_an_ample_memory_holds() -> None:
         (Trace([0.0, 1.0], [1, 1], [1, 1]), float("nan"), "offered_tokens must be positive, got nan"),
         (Trace([0.0, 1.0], [1, 3], [1, 1]), 4.1, "must be at most the 4 that the trace's 2 requests hold, .* got 4.1"),
         (Trace([0.0, 1.0], [1, 3], [1, 1]), float("inf"), "must be at most the 4 that the trace's 2 .* got inf"),
+        (Trace([0.0, 1.0], [1, 3], [1, 1]), 10**400, "must be at most the 4 that the trace's 2 .* got inf"),
+        (Trace([0.0, 1.0], [1, 3], [1, 1]), -(10**400), "offered_tokens must be positive, got -inf"),
+        (Trace([0.0, 1.0], [1, 3], [1, 1]), Fraction(1, 10**400), "offered_tokens must be positive, got 0"),
         (Trace([0.0, 1.0], [1, 1], [1, 1]), 1e-300, "must be at least 2.22045e-16, .* got 1e-300"),
     ],
 )
 def test_requests_refuse(trace: Trace, offered: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Requests.from_trace(trace, offered)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, 1j, True, np.array([0.5]), np.True_])
+def test_numbers_must_be_numbers(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"offered_tokens must be a number, got {type(value).__name__}"):
+        Requests.from_trace(Trace([0.0, 1.0], [1, 3], [1, 1]), value)
+    with pytest.raises(TypeError, match=f"kept_free must be a number, got {type(value).__name__}"):
+        PagedMemory(64, 16, requests((0, 1, 1)), value)
+
+
+def test_numbers_of_every_type_are_taken() -> None:
+    trace = Trace([0.0, 1.0], [1, 3], [1, 1])
+    for offered in (2, 2.0, np.float32(2), np.int8(2), Fraction(2)):
+        assert Requests.from_trace(trace, offered).arrival.tolist() == [0, 2]
+
+
+def test_an_offer_of_more_digits_than_can_be_printed_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be at most the 4 that the trace's 2 requests hold, .* got inf"):
+        Requests.from_trace(Trace([0.0, 1.0], [1, 3], [1, 1]), 10**5000)
