@@ -341,10 +341,12 @@ def replay(
                 f"requests must be replayed within max_steps = {max_steps} decode steps, got {engine.completed} of "
                 f"{len(requests)} requests completed and {engine.refused} refused by then"
             )
-        engine.decode()
-        engine.arrive(step)
-        engine.admit()
-        usage.extend(memory.usage(engine.running, engine.held, engine.upcoming()))
+        if step == 0 or not engine.idle(step):
+            engine.decode()
+            engine.arrive(step)
+            engine.admit()
+            slots_now = memory.usage(engine.running, engine.held, engine.upcoming())
+        usage.extend(slots_now)
         counts.extend(engine.counts())
         if step in painted_steps:
             painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
@@ -422,6 +424,10 @@ class _Engine:
 
     def busy(self) -> bool:
         return self.arrived < len(self.arrivals) or bool(self.waiting) or bool(len(self.running))
+
+    def idle(self, step: int) -> bool:
+        """Return whether nothing runs, waits or arrives, so that everything stays as it was."""
+        return not (len(self.running) or self.waiting or self.arrivals[self.arrived] <= step)
 
     def counts(self) -> tuple[int, ...]:
         """Return the counts of `Replay`, in its order."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax
+from cupaged.memory.contiguous import Buddy, FirstFit, ReserveMax, Usage
 from cupaged.memory.replay import STATES, ContiguousMemory, PagedMemory, Replay, Requests, replay
 from cupaged.memory.sampler import Trace, sample_trace
 
@@ -201,6 +201,25 @@ def test_a_replay_of_too_many_steps_is_refused_at_once(make: Callable[[], Reques
     with pytest.raises(ValueError, match=f"within max_steps = 2000000 decode steps, got .* take at least {steps}$"):
         replay(these, memory, 4)
     assert memory.manager.gpu.num_used == 0
+
+
+def test_a_memory_is_not_asked_again_while_nothing_happens() -> None:
+    class Asked(PagedMemory):
+        times = 0
+
+        def usage(self, running: Any, held: Any, upcoming: int | None) -> Usage:
+            self.times += 1
+            return super().usage(running, held, upcoming)
+
+    these = requests((1000, 10, 5), (50_000, 10, 5))
+    memory = Asked(64, 16, these)
+    outcome = replay(these, memory, 4, paint_at=[500, 1000, 30_000])
+    assert memory.times == 1 + 6 + 6
+    assert outcome.running.nonzero()[0].tolist() == [*range(1000, 1005), *range(50_000, 50_005)]
+    assert outcome.completed.tolist() == [0] * 1005 + [1] * 49_000 + [2]
+    assert outcome.usage[[0, 999, 1005, 49_999, 50_005]].tolist() == [[0, 0, 0, 0, 64]] * 5
+    assert (outcome.usage[:, 0] > 0).sum() == 10
+    assert [int((picture != STATES.index("free")).sum()) for picture in outcome.painted] == [0, 16, 0]
 
 
 def test_a_replay_takes_no_more_steps_than_allowed() -> None:
