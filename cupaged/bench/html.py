@@ -52,7 +52,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 def contents(entries: Iterable[tuple[str, str]]) -> str:
     """Return a list of links to sections: the name of each, and what is said of it."""
-    lines = [f'<li><a href="#{_text(quote(name))}">{_text(name)}</a>: {_text(said)}</li>' for name, said in entries]
+    lines = [f'<li><a href="#{_link(name)}">{_text(name)}</a>: {_text(said)}</li>' for name, said in entries]
     return "<ul>\n" + "\n".join(lines) + "\n</ul>"
 
 
@@ -102,6 +102,11 @@ def verdict_cards(rows: Iterable[Row]) -> str:
     return "\n".join(cards)
 
 
+def _link(name: Any) -> str:
+    """Return a section's name as a link spells it; what UTF-8 has no bytes for is the escape that `page` shows."""
+    return quote(_plain(name).encode("utf-8", "backslashreplace"))
+
+
 def _cell(value: Any) -> str:
     if value is None or value == "":
         return "<td>–</td>"
@@ -115,4 +120,8 @@ def _cell(value: Any) -> str:
 
 def _text(value: Any) -> str:
     """Return a value as text that cannot become markup, between tags or in an attribute in double quotes."""
-    return html.escape("" if value is None else str(value), quote=True)
+    return html.escape(_plain(value), quote=True)
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else str(value)

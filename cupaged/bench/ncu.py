@@ -17,10 +17,11 @@ __all__ = ["Launch", "parse_ncu", "run_ncu"]
 
 # What ncu puts before a unit's name; its counts of bytes go by 1000.
 PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+KEYS = ("ID", "Kernel Name")
 METRIC = "__"  # in the name of every metric, and of no other column
 HEAD = re.compile(r'"ID",(?=.*"Kernel Name")')
-NUMBER = re.compile(r"[-+]?(\d+|\d{1,3}(,\d{3})+)(\.\d*)?([eE][-+]?\d+)?")
-LIKE_A_NUMBER = re.compile(r"[-+]?\d[\d.,' ]*")
+NUMBER = re.compile(r"[-+]?((\d+|\d{1,3}(,\d{3})+)(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+LIKE_A_NUMBER = re.compile(r"[-+\u2212]?\s*[.,]?\d")  # the beginning of one; a digit of any alphabet
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,11 @@ def parse_ncu(text: str) -> list[Launch]:
     Raises
     ------
     ValueError
-        The table is another one than ``--page raw`` prints, or a value is a number in a form that ncu does not use.
+        The table is another one than ``--page raw`` prints: a column comes twice, a row has another number of fields
+        than the heads, or a value is a number in a form that ncu does not use.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}")
     launches: list[Launch] = []
     heads: list[str] = []
     units: dict[str, str] = {}
@@ -100,15 +104,24 @@ def parse_ncu(text: str) -> list[Launch]:
             heads, units = _fields(line[head.start() :]), {}
             if not any(METRIC in name for name in heads):
                 raise ValueError(f"text must be what ncu --csv --page raw prints, with metrics as columns; got {heads}")
+            twice = [name for name in heads if heads.count(name) > 1 and (METRIC in name or name in KEYS)]
+            if twice:
+                raise ValueError(f"line {number} of what ncu printed: expected each column once, got {twice[0]} again")
             continue
         fields = _fields(line) if line.startswith('"') else []
         others += [fields] if len(fields) > 1 and not heads else []
-        if not heads or len(fields) != len(heads):
+        if not heads:
+            continue
+        if len(fields) != len(heads):
+            if _is_torn(fields, heads):
+                raise ValueError(
+                    f"line {number} of what ncu printed: expected {len(heads)} fields as the heads, got {len(fields)}"
+                )
             continue
         row = dict(zip(heads, fields, strict=True))
         if not row["ID"] and not row["Kernel Name"]:
             units = row
-        elif row["ID"].replace(",", "").isdecimal():
+        elif _is_id(row["ID"]):
             launches.append(_launch(row, units, number))
     if others and not heads:
         raise ValueError(
@@ -123,6 +136,20 @@ def _fields(line: str) -> list[str]:
         return next(csv.reader([line.rstrip("\r")]), [])
     except csv.Error:  # of the program's own: a line of any length, with any character
         return []
+
+
+def _is_id(text: str) -> bool:
+    return text.replace(",", "").isdecimal()
+
+
+def _is_torn(fields: list[str], heads: list[str]) -> bool:
+    """Return whether fields of another number than the heads are ncu's all the same: an ID and a kernel, or units."""
+    identity, kernel = (fields[heads.index(key)] if heads.index(key) < len(fields) else None for key in KEYS)
+    if identity is None or kernel is None:
+        return False
+    if not identity:
+        return not kernel
+    return _is_id(identity) and bool(kernel) and not LIKE_A_NUMBER.match(kernel)
 
 
 def _launch(row: dict[str, str], units: dict[str, str], line: int) -> Launch:
@@ -155,7 +182,7 @@ def _number(text: str) -> float | None:
     if NUMBER.fullmatch(text):
         number = float(text.replace(",", ""))
         return number if math.isfinite(number) else None
-    if LIKE_A_NUMBER.fullmatch(text):
+    if LIKE_A_NUMBER.match(text):
         raise ValueError(f"expected a number such as 1,234.5, got {text!r}")
     return None
 

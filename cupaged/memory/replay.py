@@ -9,8 +9,12 @@ again when there is room.
 
 from __future__ import annotations
 
+import math
+import numbers
+from array import array
 from collections import deque
 from collections.abc import Collection
+from dataclasses import dataclass, fields
 from itertools import count
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +25,7 @@ from cupaged.errors import OutOfBlocksError
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.contiguous import ContiguousAllocator, Usage
 from cupaged.memory.manager import BlockManager
-from cupaged.memory.sampler import Trace, exact_sum
+from cupaged.memory.sampler import MOST_TOKENS, Trace, exact_sum
 
 __all__ = ["STATES", "ContiguousMemory", "Memory", "PagedMemory", "Replay", "Requests", "replay"]
 
@@ -34,12 +38,51 @@ TOKENS, RESERVATION, INTERNAL, EXTERNAL, FREE = range(len(STATES))
 MOST_STEPS = 2**53  # beyond it a float64 skips whole numbers
 
 
-class Requests(NamedTuple):
-    """A trace in decode steps: one int64 array [num_requests] a property, in order of arrival."""
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """A trace in decode steps: one read-only int64 array [num_requests] a property, in order of arrival.
+
+    Parameters
+    ----------
+    arrival : int64 [num_requests]
+        Steps, at least 0, never falling.
+    prompt, output : int64 [num_requests]
+        Tokens of the prompt and generated tokens, each at least 1, together at most 2**31 - 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A column holds something else than such whole numbers. Lists, and floats that are whole, are converted.
+    """
 
     arrival: IntArray
     prompt: IntArray
     output: IntArray
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            column = _whole_numbers(f"requests.{field.name}", getattr(self, field.name))
+            column.setflags(write=False)
+            object.__setattr__(self, field.name, column)
+        shapes = [column.shape for column in (self.arrival, self.prompt, self.output)]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"requests must have columns of one length, got {shapes}")
+        if (self.arrival[1:] < self.arrival[:-1]).any():
+            raise ValueError("requests must be in order of arrival, got an arrival that falls")
+        if (self.arrival < 0).any():
+            raise ValueError(f"requests must have arrivals of at least step 0, got {self.arrival.min()}")
+        for name, column in (("prompt", self.prompt), ("output", self.output)):
+            if (column < 1).any():
+                raise ValueError(f"requests must have {name}s of at least 1 token everywhere, got {column.min()}")
+        if (self.prompt > MOST_TOKENS - self.output).any():
+            longest = int(np.argmax(self.prompt > MOST_TOKENS - self.output))
+            raise ValueError(
+                f"requests must have at most {MOST_TOKENS} tokens of prompt and output together, "
+                f"got {self.prompt[longest]} and {self.output[longest]} for request {longest}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.arrival)
 
     @property
     def final(self) -> IntArray:
@@ -60,14 +103,15 @@ class Requests(NamedTuple):
 
         Raises
         ------
-        ValueError
-            The trace is so short, or so many tokens are offered, that all requests would arrive at once; or an arrival
-            would be no exact number of steps.
+        TypeError, ValueError
+            `offered_tokens` is no number; the trace is so short, or so many tokens are offered, that all requests would
+            arrive at once; or an arrival would be no exact number of steps.
         """
         if len(trace) < 2 or trace.arrival[-1] == trace.arrival[0]:
             raise ValueError("trace must hold at least two requests that arrive over time")
         if (trace.output_tokens == 0).any():
             raise ValueError("trace must hold requests that generate at least one token, got one that generates none")
+        offered_tokens = _real_number("offered_tokens", offered_tokens)
         if not offered_tokens > 0:
             raise ValueError(f"offered_tokens must be positive, got {offered_tokens}")
         elapsed = (trace.arrival - trace.arrival[0]) / (trace.arrival[-1] - trace.arrival[0])
@@ -89,11 +133,13 @@ class Requests(NamedTuple):
 class Memory(Protocol):
     """What the replay asks of a way to allocate.
 
-    A request is its index. `running` holds those admitted, int64 [num_running], in order of admission, `held` the
-    tokens of every request, int64 [num_requests], and `upcoming` is the next request in line, if any is left.
+    A request is its index in `requests`, those to be replayed. `running` holds those admitted, int64 [num_running], in
+    order of admission, `held` the tokens of every request, int64 [num_requests], and `upcoming` is the next request in
+    line, if any is left.
     """
 
     num_slots: int
+    requests: Requests
 
     def admit(self, request: int, tokens: int) -> bool:
         """Write a request's first tokens; return False and change nothing where there is no room."""
@@ -121,12 +167,22 @@ class ContiguousMemory:
     requests : Requests
         Those to be replayed.
     reserve : int64 [num_requests]
-        Slots that each of them asks for.
+        Slots that each of them asks for, at least the tokens that it holds in the end.
     """
 
     def __init__(self, allocator: ContiguousAllocator, requests: Requests, reserve: IntArray) -> None:
+        reserve = _whole_numbers("reserve", reserve)
+        if len(reserve) != len(requests):
+            raise ValueError(f"reserve must hold one number for each of {len(requests)} requests, got {len(reserve)}")
+        short = reserve < requests.final
+        if short.any():
+            first = int(np.argmax(short))
+            raise ValueError(
+                f"reserve must be at least the {requests.final[first]} tokens that request {first} holds in the end, "
+                f"got {reserve[first]}"
+            )
         self.num_slots = allocator.num_slots
-        self.allocator = allocator
+        self.allocator, self.requests = allocator, requests
         self._reserve, self._final = reserve.tolist(), requests.final.tolist()
 
     def admit(self, request: int, tokens: int) -> bool:
@@ -173,12 +229,13 @@ class PagedMemory:
     def __init__(self, num_slots: int, block_size: int, requests: Requests, kept_free: float = 0.01) -> None:
         self.block_size = whole_number("block_size", block_size, at_least=1)
         self.num_slots = whole_number("num_slots", num_slots, at_least=self.block_size)
+        kept_free = _real_number("kept_free", kept_free)
         if not 0 <= kept_free < 1:
             raise ValueError(f"kept_free must be at least 0 and below 1, got {kept_free}")
         self.num_blocks = self.num_slots // self.block_size
         self.manager = BlockManager(num_gpu_blocks=self.num_blocks, block_size=self.block_size)
         self._kept_free = int(kept_free * self.num_blocks)
-        self._final = requests.final
+        self.requests, self._final = requests, requests.final
 
     def admit(self, request: int, tokens: int) -> bool:
         if self.manager.gpu.num_free - self._blocks(tokens) < self._kept_free:
@@ -236,7 +293,9 @@ class Replay(NamedTuple):
     """uint8 [num_painted, num_slots]: the memory at the steps asked for."""
 
 
-def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Collection[int] = ()) -> Replay:
+def replay(
+    requests: Requests, memory: Memory, max_waiting: int, paint_at: Collection[int] = (), max_steps: int = 2_000_000
+) -> Replay:
     """Replay requests until the last has left.
 
     Parameters
@@ -244,30 +303,52 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     requests : Requests
         What arrives.
     memory : Memory
-        Empty.
+        Empty, and made for these requests.
     max_waiting : int
         A request that arrives while so many wait is refused.
     paint_at : collection of int
-        Steps at whose end the memory is painted.
+        Steps at whose end the memory is painted, in order of time; those after the last step are passed over.
+    max_steps : int
+        The most steps that the replay may take, idle ones too: every step is a row of the result.
 
     Raises
     ------
     ValueError
-        Requests are not in order of arrival, or have no tokens; or a request does not fit into the memory although it
-        is alone there.
+        The memory was made for other requests; a request does not fit there although it is alone; or the replay takes
+        more than `max_steps`.
     """
-    _check(requests)
+    if not isinstance(requests, Requests):
+        raise TypeError(f"requests must be Requests, got {type(requests).__name__}")
+    if not np.array_equal(memory.requests.final, requests.final):
+        raise ValueError(
+            f"memory must be made for the {len(requests)} requests to be replayed, "
+            f"got one made for {len(memory.requests)} others"
+        )
+    max_steps = whole_number("max_steps", max_steps, at_least=1)
+    if _least_steps(requests) > max_steps:
+        raise ValueError(
+            f"requests must be replayed within max_steps = {max_steps} decode steps, "
+            f"got arrivals and outputs that take at least {_least_steps(requests)}"
+        )
+    painted_steps = _steps_to_paint(paint_at)
     engine = _Engine(requests, memory, whole_number("max_waiting", max_waiting, at_least=1))
-    usage, counts, painted = [], [], []
+    usage, counts, painted = array("q"), array("q"), []
     for step in count():
         if not engine.busy():
             break
-        engine.decode()
-        engine.arrive(step)
-        engine.admit()
-        usage.append(memory.usage(engine.running, engine.held, engine.upcoming()))
-        counts.append(engine.counts())
-        if step in paint_at:
+        if step == max_steps:
+            raise ValueError(
+                f"requests must be replayed within max_steps = {max_steps} decode steps, got {engine.completed} of "
+                f"{len(requests)} requests completed and {engine.refused} refused by then"
+            )
+        if step == 0 or not engine.idle(step):
+            engine.decode()
+            engine.arrive(step)
+            engine.admit()
+            slots_now = memory.usage(engine.running, engine.held, engine.upcoming())
+        usage.extend(slots_now)
+        counts.extend(engine.counts())
+        if step in painted_steps:
             painted.append(memory.paint(engine.running, engine.held, engine.upcoming()))
     running, waiting, refused, preempted, completed = np.array(counts, np.int64).reshape(-1, 5).T
     pictures = np.array(painted, np.uint8).reshape(-1, memory.num_slots)
@@ -275,16 +356,59 @@ def replay(requests: Requests, memory: Memory, max_waiting: int, paint_at: Colle
     return Replay(slots, running, waiting, refused, preempted, completed, pictures)
 
 
-def _check(requests: Requests) -> None:
-    """Refuse requests that would be replayed wrongly, or for ever."""
-    shapes = {np.shape(column) for column in requests}
-    if len(shapes) > 1 or len(shapes.pop()) != 1:
-        raise ValueError(f"requests must have columns of one length, got {[np.shape(column) for column in requests]}")
-    if (requests.arrival[1:] < requests.arrival[:-1]).any():
-        raise ValueError("requests must be in order of arrival, got an arrival that falls")
-    for name, column in (("prompt", requests.prompt), ("output", requests.output)):
-        if (column < 1).any():
-            raise ValueError(f"requests must have {name}s of at least 1 token everywhere, got {column.min()}")
+def _least_steps(requests: Requests) -> int:
+    """Return a number of steps that no replay can stay below: the last arrives, and the first is never refused."""
+    if not len(requests):
+        return 0
+    return 1 + max(int(requests.arrival[-1]), int(requests.arrival[0] + requests.output[0]))
+
+
+def _steps_to_paint(paint_at: Collection[int]) -> Collection[int]:
+    """Return the steps as something that can be asked for one of them at once."""
+    if (
+        not isinstance(paint_at, Collection)
+        or isinstance(paint_at, str | bytes)
+        or getattr(paint_at, "shape", None) == ()
+    ):
+        raise TypeError(f"paint_at must be a collection of steps, got {type(paint_at).__name__}")
+    if isinstance(paint_at, range):
+        return paint_at
+    return frozenset(whole_number("each step of paint_at", step, at_least=0) for step in paint_at)
+
+
+def _real_number(name: str, value: Any) -> float:
+    """Return `value` as a float, infinite where it is larger than a float can be, or raise an error that names it."""
+    if isinstance(value, bool | np.bool_) or not issubclass(type(value), numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, 1 if value > 0 else -1)
+
+
+def _whole_numbers(name: str, values: Any) -> IntArray:
+    """Return a copy of the values as an int64 vector, or raise an error that names the argument."""
+    if np.ma.is_masked(values):
+        raise TypeError(f"{name} must be whole numbers, got masked ones")
+    try:
+        column = np.array(values)
+    except (TypeError, ValueError) as error:  # such as lists of several lengths
+        raise ValueError(f"{name} must be a vector of whole numbers: {error}") from None
+    if column.ndim != 1:
+        raise ValueError(f"{name} must have one dimension, got {column.ndim}")
+    if not column.size:
+        return np.empty(0, np.int64)
+    if column.dtype.kind not in "iuf":
+        raise TypeError(f"{name} must be whole numbers that fit in int64, got {column.dtype}")
+    if column.dtype.kind == "f":
+        column = column.astype(np.longdouble)
+        exact = np.isfinite(column) & (column == np.floor(column)) & (abs(column) < 2.0**63)
+    else:
+        exact = column <= np.iinfo(np.int64).max
+    if not exact.all():
+        first = int(np.argmin(exact))
+        raise ValueError(f"{name} must be whole numbers that fit in int64, got {column[first]} for request {first}")
+    return column.astype(np.int64)
 
 
 class _Engine:
@@ -300,6 +424,10 @@ class _Engine:
 
     def busy(self) -> bool:
         return self.arrived < len(self.arrivals) or bool(self.waiting) or bool(len(self.running))
+
+    def idle(self, step: int) -> bool:
+        """Return whether nothing runs, waits or arrives, so that everything stays as it was."""
+        return not (len(self.running) or self.waiting or self.arrivals[self.arrived] <= step)
 
     def counts(self) -> tuple[int, ...]:
         """Return the counts of `Replay`, in its order."""

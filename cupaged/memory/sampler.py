@@ -12,6 +12,7 @@ import io
 import json
 import math
 import reprlib
+import sys
 import textwrap
 import zlib
 from collections import Counter
@@ -22,7 +23,7 @@ from itertools import chain, islice, zip_longest
 from os import PathLike
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -268,7 +269,8 @@ class _Malformed(ValueError):
 
 def _seconds(value: Any) -> float:
     try:
-        seconds = math.nan if isinstance(value, bool) or (isinstance(value, str) and "_" in value) else float(value)
+        foreign = isinstance(value, str) and ("_" in value or not value.strip().isascii())
+        seconds = math.nan if isinstance(value, bool) or foreign else float(value)
     except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not math.isfinite(seconds):
@@ -284,7 +286,7 @@ def _milliseconds(value: Any) -> float:
 
 def _date(value: Any) -> float:
     try:
-        moment = datetime.fromisoformat(value)
+        moment = datetime.fromisoformat(value if not isinstance(value, str) or value.isascii() else "")
     except (TypeError, ValueError, OverflowError):
         raise _Malformed("a date and time such as 2023-11-16 18:15:46.68") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
@@ -330,12 +332,12 @@ def load_trace(path: str | PathLike[str], *, limit: int | None = None) -> Trace:
         The file is malformed: the message names file, line and column, what was expected and what was found.
     """
     if limit is not None:
-        limit = whole_number("limit", limit, at_least=1)
+        limit = min(whole_number("limit", limit, at_least=1), sys.maxsize)
     path = Path(path)
     requests: list[tuple[float, int, int]] = []
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, _as_text(file) as text:
         form: TraceForm | None = None
-        for line, record in islice(_records(path, file), limit):
+        for line, record in islice(_records(path, text), limit):
             form = form or _form_of(path, line, record)
             requests.append(_request(path, line, record, form))
     if not requests:
@@ -357,7 +359,7 @@ def _request(path: Path, line: int, record: Mapping[str, Any], form: TraceForm) 
     return arrival, prompt, output
 
 
-def _records(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line, record) of either kind of file; a JSON Lines file begins with a brace."""
     lines = enumerate(_lines(path, file), start=1)
     line, first = next(((line, text) for line, text in lines if text.strip()), (1, ""))
@@ -370,11 +372,15 @@ def _records(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]
     return read(path, rest, line)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Yield the lines of a file, with their ends; what is no UTF-8 becomes a replacement character."""
+def _as_text(file: BinaryIO) -> TextIO:
+    """Return a file's text with its ends of lines; what is no UTF-8 becomes a replacement character."""
     zipped = cast(io.BufferedReader, file).peek(len(GZIP)).startswith(GZIP)
     plain = gzip.GzipFile(fileobj=file) if zipped else file
-    text = io.TextIOWrapper(plain, encoding="utf-8-sig", errors="replace", newline="")
+    return io.TextIOWrapper(plain, encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _lines(path: Path, text: TextIO) -> Iterator[str]:
+    """Yield the lines of a file, with their ends."""
     line = 0
     try:
         for content in text:

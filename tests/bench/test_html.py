@@ -105,22 +105,33 @@ def test_values_that_are_no_text_are_shown(value):
     for field in CLAIM:
         assert Markup(card(**{field: value})).names()[0] == ("div", ["class"])
     assert html.table([{"a": value}], value).count("<td") == 1
-    html.page(value, [html.section(value, value, [html.paragraph(value)]), html.contents([(str(value), value)])])
+    html.page(value, [html.section(value, value, [html.paragraph(value)]), html.contents([(value, value)])])
 
 
 def test_a_name_that_is_no_unicode_can_be_written():
     page = html.page("caf\udce9", [html.paragraph("caf\udce9")])
     assert page.encode("utf-8").count(rb"caf\udce9") == 3
+    page = html.page("x", [html.contents([("caf\udce9", "caf\udce9")])])
+    assert page.encode("utf-8").count(rb"caf\udce9") == 2
 
 
 def test_links_lead_to_their_sections():
-    for name in ("layouts", "two words", "50 % é", 'a"b'):
-        (link,) = (
-            dict(attributes)["href"] for tag, attributes in Markup(html.contents([(name, "x")])).tags if tag == "a"
-        )
-        (section,) = (
-            dict(attributes)["id"] for tag, attributes in Markup(html.section(name, "x", [])).tags if tag == "section"
-        )
+    for name in (
+        "layouts",
+        "two words",
+        "50 % é",
+        'a"b',
+        "a/b",
+        "\x00",
+        "caf\udce9",
+        "\ud800",
+        "\ud83d\ude00",
+        3,
+        None,
+    ):
+        page = Markup(html.page("x", [html.contents([(name, "x")]), html.section(name, "x", [])]))
+        (link,) = (dict(attributes)["href"] for tag, attributes in page.tags if tag == "a")
+        (section,) = (dict(attributes)["id"] for tag, attributes in page.tags if tag == "section")
         assert unquote(link) == f"#{section}"
 
 

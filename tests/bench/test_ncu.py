@@ -1,6 +1,7 @@
 """What ncu prints is read as it is written, and what stops ncu is a sentence."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_names_of_kernels_hold_what_they_will(name, kernel):
 @pytest.mark.parametrize(
     ("text", "number"),
     [("0", 0), ("1,234,567", 1234567), ("1,234.5", 1234.5), ("-3", -3), ("1e3", 1000), ("2.", 2), (" 7 ", 7),
+     (".5", 0.5), ("-.5", -0.5), ("+.5e3", 500), ("1.5E-3", 0.0015), ("0", 0), (".", None), ("-", None), ("e5", None),
      ("n/a", None), ("(!) n/a", None), ("", None), ("nan", None), ("-nan", None), ("inf", None), ("1e999", None),
      ("NVIDIA H100", None), ("(128, 1, 1)", None)],
 )  # fmt: skip
@@ -110,11 +112,67 @@ def test_numbers(text, number):
     assert launch.values == ({} if number is None else {"a__b.sum": number})
 
 
-@pytest.mark.parametrize("text", ["1,5", "1.234,5", "12,34", "1,2345", "1 234", "1'234", "1.2.3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1,5",
+        "1.234,5",
+        "12,34",
+        "1,2345",
+        "1 234",
+        "1'234",
+        "1.2.3",
+        "0x10",
+        "-0x10",
+        "1e",
+        "1.5e+",
+        "1_000",
+        "3 %",
+        "1.5K",
+        ",5",
+        "1,234,",
+        "\u0663",
+        "\u22123",
+        "- 3",
+        "1\u00a0234",
+        "5;6",
+    ],
+)
 def test_a_number_in_another_form_is_said(text):
     """As under a locale with decimal commas: read without its comma it would be another number."""
-    with pytest.raises(ValueError, match=f"line 3 of what ncu printed, a__b.sum: expected a number .* got .{text}"):
+    got = re.escape(repr(text))
+    with pytest.raises(ValueError, match=f"line 3 of what ncu printed, a__b.sum: expected a number .* got {got}"):
         parse_ncu(f'{HEADS}"0","1","k","{text}"\n')
+
+
+@pytest.mark.parametrize(
+    "row",
+    ['"0","1","k(int)"', '"0","1","k(int)","3","4"', '"1024","1","k"', '"0","1","k(int', '"0","1","k","1","234"',
+     '"","",""', '"","","","byte","byte"'],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n", ""])
+def test_a_row_with_another_number_of_fields_is_said(row, end):
+    """A launch that is left out would make the others pass for all there were; units left out, another unit."""
+    got = len(row.split(","))
+    with pytest.raises(ValueError, match=f"line 4 of what ncu printed: expected 4 fields as the heads, got {got}$"):
+        parse_ncu(f"noise\n{HEADS}{row}{end}")
+
+
+@pytest.mark.parametrize("name", ["a__b.sum", "ID", "Kernel Name"])
+def test_a_column_that_comes_twice_is_said(name):
+    with pytest.raises(ValueError, match=f"line 2 of what ncu printed: expected each column once, got {name} again"):
+        parse_ncu(f'noise\n"ID","Kernel Name","a__b.sum","{name}"\n"","","byte","byte"\n"0","k","3","4"\n')
+
+
+def test_a_column_that_is_not_read_may_come_twice():
+    (launch,) = parse_ncu('"ID","Stream","Kernel Name","Stream","a__b.sum"\n"0","7","k","7","3"\n')
+    assert launch.kernel == "k" and launch.values == {"a__b.sum": 3}
+
+
+@pytest.mark.parametrize("text", [None, b'"ID"', 3, ["a"]])
+def test_what_is_no_text_is_said(text):
+    with pytest.raises(TypeError, match=f"text must be a string, got {type(text).__name__}"):
+        parse_ncu(text)
 
 
 def test_another_page_is_said():

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +194,34 @@ def test_limit_reads_no_further(tmp_path: Path) -> None:
         load_trace(path, limit=0)
 
 
+def test_limit_may_be_any_number_of_requests(tmp_path: Path) -> None:
+    path = write(tmp_path, HEADER + "0,1,1\n1,2,2\n")
+    for limit in (2**63 - 1, 2**63, 10**30):
+        assert load_trace(path, limit=limit).prompt_tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("text", ["0,1,1\n1,2,2\n", "0,1,1\nbroken\n", "broken\n", ""])
+def test_a_file_is_closed_when_it_has_been_read(
+    text: str, compress: Callable[[bytes], bytes], limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it holds, and whether it was read to its end or not."""
+    opened: list[io.TextIOWrapper] = []
+
+    class Recorded(io.TextIOWrapper):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            opened.append(self)
+
+    path = tmp_path / "trace.csv"
+    path.write_bytes(compress((HEADER + text).encode()))
+    monkeypatch.setattr("cupaged.memory.sampler.io.TextIOWrapper", Recorded)
+    with contextlib.suppress(ValueError):
+        load_trace(path, limit=limit)
+    assert [file.closed for file in opened] == [True]
+
+
 @pytest.mark.parametrize("form", FILES)
 def test_a_file_reads_alike_compressed_and_below_blank_lines(form: str, tmp_path: Path) -> None:
     plain = load_trace(write(tmp_path, FILES[form]))
@@ -274,6 +306,21 @@ MALFORMED = [
     (HEADER + "0,2147483647,1\n", "line 2: expected at most 2147483647 tokens together, got 2147483648"),
     (HEADER + "0,12,7\nnan,12,1\n", "line 3, column 'arrived_at': expected a finite number, got 'nan'"),
     (HEADER + "1_0,12,1\n", "line 2, column 'arrived_at': expected a finite number, got '1_0'"),
+    (HEADER + "\u0661,12,1\n", "line 2, column 'arrived_at': expected a finite number, got '\u0661'"),
+    (HEADER + "1.\uff15,12,1\n", "line 2, column 'arrived_at': expected a finite number, got '1.\uff15'"),
+    (HEADER + "1,\u0661,1\n", "line 2, column 'num_prefill_tokens': expected a whole number .* got '\u0661'"),
+    (
+        '{"timestamp": "\u0661", "input_length": 2, "output_length": 3}\n',
+        "line 1, column 'timestamp': expected a finite number, got '\u0661'",
+    ),
+    (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16\u066118:15:46,1,1\n",
+        "line 2, column 'TIMESTAMP': expected a date and time",
+    ),
+    (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n\u0662\u0660\u0662\u0663-11-16,1,1\n",
+        "line 2, column 'TIMESTAMP': expected a date and time",
+    ),
     (HEADER + "-1e308,1,1\n1e308,1,1\n", "line 2, column 'arrived_at': expected a number of at most 1e\\+300, got"),
     (HEADER + f"0,{'9' * 5000},1\n", r"line 2, column 'num_prefill_tokens': .* got '9+\.\.\.9+'$"),
     (HEADER + "0,nan,1\n", "line 2, column 'num_prefill_tokens': expected a whole number .* got 'nan'"),
