@@ -12,8 +12,9 @@ Comput. 41(5), 2019). By Hoeffding's inequality, fewer than 1 of 10^7 elements e
   at once and cuts off what does not fit, always towards 0: up to 2 u each time, and all logits of a row alike. Scale,
   soft cap, bias and exponential add some u. An error e of a logit multiplies its weight by exp(e).
 - Weights, where a kernel rounds them to the storage type before they meet the values: each errs by a part u of
-  itself. What all errors of a row have in common is at most u of the row; what is left is a sum of independent ones.
-  Equal weights err alike. Weights too small for the type lose digits, or become 0.
+  itself. What all errors of a row have in common is at most u of the row; what is left is a sum of independent ones,
+  and of few tokens at most u of the sum of their sizes. Equal weights err alike. Weights too small for the type lose
+  digits, or become 0.
 - Sums over n tokens, in float32: as sums of n products, or 2 u for each 16 tokens, if that is more.
 - The result, rounded to the storage type: u of itself.
 
@@ -275,8 +276,8 @@ def _of_rounded_weights(weights: np.ndarray, value: np.ndarray, out: np.ndarray,
             np.add.at(together, which, weights[kv_head, head][:, np.newaxis] * value[:, kv_head])
             variance[kv_head, head] = np.square(together).sum(axis=0)
     smallest = np.minimum(weights, float(storage.smallest_subnormal) / 2 * weights.max(axis=-1, keepdims=True))
-    lost = np.einsum("kgt,tkd->kgd", smallest, np.abs(value))
-    return unit * out + PROBABLE * unit * np.sqrt(variance / 3) + lost
+    at_most, lost = (np.einsum("kgt,tkd->kgd", of_tokens, np.abs(value)) for of_tokens in (weights, smallest))
+    return unit * out + unit * np.minimum(PROBABLE * np.sqrt(variance / 3), at_most) + lost
 
 
 def decode_check(

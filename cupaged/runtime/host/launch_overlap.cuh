@@ -1,6 +1,6 @@
 // The host's twin of kernels_cu/include/launch_overlap.cuh. Here kernels run one after the other; what is peeked at is
 // right at some addresses and nonsense at others, likely and unlikely, as on a GPU where it is still being written, and a
-// line that is fetched must be memory. What a fetch writes to shared memory is nonsense, and as late as the GPU may write it.
+// line that is fetched must be memory. What a fetch writes to shared memory is nonsense, whenever it arrives there.
 #ifndef CUPAGED_LAUNCH_OVERLAP_CUH
 #define CUPAGED_LAUNCH_OVERLAP_CUH
 
