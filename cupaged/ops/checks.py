@@ -300,6 +300,8 @@ def checked_scale(scale: float | None, head_dim: int) -> float:
     """Return the factor of the logits, ``1 / sqrt(head_dim)`` if none is given, or raise by name."""
     if scale is None:
         return head_dim**-0.5
+    if isinstance(scale, float) and math.isfinite(scale) and abs(scale) > MAX_SCALE:
+        raise ValueError(f"scale must be at most {MAX_SCALE:.3g} either way, as logits are float32; got {scale!r}")
     scale = checked_real(scale, "scale")
     if abs(scale) > MAX_SCALE:
         raise ValueError(f"scale must be at most {MAX_SCALE:.3g} either way, as logits are float32; got {scale!r}")
