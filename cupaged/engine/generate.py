@@ -277,16 +277,18 @@ class LLM:
         texts = [self._tokens(f"prompts[{i}]", prompt, chat) for i, prompt in enumerate(prompts)]
         names = [("params", f"priorities[{i}]") for i in range(len(prompts))]
         checked = [_checked(*each) for each in zip(names, every, ranks, strict=True)]
-        ids = [self._queue(text, *each) for text, each in zip(texts, checked, strict=True)]
+        ids = range(self._next_id, self._next_id + len(texts))
         try:
+            for text, each in zip(texts, checked, strict=True):
+                self._queue(text, *each)
             while any(request_id in self._requests for request_id in ids):
                 report = self.step(report=callback is not None)
                 if callback is not None and report is not None:
                     callback(report)
-        finally:  # also if something failed: no block is left behind
-            for request_id in ids:
-                self.cancel(request_id)
-        answers = [self.completion(request_id) for request_id in ids]
+            answers = [self.completion(request_id) for request_id in ids]
+        except BaseException as error:  # the caller never learns the ids
+            self._abandon(ids, error)
+            raise
         failed = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
         if failed:
             warnings.warn(
@@ -322,11 +324,12 @@ class LLM:
                 seen = len(tokens)
             if rest := text.finish():
                 yield rest
-            if error := self._answers[request_id].error:
-                raise InvalidLogitsError(error)
-        finally:
-            self.cancel(request_id)
+            if reason := self._answers[request_id].error:
+                raise InvalidLogitsError(reason)
             self.completion(request_id)
+        except BaseException as error:  # the caller never learns the id
+            self._abandon([request_id], error)
+            raise
 
     # ---- step by step -----------------------------------------------------------------------------------------------
 
@@ -526,6 +529,31 @@ class LLM:
         self._answers[request.seq_id] = Completion(request.seq_id, tokens, arrival=time.perf_counter())
         self.scheduler.add(request)
         return request.seq_id
+
+    def _abandon(self, ids: Iterable[int], error: BaseException) -> None:
+        """End and forget requests because of `error`, to which is noted what else goes wrong meanwhile.
+
+        If the caller has just left a generator, there is no error but what goes wrong here, and it is raised.
+        """
+        failures: list[BaseException] = []
+        for request_id in ids:
+            for end in (self.cancel, self._discard):  # the second one where the first fails
+                try:
+                    end(request_id)
+                    break
+                except BaseException as failure:
+                    failures.append(failure)
+            self._requests.pop(request_id, None)
+            self._answers.pop(request_id, None)
+        if failures and isinstance(error, GeneratorExit):
+            raise failures[0]
+        for other in failures:
+            error.add_note(f"while its requests were ended: {other!r}")
+
+    def _discard(self, request_id: int) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.scheduler.discard(request)
 
     def _retire(self, request: Request) -> None:
         """Write down what became of a request."""

@@ -128,6 +128,15 @@ class Scheduler:
         if sequence.state is not State.FINISHED:
             self._finish(sequence, "cancelled")
 
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a request that `cancel` failed to end: it is gone from here whatever the manager does."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.state, sequence.finish_reason = State.FINISHED, "cancelled"
+        if sequence.seq_id in self.manager.seq_ids:
+            self.manager.free(sequence.seq_id)
+
     def preempt(self, sequence: Sequence, *, swap: bool) -> None:
         """Take a running sequence's blocks away, between two steps: move them to the CPU pool, or free them.
 

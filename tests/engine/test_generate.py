@@ -284,6 +284,91 @@ def test_an_error_in_the_middle_leaves_no_block(monkeypatch):
     assert_dense(llm.generate(prompts, GREEDY), prompts)
 
 
+def assert_nothing_kept(llm):
+    assert llm._answers == {} and llm._requests == {}
+    assert_all_free(llm)
+
+
+def failing_once(error, call):
+    """Return a call that raises `error` the first time, and does what it should from then on."""
+    errors = [error]
+
+    def fail(*arguments, **named):
+        if errors:
+            raise errors.pop()
+        return call(*arguments, **named)
+
+    return fail
+
+
+def test_no_answer_is_kept_that_nobody_can_ask_for():
+    llm, prompts = small_llm(), prompts_of([6, 3])
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught:
+            llm.generate(prompts, GREEDY, callback=lambda report: 1 / 0)
+        assert not hasattr(caught.value, "__notes__")
+    assert_nothing_kept(llm)
+    with pytest.raises(KeyError, match="request_id must name"):  # one answer was taken away: the others go too
+        llm.generate(prompts, GREEDY, callback=lambda report: [llm.completion(each) for each in report.finished])
+    assert_nothing_kept(llm)
+
+
+@pytest.mark.parametrize("error", [OSError("in the way"), KeyboardInterrupt("in the way")])
+@pytest.mark.parametrize("place", ["_retire", "scheduler.cancel", "manager.free"])
+def test_each_request_is_ended_whatever_happens_to_the_one_before(monkeypatch, error, place):
+    llm, prompts = small_llm(), prompts_of([6, 3, 5])
+    owner, name = (llm, place) if "." not in place else (getattr(llm, place.split(".")[0]), place.split(".")[1])
+
+    def fail(report):
+        if report.index == 2:
+            monkeypatch.setattr(owner, name, failing_once(error, getattr(owner, name)))
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        llm.generate(prompts, GREEDY, callback=fail)
+    assert "in the way" in caught.value.__notes__[0]
+    assert_nothing_kept(llm)
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+
+
+def test_a_request_that_cannot_be_ended_does_not_run_on(monkeypatch):
+    llm, prompts = small_llm(), prompts_of([6, 3])
+
+    def refuse(seq_id, **_):
+        raise OSError("never")
+
+    def fail(report):
+        monkeypatch.setattr(llm.manager, "free", refuse)
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        llm.generate(prompts, GREEDY, callback=fail)
+    assert len(caught.value.__notes__) == 4 and not llm.unfinished
+    assert llm._answers == {} and llm._requests == {}
+
+
+def test_a_stream_that_is_left_keeps_nothing(monkeypatch):
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    weights = random_checkpoint(dataclasses.replace(SMALL, vocab_size=261), seed=3)
+    llm = pg.LLM(dataclasses.replace(weights, metadata=byte_tokenizer()), backend="host", num_blocks=16)
+    params = pg.SamplingParams(20, ignore_end=True)
+    pieces = llm.stream("abc", params)
+    next(pieces)
+    pieces.close()
+    assert_nothing_kept(llm)
+    pieces = llm.stream("abc", params)
+    next(pieces)
+    monkeypatch.setattr(llm.manager, "free", failing_once(OSError("in the way"), llm.manager.free))
+    with pytest.raises(OSError, match="in the way"):
+        pieces.close()
+    assert_nothing_kept(llm)
+    monkeypatch.setattr(llm.model, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(llm.stream("abc", params))
+    assert_nothing_kept(llm)
+
+
 BROKEN = 5  # a token whose logits nothing can be chosen from
 
 
