@@ -97,7 +97,7 @@ class Scheduler:
         spare_blocks: int = 1,
     ) -> None:
         costs = {"recompute": None, "swap": ALWAYS_SWAP}
-        if not isinstance(preemption, CostModel) and preemption not in costs:
+        if not isinstance(preemption, CostModel) and not (isinstance(preemption, str) and preemption in costs):
             raise ValueError(f'preemption must be "recompute", "swap" or a CostModel; got {preemption!r}')
         self.manager = manager
         self.max_num_seqs = whole_number("max_num_seqs", max_num_seqs, at_least=1)

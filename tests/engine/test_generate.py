@@ -727,6 +727,11 @@ def test_generation_ends_with_the_models_context():
     assert len(answer.tokens) == SMALL.max_tokens - 509
 
 
+class BadArray:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("no")
+
+
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
@@ -748,6 +753,10 @@ def test_generation_ends_with_the_models_context():
         ([[1], [2**70]], TypeError, r"prompts\[1\] must be integers, token ids; got object"),
         ([[1], np.array([2**63], np.uint64)], ValueError, r"prompts\[1\] must hold .*; token 0 is 9223372036854775808"),
         ([[1], [True]], TypeError, r"prompts\[1\] must be integers, token ids; got bool"),
+        ([[1], np.ma.array([1, 2], mask=[0, 1])], TypeError, r"prompts\[1\] must be an array without a mask"),
+        ([[1], np.array([1, 2], "m8[s]")], TypeError, r"prompts\[1\] must be integers, token ids; got timedelta64"),
+        ([[1], [np.timedelta64(1, "ns")]], TypeError, r"prompts\[1\] must be integers, token ids; got timedelta64"),
+        ([[1], BadArray()], ValueError, r"prompts\[1\] must be a text or a vector of token ids; RuntimeError\('no'\)"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_answered(prompts, error, message):
@@ -773,6 +782,11 @@ def test_prompts_that_cannot_be_answered(prompts, error, message):
         ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
         ({"top_p": Fraction(10**30 + 1, 10**30)}, ValueError, "top_p must be above 0 and at most 1"),
         ({"top_p": True}, TypeError, "top_p must be a real number; got bool True"),
+        ({"max_tokens": np.timedelta64(5)}, TypeError, "max_tokens must be an integer, got timedelta64"),
+        ({"top_k": np.timedelta64(5)}, TypeError, "top_k must be an integer, got timedelta64"),
+        ({"seed": np.timedelta64(5)}, TypeError, "seed must be an integer; got timedelta64"),
+        ({"temperature": np.timedelta64(1)}, TypeError, "temperature must be a real number; got timedelta64"),
+        ({"top_p": np.timedelta64(1)}, TypeError, "top_p must be a real number; got timedelta64"),
         ({"ignore_end": "no"}, TypeError, "ignore_end must be a bool; got str 'no'"),
     ],
 )
@@ -861,12 +875,52 @@ def test_all_that_is_in_range_is_served():
         assert answer.tokens[:12].tolist() == dense(tuple(prompt), 12)
 
 
-@pytest.mark.parametrize("priorities", ["12", b"12", {0: 1, 1: 2}, 5])
+@pytest.mark.parametrize(
+    "priorities",
+    ["12", b"12", bytearray(b"12"), memoryview(b"12"), {0: 1, 1: 2}, {0: 1, 1: 2}.keys(), {1, 2}, frozenset({1, 2}),
+     np.array(5), 5],
+)  # fmt: skip
 def test_priorities_are_a_list(priorities):
     llm = small_llm()
     with pytest.raises(TypeError, match="priorities must be a list with one entry for each prompt; got"):
         llm.generate([[1], [2]], priorities=priorities)
     assert_all_free(llm)
+
+
+@pytest.mark.parametrize("flag", ["no", "x", 3, 1, [], 0.0])
+def test_flags_are_true_or_false(flag):
+    llm = small_llm()
+    for call in (lambda: llm.generate([[1]], chat=flag), lambda: llm.submit([1], chat=flag)):
+        with pytest.raises(TypeError, match="^chat must be True or False; got"):
+            call()
+    for name in ("prefix_caching", "use_kernels", "graphs"):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False; got"):
+            small_llm(**{name: flag})
+    assert_nothing_kept(llm)
+
+
+def test_flags_of_numpy_are_flags():
+    llm = small_llm(prefix_caching=np.False_, use_kernels=np.False_, graphs=np.True_)
+    (prompt,) = prompts_of([9])
+    first, second = llm.generate([prompt], GREEDY, chat=np.False_) + llm.generate([prompt], GREEDY)
+    assert_dense([first, second], [prompt] * 2)
+    assert second.cached_tokens == 0
+
+
+@pytest.mark.parametrize("given", [[], ["lru"], {}, ([],), None, 3])
+def test_names_of_policies_are_texts(given):
+    with pytest.raises(ValueError, match='^preemption must be "recompute", "swap" or a CostModel; got'):
+        small_llm(preemption=given)
+    with pytest.raises(ValueError, match="^eviction must be one of lru, fifo, .* or a callable, got"):
+        small_llm(eviction=given)
+
+
+@pytest.mark.parametrize("request_id", [[1], {}, ([1],), np.array([1])])
+def test_what_cannot_name_a_request_is_refused(request_id):
+    llm = small_llm()
+    for call in (llm.cancel, llm.fork, llm.completion):
+        with pytest.raises(TypeError, match="^request_id must be an integer; got"):
+            call(request_id)
 
 
 def test_arguments_are_checked():
