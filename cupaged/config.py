@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 
 import ml_dtypes
 import numpy as np
 
 from cupaged.axes import LAYOUTS
 from cupaged.errors import UnsupportedError, written
+from cupaged.kinds import is_integer
 
 __all__ = ["DTYPES", "CacheConfig"]
 
@@ -55,7 +55,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "num_kv_heads", "head_dim"):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool):
+            if not is_integer(value):
                 raise TypeError(f"{name} must be an integer; got {type(value).__name__} {written(value)}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {written(int(value))}")

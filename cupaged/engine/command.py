@@ -47,8 +47,16 @@ def _generate(options: Namespace) -> int:
         if held:
             print()
     if options.stats:
-        print("\n" + _summary(llm, held or llm.stats()))
+        print("\n" + _summary(llm, held or _when_complete(llm)))
     return 0
+
+
+def _when_complete(llm: LLM) -> dict[str, int | float]:
+    """Return the state of the cache when an answer that came in one piece was complete; by now its blocks are free."""
+    end = llm.stats()
+    stored = end["prompt_tokens"] + max(0, end["tokens_generated"] - 1)  # the last token is never stored
+    slots = end["blocks_used_peak"] * llm.manager.block_size
+    return {**end, "blocks_used": end["blocks_used_peak"], "token_occupancy": stored / slots}
 
 
 def _summary(llm: LLM, held: dict[str, int | float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -21,14 +21,15 @@ from cupaged.engine.sequence import SamplingParams, checked_priority
 from cupaged.engine.sequence import Sequence as Request
 from cupaged.engine.tokenizer import TextStream, Tokenizer
 from cupaged.engine.weights import Checkpoint, read_gguf, smollm2_path
-from cupaged.errors import InvalidLogitsError
+from cupaged.errors import InvalidLogitsError, written
+from cupaged.kinds import check_unmasked, holds_integers, is_hashable
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import BlockManager
 from cupaged.memory.metrics import snapshot
 from cupaged.memory.moves import Move
 from cupaged.memory.preemption import CostModel
 from cupaged.ops.blocks import copy_blocks
-from cupaged.ops.checks import as_float32
+from cupaged.ops.checks import as_float32, checked_flag
 from cupaged.ops.sampling import sample
 from cupaged.ops.swap import SwapEngine
 from cupaged.reference import as_numpy
@@ -193,6 +194,9 @@ class LLM:
         use_kernels: bool | None = None,
         graphs: bool = True,
     ) -> None:
+        prefix_caching = checked_flag(prefix_caching, "prefix_caching")
+        graphs = checked_flag(graphs, "graphs")
+        use_kernels = None if use_kernels is None else checked_flag(use_kernels, "use_kernels")
         self.backend = choose_backend(backend)
         if use_kernels is False and self.backend == "cuda":
             raise ValueError("use_kernels must be left out on the GPU, where nothing but kernels runs; got False")
@@ -277,16 +281,18 @@ class LLM:
         texts = [self._tokens(f"prompts[{i}]", prompt, chat) for i, prompt in enumerate(prompts)]
         names = [("params", f"priorities[{i}]") for i in range(len(prompts))]
         checked = [_checked(*each) for each in zip(names, every, ranks, strict=True)]
-        ids = [self._queue(text, *each) for text, each in zip(texts, checked, strict=True)]
+        ids = range(self._next_id, self._next_id + len(texts))
         try:
+            for text, each in zip(texts, checked, strict=True):
+                self._queue(text, *each)
             while any(request_id in self._requests for request_id in ids):
                 report = self.step(report=callback is not None)
                 if callback is not None and report is not None:
                     callback(report)
-        finally:  # also if something failed: no block is left behind
-            for request_id in ids:
-                self.cancel(request_id)
-        answers = [self.completion(request_id) for request_id in ids]
+            answers = [self.completion(request_id) for request_id in ids]
+        except BaseException as error:  # the caller never learns the ids
+            self._abandon(ids, error)
+            raise
         failed = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
         if failed:
             warnings.warn(
@@ -322,11 +328,12 @@ class LLM:
                 seen = len(tokens)
             if rest := text.finish():
                 yield rest
-            if error := self._answers[request_id].error:
-                raise InvalidLogitsError(error)
-        finally:
-            self.cancel(request_id)
+            if reason := self._answers[request_id].error:
+                raise InvalidLogitsError(reason)
             self.completion(request_id)
+        except BaseException as error:  # the caller never learns the id
+            self._abandon([request_id], error)
+            raise
 
     # ---- step by step -----------------------------------------------------------------------------------------------
 
@@ -339,6 +346,7 @@ class LLM:
 
     def cancel(self, request_id: int) -> None:
         """End a request, if it has not ended, and free its blocks; `completion` has what it generated so far."""
+        _check_id(request_id)
         request = self._requests.get(request_id)
         if request is not None:
             self.scheduler.cancel(request)
@@ -370,6 +378,7 @@ class LLM:
         ValueError
             If it does not run, as many run as may, or the token is unknown.
         """
+        _check_id(request_id)
         parent = self._requests.get(request_id)
         if parent is None:
             raise KeyError(f"request_id must name a request that has not ended; got {request_id!r}")
@@ -396,6 +405,7 @@ class LLM:
         KeyError
             If there is no such request, or it has not ended.
         """
+        _check_id(request_id)
         if request_id not in self._answers or request_id in self._requests:
             raise KeyError(f"request_id must name a request that has ended and was not asked for; got {request_id!r}")
         return self._answers.pop(request_id)
@@ -479,6 +489,8 @@ class LLM:
 
     def _tokens(self, name: str, prompt: Prompt, chat: bool) -> NDArray[np.int32]:
         """Return a prompt as token ids that the model knows and the cache holds, or raise by name."""
+        chat = checked_flag(chat, "chat")
+        check_unmasked(prompt, name)
         if isinstance(prompt, str) or chat:
             if self.tokenizer is None:
                 raise TypeError(
@@ -489,16 +501,16 @@ class LLM:
             prompt = self.tokenizer.encode(self.tokenizer.chat(prompt) if chat else prompt)
         try:
             tokens = np.asarray(prompt)
-        except (TypeError, ValueError) as error:  # lists of different lengths, or an array of another device
+        except Exception as error:  # lists of different lengths, an array of another device, or one that fails
             kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{name} must be a text or a vector of token ids; {error}") from error
+            raise kind(f"{name} must be a text or a vector of token ids; {error!r}") from error
         if tokens.ndim == 0:
             raise TypeError(f"{name} must be a text or a vector of token ids; got {type(prompt).__name__}")
         if tokens.ndim != 1:
             raise ValueError(f"{name} must be a text or a vector of token ids; got shape {list(tokens.shape)}")
         if not len(tokens):
             raise ValueError(f"{name} must hold at least one token; got none")
-        if not np.issubdtype(tokens.dtype, np.integer):
+        if not holds_integers(tokens):
             raise TypeError(f"{name} must be integers, token ids; got {tokens.dtype}")
         wrong = (tokens < 0) | (tokens >= self.model.config.vocab_size)
         if wrong.any():
@@ -534,6 +546,31 @@ class LLM:
                 finished.append(ended[0])
             del ended[0]
         return finished
+
+    def _abandon(self, ids: Iterable[int], error: BaseException) -> None:
+        """End and forget requests because of `error`, to which is noted what else goes wrong meanwhile.
+
+        If the caller has just left a generator, there is no error but what goes wrong here, and it is raised.
+        """
+        failures: list[BaseException] = []
+        for request_id in ids:
+            for end in (self.cancel, self._discard):  # the second one where the first fails
+                try:
+                    end(request_id)
+                    break
+                except BaseException as failure:
+                    failures.append(failure)
+            self._requests.pop(request_id, None)
+            self._answers.pop(request_id, None)
+        if failures and isinstance(error, GeneratorExit):
+            raise failures[0]
+        for other in failures:
+            error.add_note(f"while its requests were ended: {other!r}")
+
+    def _discard(self, request_id: int) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.scheduler.discard(request)
 
     def _retire(self, request: Request) -> None:
         """Write down what became of a request."""
@@ -655,12 +692,19 @@ class LLM:
 
 def _for_each(name: str, values: Any, prompts: Sequence[Prompt]) -> list[Any]:
     """Return a list with an entry for each prompt, or raise by name."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+    text, without_order = isinstance(values, str | bytes | bytearray | memoryview), isinstance(values, Mapping | Set)
+    single = isinstance(values, np.ndarray) and values.ndim == 0
+    if text or without_order or single or not isinstance(values, Iterable):
         raise TypeError(f"{name} must be a list with one entry for each prompt; got {type(values).__name__}")
     entries = list(values)
     if len(entries) != len(prompts):
         raise ValueError(f"{name} must have one entry for each of the {len(prompts)} prompts; got {len(entries)}")
     return entries
+
+
+def _check_id(request_id: Any) -> None:
+    if not is_hashable(request_id):
+        raise TypeError(f"request_id must be an integer; got {type(request_id).__name__} {written(request_id)}")
 
 
 def _checked(names: tuple[str, str], params: Any, priority: Any) -> tuple[SamplingParams, int]:

@@ -97,7 +97,7 @@ class Scheduler:
         spare_blocks: int = 1,
     ) -> None:
         costs = {"recompute": None, "swap": ALWAYS_SWAP}
-        if not isinstance(preemption, CostModel) and preemption not in costs:
+        if not isinstance(preemption, CostModel) and not (isinstance(preemption, str) and preemption in costs):
             raise ValueError(f'preemption must be "recompute", "swap" or a CostModel; got {preemption!r}')
         self.manager = manager
         self.max_num_seqs = whole_number("max_num_seqs", max_num_seqs, at_least=1)
@@ -129,6 +129,15 @@ class Scheduler:
         """End a request wherever it stands, and free its blocks."""
         if sequence.state is not State.FINISHED:
             self._finish(sequence, "cancelled")
+
+    def discard(self, sequence: Sequence) -> None:
+        """Forget a request that `cancel` failed to end: it is gone from here whatever the manager does."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        sequence.state, sequence.finish_reason = State.FINISHED, "cancelled"
+        if sequence.seq_id in self.manager.seq_ids:
+            self.manager.free(sequence.seq_id)
 
     def preempt(self, sequence: Sequence, *, swap: bool) -> None:
         """Take a running sequence's blocks away, between two steps: move them to the CPU pool, or free them.

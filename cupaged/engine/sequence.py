@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from enum import Enum
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cupaged.kinds import is_integer, is_real
 from cupaged.memory.allocator import whole_number
 from cupaged.ops.checks import as_real
 
@@ -50,7 +50,7 @@ class SamplingParams:
             "max_tokens": whole_number("max_tokens", self.max_tokens, at_least=1),
             "top_k": whole_number("top_k", self.top_k, at_least=0),
         }
-        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool):
+        if not is_integer(self.seed):
             raise TypeError(f"seed must be an integer; got {type(self.seed).__name__} {self.seed!r}")
         if not isinstance(self.ignore_end, bool | np.bool_):
             raise TypeError(f"ignore_end must be a bool; got {type(self.ignore_end).__name__} {self.ignore_end!r}")
@@ -61,7 +61,7 @@ class SamplingParams:
 
     def _real(self, name: str, low: float, high: float) -> float:
         given: Any = getattr(self, name)
-        if isinstance(given, bool) or not issubclass(type(given), Real):
+        if not is_real(given):
             raise TypeError(f"{name} must be a real number; got {type(given).__name__} {given!r}")
         value = as_real(given)
         if not (low <= given <= high and math.isfinite(value)) or (name == "top_p" and value == 0):

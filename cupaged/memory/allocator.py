@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cupaged.errors import DoubleFreeError, ForeignBlockError, OutOfBlocksError
+from cupaged.kinds import check_unmasked, holds_integers, is_integer
 
 __all__ = ["ORDERS", "BlockAllocator"]
 
@@ -230,7 +231,7 @@ def as_index(ids: Ids) -> NDArray[np.intp]:
 
 def whole_number(name: str, value: Any, at_least: int) -> int:
     """Return `value` as an int, or raise an error that names the argument."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int | np.integer)):
+    if type(value) is not int and not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
@@ -239,12 +240,13 @@ def whole_number(name: str, value: Any, at_least: int) -> int:
 
 def block_ids(name: str, ids: ArrayLike) -> Ids:
     """Return `ids` as an int32 vector, or raise an error that names the argument."""
+    check_unmasked(ids, name)
     run = np.atleast_1d(np.asarray(ids))
     if run.ndim != 1:
         raise ValueError(f"{name} must be one id or a vector of ids, got shape {run.shape}")
     if run.dtype == INT32:
         return run
-    if run.size and not np.issubdtype(run.dtype, np.integer):
+    if run.size and not holds_integers(run):
         raise TypeError(f"{name} must be integers, got {run.dtype}")
     limits = np.iinfo(np.int32)
     if run.size and (run.min() < limits.min or run.max() > limits.max):

@@ -296,7 +296,7 @@ def make_policy(eviction: str | Callable[[BlockStats], EvictionPolicy], stats: B
     """Return a new policy: one of `POLICIES` by name, or whatever a callable makes of the pool's facts."""
     if callable(eviction):
         return eviction(stats)
-    if eviction not in POLICIES:
+    if not isinstance(eviction, str) or eviction not in POLICIES:
         raise ValueError(f"eviction must be one of {', '.join(POLICIES)} or a callable, got {eviction!r}")
     return POLICIES[eviction](stats)
 

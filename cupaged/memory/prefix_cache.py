@@ -21,6 +21,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from cupaged.kinds import is_integer
 from cupaged.memory.allocator import NO, YES, as_index
 
 __all__ = ["PrefixCache", "Transcripts", "chain", "root_digest"]
@@ -69,7 +70,7 @@ def _encoded(expectation: str, item: ExtraKey) -> tuple[bytes, bytes]:
         return b"b", item
     if isinstance(item, str):
         return b"s", item.encode("utf-8", "surrogatepass")
-    if isinstance(item, int | np.integer) and not isinstance(item, bool):
+    if is_integer(item):
         return b"i", b"%x" % int(item)  # hexadecimal has no limit on digits
     raise TypeError(f"{expectation} str, bytes or int, got {type(item).__name__}")
 

@@ -217,7 +217,7 @@ def sample_trace(
         The same seed gives the same trace.
     """
     num_requests = whole_number("num_requests", num_requests, at_least=1)
-    if workload not in WORKLOADS:
+    if not isinstance(workload, str) or workload not in WORKLOADS:
         raise ValueError(f"workload must be one of {', '.join(WORKLOADS)}, got {workload!r}")
     source = WORKLOADS[workload]
     rate = source.requests_per_second if requests_per_second is None else requests_per_second

@@ -12,7 +12,10 @@ import threading
 import time
 import warnings
 from types import TracebackType
+from typing import Any
 
+from cupaged.errors import written
+from cupaged.kinds import is_real
 from cupaged.memory.allocator import whole_number
 from cupaged.memory.manager import BlockManager
 
@@ -59,7 +62,7 @@ class WatermarkEvictor:
             raise ValueError(f"low and high must be shares with 0 <= low < high <= 1, got {low} and {high}")
         self.manager = manager
         self.blocks_per_step = whole_number("blocks_per_step", blocks_per_step, at_least=1)
-        self.pause = pause
+        self.pause = _checked_pause(pause)
         num_blocks = manager.gpu.num_blocks
         self.start_below = math.floor((1 - high) * num_blocks + 1e-9) + 1
         """Eviction begins when fewer blocks than this are free."""
@@ -150,3 +153,16 @@ class WatermarkEvictor:
             pressure.clear()
             while not self._stop and self.step():
                 time.sleep(self.pause)
+
+
+def _checked_pause(pause: Any) -> float:
+    """Return a pause that a thread can sleep, in seconds, or raise by name."""
+    if not is_real(pause):
+        raise TypeError(f"pause must be a number of seconds, got {type(pause).__name__} {written(pause)}")
+    try:
+        seconds = float(pause)
+    except OverflowError:  # a whole number or a fraction beyond all floats
+        seconds = math.inf
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise ValueError(f"pause must lie in [0, {threading.TIMEOUT_MAX:g}] seconds, got {written(pause)}")
+    return seconds

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cupaged.kinds import check_unmasked
 from cupaged.runtime.arguments import address_of
 from cupaged.runtime.captures import refuse_in_capture
 
@@ -125,6 +126,7 @@ def is_torch(array: Any) -> bool:
 
 def _as_numpy(array: Any, name: str) -> np.ndarray:
     if isinstance(array, np.ndarray):
+        check_unmasked(array, name)
         return array
     if is_torch(array) and array.device.type == "cpu":
         return _numpy_of_tensor(array.detach())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.errors import UnsupportedError, written
+from cupaged.kinds import is_integer
 from cupaged.kv_cache import KVCache
 from cupaged.ops.arrays import as_backend_array, check_alignment
 from cupaged.ops.overlap import check_apart
@@ -55,7 +56,7 @@ def check_cache(cache: Any) -> None:
 
 def checked_integer(number: Any, name: str, low: int | None = None, high: int = INT32_MAX, note: str = "") -> int:
     """Return an integer from `low` to `high`, Python's own, or raise by name; `note` says what it counts."""
-    if not isinstance(number, int | np.integer) or isinstance(number, bool):
+    if type(number) is not int and not is_integer(number):
         raise TypeError(f"{name} must be an integer{note}; got {type(number).__name__} {written(number)}")
     if low is not None and number < low:
         raise ValueError(f"{name} must be at least {low}{note}; got {written(int(number))}")
@@ -66,7 +67,7 @@ def checked_integer(number: Any, name: str, low: int | None = None, high: int = 
 
 def checked_real(number: Any, name: str, low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> float:
     """Return a finite number from `low` to `high`, or raise by name; float32 holds it."""
-    if not isinstance(number, int | float | np.floating | np.integer) or isinstance(number, bool):
+    if not (isinstance(number, float | np.floating) or is_integer(number)):
         raise TypeError(f"{name} must be a real number; got {type(number).__name__} {written(number)}")
     value = number if isinstance(number, int) else float(number)  # a float16 cannot be compared with the limits
     if low == -FLOAT32_MAX and isinstance(value, float) and not math.isfinite(value):
@@ -176,7 +177,7 @@ def checked_shared_prefix(
 ) -> int:
     """Return `shared_prefix`, in tokens, or raise by name unless it is whole blocks, and there is no window."""
     whole = f"whole blocks, a multiple of {block_size} tokens"
-    if isinstance(shared_prefix, int | np.integer) and shared_prefix < 0:
+    if is_integer(shared_prefix) and shared_prefix < 0:
         raise ValueError(f"shared_prefix must be {whole}; got {written(int(shared_prefix))}")
     shared_prefix = checked_integer(shared_prefix, "shared_prefix", 0, note=", in tokens")
     if shared_prefix % block_size:

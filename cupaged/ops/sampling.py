@@ -7,7 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cupaged.errors import UnsupportedError
+from cupaged.errors import UnsupportedError, written
+from cupaged.kinds import is_integer, is_real
 from cupaged.ops.arrays import array_module, as_backend_array, backend_of, empty_for, like_caller
 from cupaged.ops.checks import (
     as_float32,
@@ -148,10 +149,11 @@ def _of_each_row(value: Any, name: str, dtype: Any, num_seqs: int, backend: str)
         check_shape(array, name, (num_seqs,))
         check_contiguous(array, name)
         return array
-    kinds = int | np.integer if expected.kind in "iu" else int | float | np.integer | np.floating
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not (is_integer(value) if expected.kind in "iu" else is_real(value)):
         what = "an integer" if expected.kind in "iu" else "a real number"
-        raise TypeError(f"{name} must be {what}, or an array of {expected}; got {type(value).__name__} {value!r}")
+        raise TypeError(
+            f"{name} must be {what}, or an array of {expected}; got {type(value).__name__} {written(value)}"
+        )
     if name == "seed":
         return xp.arange(num_seqs, dtype=expected) + expected.type(int(value) % 2**64)
     number = np.array([as_real(value)])
@@ -163,7 +165,10 @@ def _of_each_row(value: Any, name: str, dtype: Any, num_seqs: int, backend: str)
 
 def _check_range(name: str, values: np.ndarray, given: Any = None) -> None:
     if name == "top_p":
-        wrong, expected = ~((values > 0) & (values <= 1)), "above 0 and at most 1"
+        beyond = given is not None and given > 1  # which a float may not tell
+        wrong, expected = ~((values > 0) & (values <= 1)) | beyond, "above 0 and at most 1"
+    elif name == "top_k":
+        wrong, expected = values < 0, "an integer, 0 or more"
     else:
         wrong, expected = ~((values >= 0) & np.isfinite(values)), "finite and at least 0"
     if wrong.any():

@@ -124,6 +124,8 @@ def typed_scalar(kernel: str, parameter: Parameter, value: Any) -> np.generic:
     """
     dtype, where = parameter.dtype, f"{kernel}: argument {parameter.name}"
     if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        if value.dtype.kind == "m":  # `item` makes an integer of some
+            raise TypeError(f"{where} must be a number ({parameter.c_type}), not a span of time; got {value!r}")
         value = value.item()
     if dtype.kind in "iub":
         if not isinstance(value, Integral):

@@ -49,7 +49,8 @@ def cached_file(kind: str, stem: str, suffix: str, make: Callable[[Path], bytes]
     Raises
     ------
     KernelBuildError
-        If the folder cannot be made or written; besides, what `make` raises.
+        If the folder cannot be made or written, or a folder that is not empty lies in the file's place; besides,
+        what `make` raises.
     PermissionError
         See `cache_folder`.
     """
@@ -203,13 +204,23 @@ def _is_group_of_one(status: os.stat_result) -> bool:
 def _sound_file(folder: Path, stem: str, suffix: str) -> Path | None:
     """Return a file with this stem that may be loaded; those that may not are removed."""
     length = len(f"{stem}-{suffix}") + DIGEST_LENGTH
-    for name in sorted([name for name in os.listdir(folder) if len(name) == length and name.startswith(f"{stem}-")]):
+    names = sorted([name for name in os.listdir(folder) if len(name) == length and name.startswith(f"{stem}-")])
+    for name in names:
         path = folder / name
         if name.endswith(suffix) and _is_sound(path, name[len(stem) + 1 :][:DIGEST_LENGTH]):
             return path
         with suppress(OSError):
-            path.unlink()
+            path.rmdir() if _is_folder(path) else path.unlink()
+    for path in [folder / name for name in names]:
+        if _is_folder(path):  # it is not empty, and not of this cache's making
+            raise KernelBuildError(
+                f"a compiled kernel cannot be kept in {path}, as that is a folder: remove it, or {ANOTHER}"
+            )
     return None
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _is_sound(path: Path, digest: str) -> bool:

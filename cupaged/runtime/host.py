@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from cupaged.errors import BackendUnavailableError, KernelBuildError, KernelLaunchError, UnsupportedError, written
+from cupaged.kinds import is_integer
 from cupaged.runtime.arguments import argument_converters, check_array, check_extent, typed_values
 from cupaged.runtime.cache import ANOTHER, cached_file
 from cupaged.runtime.environment import environment_flag
@@ -78,7 +79,7 @@ def schedule(seed: int) -> Iterator[None]:
     1, and either, by chance, if it is 2. What they will fill is NaN meanwhile. So three seeds in a row show whoever
     reads it too early, and whoever still writes it.
     """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool):
+    if not is_integer(seed):
         raise TypeError(f"seed must be an integer; got {type(seed).__name__} {written(seed)}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must lie in [0, 2**63); got {written(int(seed))}")

@@ -116,6 +116,15 @@ def test_a_file_that_is_no_model_is_one_sentence(tmp_path, capsys, contents):
     assert said.startswith("ValueError: model must be a whole GGUF file; ") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("prompt", "blocks", "percent"), [("Hi", 1, 12.5), ("x" * 16, 1, 100.0), ("x" * 40, 3, 83.3)])
+def test_an_answer_of_one_step_is_shown_with_the_blocks_that_it_had(tmp_path, capsys, prompt, blocks, percent):
+    model = small_model(tmp_path)
+    assert main(["generate", prompt, "--model", str(model), "--backend", "host", "--tokens", "1", "--stats"]) == 0
+    printed = capsys.readouterr().out
+    assert f"blocks in use     {blocks} of 256, 16 tokens each; {blocks} at most" in printed
+    assert f"token occupancy   {percent}% of their slots hold a token" in printed
+
+
 @pytest.mark.parametrize("error", [KeyError("llama.x"), IndexError("out of range"), AssertionError(), MemoryError("x")])
 def test_whatever_goes_wrong_is_one_sentence(tmp_path, capsys, monkeypatch, error):
     def fail(*_, **__):

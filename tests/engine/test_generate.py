@@ -284,6 +284,91 @@ def test_an_error_in_the_middle_leaves_no_block(monkeypatch):
     assert_dense(llm.generate(prompts, GREEDY), prompts)
 
 
+def assert_nothing_kept(llm):
+    assert llm._answers == {} and llm._requests == {}
+    assert_all_free(llm)
+
+
+def failing_once(error, call):
+    """Return a call that raises `error` the first time, and does what it should from then on."""
+    errors = [error]
+
+    def fail(*arguments, **named):
+        if errors:
+            raise errors.pop()
+        return call(*arguments, **named)
+
+    return fail
+
+
+def test_no_answer_is_kept_that_nobody_can_ask_for():
+    llm, prompts = small_llm(), prompts_of([6, 3])
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError) as caught:
+            llm.generate(prompts, GREEDY, callback=lambda report: 1 / 0)
+        assert not hasattr(caught.value, "__notes__")
+    assert_nothing_kept(llm)
+    with pytest.raises(KeyError, match="request_id must name"):  # one answer was taken away: the others go too
+        llm.generate(prompts, GREEDY, callback=lambda report: [llm.completion(each) for each in report.finished])
+    assert_nothing_kept(llm)
+
+
+@pytest.mark.parametrize("error", [OSError("in the way"), KeyboardInterrupt("in the way")])
+@pytest.mark.parametrize("place", ["_retire", "scheduler.cancel", "manager.free"])
+def test_each_request_is_ended_whatever_happens_to_the_one_before(monkeypatch, error, place):
+    llm, prompts = small_llm(), prompts_of([6, 3, 5])
+    owner, name = (llm, place) if "." not in place else (getattr(llm, place.split(".")[0]), place.split(".")[1])
+
+    def fail(report):
+        if report.index == 2:
+            monkeypatch.setattr(owner, name, failing_once(error, getattr(owner, name)))
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        llm.generate(prompts, GREEDY, callback=fail)
+    assert "in the way" in caught.value.__notes__[0]
+    assert_nothing_kept(llm)
+    assert_dense(llm.generate(prompts, GREEDY), prompts)
+
+
+def test_a_request_that_cannot_be_ended_does_not_run_on(monkeypatch):
+    llm, prompts = small_llm(), prompts_of([6, 3])
+
+    def refuse(seq_id, **_):
+        raise OSError("never")
+
+    def fail(report):
+        monkeypatch.setattr(llm.manager, "free", refuse)
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        llm.generate(prompts, GREEDY, callback=fail)
+    assert len(caught.value.__notes__) == 4 and not llm.unfinished
+    assert llm._answers == {} and llm._requests == {}
+
+
+def test_a_stream_that_is_left_keeps_nothing(monkeypatch):
+    for package in ("tokenizers", "jinja2"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    weights = random_checkpoint(dataclasses.replace(SMALL, vocab_size=261), seed=3)
+    llm = pg.LLM(dataclasses.replace(weights, metadata=byte_tokenizer()), backend="host", num_blocks=16)
+    params = pg.SamplingParams(20, ignore_end=True)
+    pieces = llm.stream("abc", params)
+    next(pieces)
+    pieces.close()
+    assert_nothing_kept(llm)
+    pieces = llm.stream("abc", params)
+    next(pieces)
+    monkeypatch.setattr(llm.manager, "free", failing_once(OSError("in the way"), llm.manager.free))
+    with pytest.raises(OSError, match="in the way"):
+        pieces.close()
+    assert_nothing_kept(llm)
+    monkeypatch.setattr(llm.model, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(llm.stream("abc", params))
+    assert_nothing_kept(llm)
+
+
 BROKEN = 5  # a token whose logits nothing can be chosen from
 
 
@@ -642,6 +727,11 @@ def test_generation_ends_with_the_models_context():
     assert len(answer.tokens) == SMALL.max_tokens - 509
 
 
+class BadArray:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("no")
+
+
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
@@ -663,6 +753,10 @@ def test_generation_ends_with_the_models_context():
         ([[1], [2**70]], TypeError, r"prompts\[1\] must be integers, token ids; got object"),
         ([[1], np.array([2**63], np.uint64)], ValueError, r"prompts\[1\] must hold .*; token 0 is 9223372036854775808"),
         ([[1], [True]], TypeError, r"prompts\[1\] must be integers, token ids; got bool"),
+        ([[1], np.ma.array([1, 2], mask=[0, 1])], TypeError, r"prompts\[1\] must be an array without a mask"),
+        ([[1], np.array([1, 2], "m8[s]")], TypeError, r"prompts\[1\] must be integers, token ids; got timedelta64"),
+        ([[1], [np.timedelta64(1, "ns")]], TypeError, r"prompts\[1\] must be integers, token ids; got timedelta64"),
+        ([[1], BadArray()], ValueError, r"prompts\[1\] must be a text or a vector of token ids; RuntimeError\('no'\)"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_answered(prompts, error, message):
@@ -688,6 +782,11 @@ def test_prompts_that_cannot_be_answered(prompts, error, message):
         ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
         ({"top_p": Fraction(10**30 + 1, 10**30)}, ValueError, "top_p must be above 0 and at most 1"),
         ({"top_p": True}, TypeError, "top_p must be a real number; got bool True"),
+        ({"max_tokens": np.timedelta64(5)}, TypeError, "max_tokens must be an integer, got timedelta64"),
+        ({"top_k": np.timedelta64(5)}, TypeError, "top_k must be an integer, got timedelta64"),
+        ({"seed": np.timedelta64(5)}, TypeError, "seed must be an integer; got timedelta64"),
+        ({"temperature": np.timedelta64(1)}, TypeError, "temperature must be a real number; got timedelta64"),
+        ({"top_p": np.timedelta64(1)}, TypeError, "top_p must be a real number; got timedelta64"),
         ({"ignore_end": "no"}, TypeError, "ignore_end must be a bool; got str 'no'"),
     ],
 )
@@ -776,12 +875,52 @@ def test_all_that_is_in_range_is_served():
         assert answer.tokens[:12].tolist() == dense(tuple(prompt), 12)
 
 
-@pytest.mark.parametrize("priorities", ["12", b"12", {0: 1, 1: 2}, 5])
+@pytest.mark.parametrize(
+    "priorities",
+    ["12", b"12", bytearray(b"12"), memoryview(b"12"), {0: 1, 1: 2}, {0: 1, 1: 2}.keys(), {1, 2}, frozenset({1, 2}),
+     np.array(5), 5],
+)  # fmt: skip
 def test_priorities_are_a_list(priorities):
     llm = small_llm()
     with pytest.raises(TypeError, match="priorities must be a list with one entry for each prompt; got"):
         llm.generate([[1], [2]], priorities=priorities)
     assert_all_free(llm)
+
+
+@pytest.mark.parametrize("flag", ["no", "x", 3, 1, [], 0.0])
+def test_flags_are_true_or_false(flag):
+    llm = small_llm()
+    for call in (lambda: llm.generate([[1]], chat=flag), lambda: llm.submit([1], chat=flag)):
+        with pytest.raises(TypeError, match="^chat must be True or False; got"):
+            call()
+    for name in ("prefix_caching", "use_kernels", "graphs"):
+        with pytest.raises(TypeError, match=f"^{name} must be True or False; got"):
+            small_llm(**{name: flag})
+    assert_nothing_kept(llm)
+
+
+def test_flags_of_numpy_are_flags():
+    llm = small_llm(prefix_caching=np.False_, use_kernels=np.False_, graphs=np.True_)
+    (prompt,) = prompts_of([9])
+    first, second = llm.generate([prompt], GREEDY, chat=np.False_) + llm.generate([prompt], GREEDY)
+    assert_dense([first, second], [prompt] * 2)
+    assert second.cached_tokens == 0
+
+
+@pytest.mark.parametrize("given", [[], ["lru"], {}, ([],), None, 3])
+def test_names_of_policies_are_texts(given):
+    with pytest.raises(ValueError, match='^preemption must be "recompute", "swap" or a CostModel; got'):
+        small_llm(preemption=given)
+    with pytest.raises(ValueError, match="^eviction must be one of lru, fifo, .* or a callable, got"):
+        small_llm(eviction=given)
+
+
+@pytest.mark.parametrize("request_id", [[1], {}, ([1],), np.array([1])])
+def test_what_cannot_name_a_request_is_refused(request_id):
+    llm = small_llm()
+    for call in (llm.cancel, llm.fork, llm.completion):
+        with pytest.raises(TypeError, match="^request_id must be an integer; got"):
+            call(request_id)
 
 
 def test_arguments_are_checked():

@@ -94,6 +94,8 @@ def test_running_out_says_how_far_and_changes_nothing(order):
         ([-1, 0], ForeignBlockError, "got -1"),
         ([0, 2**40], ForeignBlockError, "fit in int32"),
         ([0.0], TypeError, "float64"),
+        (np.array([0], "m8[s]"), TypeError, "ids must be integers, got timedelta64"),
+        (np.ma.array([0, 1], np.int32, mask=[0, 1]), TypeError, "ids must be an array without a mask"),
         ([[0, 1]], ValueError, r"shape \(1, 2\)"),
     ],
 )
@@ -120,7 +122,16 @@ def test_freeing_nothing_is_nothing():
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [((-1,), ValueError), ((2.0,), TypeError), ((True,), TypeError), ((2**31,), ValueError), ((4, "lru"), ValueError)],
+    [
+        ((-1,), ValueError),
+        ((2.0,), TypeError),
+        ((True,), TypeError),
+        ((2**31,), ValueError),
+        ((4, "lru"), ValueError),
+        ((np.timedelta64(4),), TypeError),
+        ((np.timedelta64(4, "s"),), TypeError),
+        ((4, []), ValueError),
+    ],
 )
 def test_a_bad_pool_is_refused(arguments, error):
     with pytest.raises(error, match=r"num_blocks|order"):

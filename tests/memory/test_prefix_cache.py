@@ -115,8 +115,8 @@ def test_the_same_tokens_in_blocks_of_another_size_have_other_names():
 
 @pytest.mark.parametrize(
     "item",
-    [0.5, True, None, np.bool_(True), np.float32(1), np.array(1), bytearray(b"a"), memoryview(b"a"), ("a",), ["a"],
-     {"a": 1}, {"a"}, frozenset("a"), iter("a"), object()],
+    [0.5, True, None, np.bool_(True), np.float32(1), np.array(1), np.timedelta64(1), bytearray(b"a"), memoryview(b"a"),
+     ("a",), ["a"], {"a": 1}, {"a"}, frozenset("a"), iter("a"), object()],
     ids=lambda item: type(item).__name__,
 )  # fmt: skip
 def test_an_extra_key_of_another_type_is_refused(item):

@@ -57,6 +57,8 @@ def test_arrivals_come_at_the_rate_asked_for() -> None:
     [
         ({"num_requests": 0}, "num_requests must be at least 1, got 0"),
         ({"num_requests": 1, "workload": "poetry"}, "workload must be one of conversation, code, got 'poetry'"),
+        ({"num_requests": 1, "workload": []}, r"workload must be one of conversation, code, got \[\]"),
+        ({"num_requests": 1, "workload": None}, "workload must be one of conversation, code, got None"),
         ({"num_requests": 1, "requests_per_second": 0.0}, "requests_per_second must be a positive number, got 0.0"),
         ({"num_requests": 1, "requests_per_second": float("inf")}, "requests_per_second must be a positive number"),
         (

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -77,6 +78,25 @@ def test_the_marks_are_exact(high, low, begins, ends):
 def test_marks_in_the_wrong_order_are_refused(marks):
     with pytest.raises(ValueError, match="low and high must be shares"):
         WatermarkEvictor(manager_with(0), *marks)
+
+
+@pytest.mark.parametrize(
+    ("pause", "error"),
+    [(-1, ValueError), (-1e-9, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), (1e300, ValueError),
+     (10**400, ValueError), ("x", TypeError), (None, TypeError), (True, TypeError), ([1], TypeError), (1j, TypeError),
+     (np.timedelta64(1, "ns"), TypeError)],
+)  # fmt: skip
+def test_a_pause_that_no_thread_can_make_is_refused(pause, error):
+    with pytest.raises(error, match="^pause must "):
+        WatermarkEvictor(manager_with(10), pause=pause)
+
+
+@pytest.mark.parametrize("pause", [0, 1e-4, Fraction(1, 1000), np.float16(0.001), np.int64(0)])
+def test_any_number_of_seconds_is_a_pause(pause):
+    manager = manager_with(95)
+    with WatermarkEvictor(manager, blocks_per_step=4, pause=pause) as evictor:
+        wait_until(lambda: manager.gpu.num_free >= evictor.stop_at)
+    assert evictor.pause == float(pause) and manager.gpu.num_free == 20
 
 
 def test_the_thread_wakes_when_the_pool_runs_short():
@@ -178,6 +198,7 @@ def test_evictor_and_clients_run_against_each_other_without_losing_a_block():
         if client.error is not None:
             raise client.error
     manager.check()
+    manager.take_transfers()  # what the last ones read is reserved until then
     assert manager.gpu.num_used == manager.cpu.num_used == 0
     assert manager.gpu.num_free + manager.gpu.num_evictable == 64
     assert manager.gpu.num_evicted > 100

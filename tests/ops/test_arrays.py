@@ -62,3 +62,11 @@ def test_torch_tensors_on_the_cpu(dtype):
 def test_results_stay_as_they_are_where_the_caller_has_no_from_dlpack():
     result = np.zeros(3, dtype=np.float32)
     assert like_caller(result, Foreign(result)) is result
+
+
+def test_masked_arrays_are_refused_by_name():
+    logits = np.ma.array(np.zeros((1, 4), np.float32), mask=[[0, 0, 0, 1]])
+    with pytest.raises(TypeError, match="^logits must be an array without a mask, whose entries all count"):
+        pg.sample(logits)
+    with pytest.raises(TypeError, match="^seed must be an array without a mask"):
+        pg.sample(logits.data, seed=np.ma.array([1], np.uint64, mask=[1]))

@@ -1,5 +1,7 @@
 """Tokens are drawn as the reference draws them, and as often as their probability says."""
 
+from fractions import Fraction
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -244,6 +246,16 @@ def test_out_is_written(xp):
     assert len(pg.sample(logits[:0])) == 0
 
 
+def test_fractions_are_numbers(xp):
+    logits = xp.asarray(logits_of(3, 50))
+    plain = pg.sample(logits, 0.5, top_p=0.25, seed=5)
+    np.testing.assert_array_equal(
+        as_numpy(pg.sample(logits, Fraction(1, 2), top_p=Fraction(1, 4), seed=5)), as_numpy(plain)
+    )
+    coldest = as_numpy(pg.sample(logits, Fraction(1, 10**400), seed=5))
+    np.testing.assert_array_equal(coldest, as_numpy(logits).argmax(axis=1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -258,8 +270,14 @@ def test_out_is_written(xp):
         ({"temperature": np.ones(2)}, TypeError, "temperature must have dtype float32; got float64"),
         ({"temperature": np.array([1, np.nan], np.float32)}, ValueError, "temperature must be finite"),
         ({"top_k": 2.5}, TypeError, "top_k must be an integer, or an array of int32; got float 2.5"),
-        ({"top_k": -1}, ValueError, "top_k must be finite and at least 0; got -1"),
-        ({"top_k": -(10**400)}, ValueError, "top_k must be finite and at least 0; got -1000"),
+        ({"top_k": -1}, ValueError, "top_k must be an integer, 0 or more; got -1"),
+        ({"top_k": -(10**400)}, ValueError, "top_k must be an integer, 0 or more; got -1000"),
+        ({"top_k": np.array([1, -2], np.int32)}, ValueError, "top_k must be an integer, 0 or more; got -2"),
+        ({"top_k": np.timedelta64(2)}, TypeError, "top_k must be an integer, or an array of int32; got timedelta64"),
+        ({"temperature": np.timedelta64(2)}, TypeError, "temperature must be a real number, .*; got timedelta64"),
+        ({"seed": np.timedelta64(2)}, TypeError, "seed must be an integer, or an array of uint64; got timedelta64"),
+        ({"top_p": Fraction(10**30 + 1, 10**30)}, ValueError, "top_p must be above 0 and at most 1; got 1000"),
+        ({"temperature": Fraction(-1, 10**400)}, ValueError, "temperature must be finite and at least 0; got -1/1000"),
         ({"temperature": -1e-50}, ValueError, "temperature must be finite and at least 0; got -1e-50"),
         ({"temperature": -(10**400)}, ValueError, "temperature must be finite and at least 0; got -1000"),
         ({"temperature": np.inf}, ValueError, "temperature must be finite and at least 0; got inf"),

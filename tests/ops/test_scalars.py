@@ -15,7 +15,8 @@ NO_NUMBERS = {
     "str": "1e4", "empty str": "", "bytes": b"1", "complex": 1j, "True": True, "False": False, "NumPy True": np.True_,
     "list": [1], "tuple": (1,), "dict": {}, "object": object(), "array": np.array([1, 2]),
     "array of one": np.array([1]), "array of no axes": np.array(1),
-    "float array of no axes": np.array(1.0), "bfloat16": ml_dtypes.bfloat16(1),
+    "float array of no axes": np.array(1.0), "bfloat16": ml_dtypes.bfloat16(1), "time": np.timedelta64(1),
+    "seconds": np.timedelta64(1, "s"),
 }  # fmt: skip
 NOT_FINITE = {"NaN": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "NumPy NaN": np.float16("nan")}
 TOO_LARGE = {"huge": HUGE, "-huge": -HUGE, "beyond float": 10**400}

@@ -136,12 +136,42 @@ def test_a_pipe_is_not_waited_for(kept, made):
     assert kept().read_bytes() == CONTENT and len(made) == 2
 
 
-def test_a_folder_with_the_name_of_a_file_is_one_sentence(kept):
+def test_an_empty_folder_in_the_place_of_a_file_makes_room(kept, made):
     path = kept()
     path.unlink()
     path.mkdir()
-    with pytest.raises(pg.KernelBuildError, match=r"cannot be kept in .*CUPAGED_CACHE_DIR"):
+    for _ in range(2):
+        assert kept().read_bytes() == CONTENT
+    assert len(made) == 2
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_sentence_before_anything_is_made(kept, made):
+    path = kept()
+    path.unlink()
+    (path / "held").mkdir(parents=True)
+    with pytest.raises(pg.KernelBuildError) as error:
         kept()
+    said = str(error.value)
+    assert (
+        f"cannot be kept in {path}, as that is a folder" in said
+        and "CUPAGED_CACHE_DIR" in said
+        and "building-" not in said
+    )
+    assert len(made) == 1 and (path / "held").is_dir()
+
+
+def test_a_sound_file_is_loaded_whatever_lies_beside_it(kept, made):
+    path = kept()
+    (path.with_name(f"kernel-0123-{'0' * cache.DIGEST_LENGTH}.so") / "held").mkdir(parents=True)
+    assert kept() == path and len(made) == 1
+
+
+def test_a_link_to_a_folder_in_the_place_of_a_file_is_removed_alone(kept, made, tmp_path):
+    path = kept()
+    path.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    assert kept().read_bytes() == CONTENT and not path.is_symlink() and (tmp_path / "elsewhere").is_dir()
 
 
 def test_files_and_folders_are_for_the_user_alone_under_any_umask(kept, folder, monkeypatch):

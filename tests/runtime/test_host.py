@@ -590,6 +590,7 @@ def test_the_cache_belongs_to_its_owner_alone(monkeypatch, tmp_path):
         ),
         ({"data": [1.0]}, TypeError, "argument data must be a NumPy array on the host backend; got builtins.list"),
         ({"stride": 1.0}, TypeError, r"argument stride must be an integer \(int\); got float 1.0"),
+        ({"stride": np.timedelta64(1)}, TypeError, r"argument stride must be a number \(int\), not a span of time"),
         (
             {"stride": 2**31},
             ValueError,
