@@ -203,15 +203,14 @@ struct PrefillTile {
 
   // Take the weights of 16 tokens into the sums. If one of them has outgrown its maximum, which is seldom after the first
   // tile, raise all maxima and make the weights again: looking at sums, which are there, spares looking for the largest.
-  // The maximum may be a large one now, so that the rest of the tile takes the same way.
   __device__ __forceinline__ void settle(Weights& weight, Totals& total, float& headroom, const Products& product,
                                          float factor, int sixteenth) {
     bool outgrown = false;
 #pragma unroll
     for (float sum : total) outgrown = outgrown || sum > headroom;
     if (__any_sync(kAllLanes, outgrown)) {
-      headroom = -1.0f;
       raise(product, factor, sixteenth);
+      if (wants_logits()) headroom = -1.0f;   // so that the rest of the tile takes this way
 #pragma unroll
       for (int pair = 0; pair < 4 * OPERANDS; ++pair) weigh<true>(weight, total, product, factor, sixteenth, pair);
     }
