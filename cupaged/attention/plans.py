@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -15,8 +15,11 @@ import numpy as np
 from cupaged.attention.call import AttentionCall
 from cupaged.attention.kernel import Kernel, Launch
 from cupaged.kv_cache import KVCache
+from cupaged.ops.arrays import array_module
 from cupaged.ops.checks import must_validate
+from cupaged.ops.overlap import check_apart
 from cupaged.ops.streams import callers_streams, foreign_arrays, on_callers_streams
+from cupaged.runtime.arguments import byte_bounds
 from cupaged.runtime.launch import CheckedCalls, PreparedLaunch
 
 __all__ = ["Answer", "Plan", "PreparedAttention", "answer", "prepared_attention", "remembers_calls"]
@@ -48,6 +51,14 @@ class Plan:
         self.window = window
         self.calls = CheckedCalls(cache.backend)
 
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """The addresses between which the plan's own arrays lie: what a call reads of it, and its work space."""
+        own = array_module(self.backend).ndarray
+        values = vars(self).values()
+        inner = [bounds for value in values if isinstance(value, Plan) for bounds in value.bounds]
+        return (*(byte_bounds(value) for value in values if isinstance(value, own)), *inner)
+
     def made_for(self, call: AttentionCall) -> Sequence[tuple[str, Any, Any]]:
         """Return what must be the same: a name, what the plan is for, and what the call has."""
         raise NotImplementedError
@@ -69,6 +80,10 @@ class Plan:
         ):
             if planned != given:
                 raise ValueError(f"plan must be made for the same {name}: it is for {planned}, the call has {given}")
+        pages = call.pages
+        given_arrays = {"query": call.query, "block_tables": pages.block_tables, "seq_lens": pages.seq_lens}
+        check_apart({"out": call.out}, {"plan": self})
+        check_apart({"plan": self}, given_arrays)
 
 
 @dataclass(frozen=True)
@@ -217,7 +232,8 @@ def remembers_calls(function: Callable[..., Answer]) -> Callable[..., Any]:
             arrays = (query, block_tables, seq_lens, *more_arrays, out)
             options = (form, cache.config, cache.device, return_lse, validate, *more_options)
             if validate is False or (validate is None and cache.backend != "host"):
-                known = plan.calls.find(options, arrays, cache.bounds, len(arrays) - 1)
+                elsewhere = cache.bounds if out is None else (*cache.bounds, *plan.bounds)
+                known = plan.calls.find(options, arrays, elsewhere, len(arrays) - 1)
                 if known is not None:
                     result = cache.xp.empty_like(query) if out is None else out
                     lse = cache.xp.empty(query.shape[:-1], dtype=np.float32) if return_lse else None

@@ -281,3 +281,41 @@ def test_empty_arrays_and_missing_ones_lie_nowhere():
     check_apart({"out": room[4:4]}, {"query": room})
     with pytest.raises(ValueError, match="lse must not share memory with out, as both are written"):
         check_apart({"out": room[:8], "lse": room[7:]}, {})
+
+
+# --- a plan's own arrays ------------------------------------------------------------------------------------------
+
+
+def inside(xp, array, like):
+    """Return an array like another one, in the memory of the first; None where there is too little of it."""
+    words = array.reshape(-1).view(xp.uint8)
+    return words[: like.nbytes].view(like.dtype).reshape(like.shape) if len(words) >= like.nbytes else None
+
+
+@pytest.mark.parametrize("kind", ["decode", "remembered", "prefill"])
+def test_results_and_queries_lie_apart_from_the_arrays_of_a_plan(kind, backend, xp):
+    case = decode_case(DecodeShape((150, 33), num_heads=2, num_kv_heads=1), backend)
+    query, cache, tables, lens = case.arguments
+    if kind == "prefill":
+        start = xp.arange(3, dtype=xp.int32)
+        plan = pg.plan_prefill(cache, lens, start, 2, 2)
+    else:
+        plan = pg.plan_decode(cache, lens, 2)
+
+    def call(query, **options):
+        if kind == "prefill":
+            return pg.paged_prefill(query, cache, tables, lens, start, plan=plan, **options)
+        return pg.paged_attention(query, cache, tables, lens, plan=plan, **options)
+
+    if kind == "remembered":
+        call(query, validate=False, out=xp.empty_like(query))  # a call like it needs no checks
+    options = {"validate": False} if kind == "remembered" else {}
+    tried = 0
+    for array in list(vars(plan).values()):
+        if isinstance(array, xp.ndarray) and (place := inside(xp, array, query)) is not None:
+            tried += 1
+            refused(lambda place=place: call(query, out=place, **options), "out", "plan", watched=[array])
+            if kind != "remembered":
+                refused(lambda place=place: call(place), "plan", "query", watched=[array])
+    assert tried >= 2
+    assert to_numpy(call(query)).shape == tuple(query.shape)
