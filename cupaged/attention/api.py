@@ -77,8 +77,9 @@ def paged_attention(
     the sum of exponentials that weights are divided by.
 
     Logits are float32. One beyond 2.3e38 counts as 2.3e38, and one below -2.3e38 as that: several such tokens weigh the
-    same. On tensor cores that also holds for a product ``q.k`` beyond 3.4e38 before `scale` shrinks it. Products whose
-    sum passes through both infinities make the row NaN.
+    same. On tensor cores that also holds for a product ``q.k`` beyond 3.4e38 before `scale` shrinks it. Where
+    the sum of a product ``q.k`` passes both ends of float32, the token counts as the largest, the lowest, or NaN: that
+    depends on the order in which the kernel adds.
 
     The work goes to CuPy's current stream, or, if any array is a torch tensor, to torch's current stream of its device,
     in order with what is on CuPy's (`cupaged.ops.streams`).

@@ -16,6 +16,8 @@ Comput. 41(5), 2019). By Hoeffding's inequality, fewer than 1 of 10^7 elements e
   and of few tokens at most u of the sum of their sizes. Equal weights err alike. Weights too small for the type lose
   digits, or become 0.
 - Sums over n tokens, in float32: as sums of n products, or 2 u for each 16 tokens, if that is more.
+- Weights, beside the largest of them, and their products with values, where they are below float32's normal numbers:
+  each errs by up to 2^-149. It shows only where a sink takes almost all.
 - The result, rounded to the storage type: u of itself.
 
 What stays unseen, of n tokens that weigh alike and have values of about the size a: without the value of one of them
@@ -53,6 +55,7 @@ FLOAT32_EPS = float(np.finfo(np.float32).eps)
 UNIT = FLOAT32_EPS / 2  # the largest relative error of a rounding to float32
 PROBABLE = 6  # standard deviations of a sum of rounding errors
 TOGETHER = 16  # tokens whose weighted values a tensor core adds at once
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 SAFETY = 4  # times what float32 loses, for what has no budget of its own here
 
 
@@ -205,7 +208,7 @@ def _allowed(
     )
     if weight_dtype is not None:
         allowed += _of_rounded_weights(weights, value, out, storage)
-    allowed += float(storage.smallest_subnormal)
+    allowed += SMALLEST * (size.sum(axis=0)[:, np.newaxis] + tokens) + float(storage.smallest_subnormal)
     allowed_lse = common + chance + sums
     allowed_lse += UNIT * (4 * np.abs(logits).max(axis=-1) + 4 * np.abs(lse[..., 0]) + 8)
     return allowed.reshape(num_heads, head_dim), allowed_lse.reshape(num_heads)

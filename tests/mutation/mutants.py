@@ -1196,4 +1196,50 @@ UNDISTURBED = [
     ),
 ]
 
-MUTANTS = [*MEMORY, *KERNELS, *OPS]
+HUGE_TESTS = "tests/ops/test_huge_logits.py"
+TILE = "kernels_cu/include/prefill_tile.cuh"
+
+LOGITS = [
+    Mutant(
+        "prefill: weights may outgrow their type",
+        TILE,
+        "outgrown = outgrown || sum > headroom;",
+        "outgrown = false;",
+        (PREFILL_TESTS + "::test_logits_may_outgrow_all_before_them[host-climbing-float16-60]",),
+        "weights stay within the storage type",
+    ),
+    Mutant(
+        "prefill: no maximum is large",
+        TILE,
+        "wants = wants || (fabsf(state.max) > LARGE && state.max != NO_LOGIT);",
+        "wants = wants || false;",
+        (HUGE_TESTS,),
+        "beside a large maximum, weights are made of rounded logits",
+    ),
+    Mutant(
+        "prefill: infinite products are taken as they are",
+        "kernels_cu/attention/paged_prefill.cu",
+        " || Tile::has_infinity(product)",
+        "",
+        (HUGE_TESTS,),
+        "a product beyond float32 counts as the largest number",
+    ),
+    Mutant(
+        "softmax: a logit beyond float32 is infinite",
+        "kernels_cu/include/softmax.cuh",
+        "  const float at_most = logit > kLargestFloat ? kLargestFloat : logit;",
+        "  const float at_most = logit;",
+        (HUGE_TESTS,),
+        "a logit beyond float32 counts as the largest number",
+    ),
+    Mutant(
+        "persistent: the first fence is missing",
+        "kernels_cu/attention/paged_attention_persistent.cu",
+        "fence_device();\n        exchange.last",
+        "exchange.last",
+        ("tests/runtime/test_mutants.py",),
+        "what is merged was written before its writer counted itself",
+    ),
+]
+
+MUTANTS = [*MEMORY, *UNDISTURBED, *KERNELS, *LOGITS, *OPS]
