@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cupaged.errors import OutOfBlocksError
+from cupaged.kinds import check_unmasked, holds_integers
 from cupaged.memory.allocator import INT32, whole_number
 from cupaged.memory.block_table import ONE, BlockTables, Ids, Rows
 from cupaged.memory.counters import Counters
@@ -854,6 +855,7 @@ def _occurrences_before(values: NDArray[Any]) -> NDArray[np.intp]:
 
 def _token_ids(name: str, tokens: ArrayLike, count: int | None = None) -> Ids:
     """Return token ids as an int32 vector, or raise an error that names the argument."""
+    check_unmasked(tokens, name)
     text = np.asarray(tokens)
     if text.ndim != 1 or (count is not None and len(text) != count):
         expected = "a vector" if count is None else f"of shape ({count},)"
@@ -861,7 +863,7 @@ def _token_ids(name: str, tokens: ArrayLike, count: int | None = None) -> Ids:
     if text.dtype == INT32:
         return text
     if len(text):
-        if not np.issubdtype(text.dtype, np.integer):
+        if not holds_integers(text):
             raise TypeError(f"{name} must be integers, got {text.dtype}")
         _int32(name, int(text.min()))
         _int32(name, int(text.max()))

@@ -161,7 +161,11 @@ class BlockPool:
         unread = readers == 0
         named = self.cache.named[index]
         self.allocator.free(blocks[unread & ~named])
-        self._make_evictable(blocks[unread & named][::-1])
+        cached = blocks[unread & named][::-1]
+        try:
+            self.policy.add(cached)
+        except BaseException as error:
+            self._give_up(cached, error)
 
     def reserve(self, blocks: Ids) -> None:
         """Add a reader to each of `blocks`, all of which have one, that is no use of their content: see `MoveList`."""
@@ -224,7 +228,7 @@ class BlockPool:
             try:
                 self.on_evict(blocks, self.cache.names(blocks))
             except BaseException:
-                self._make_evictable(blocks)
+                self.policy.add(blocks)
                 raise
         self.cache.forget(blocks)
         self.num_evicted += len(blocks)
@@ -235,26 +239,23 @@ class BlockPool:
         if len(np.unique(blocks)) != n or np.count_nonzero(self.ref_count[index]) or not self.cache.named[index].all():
             raise RuntimeError(f"eviction must return {n} of the blocks that its policy holds; got {blocks.tolist()}")
 
-    def _make_evictable(self, blocks: Ids) -> None:
-        """Give `blocks`, named and without a reader, to the policy; if it fails they lose their names and are free.
+    def _give_up(self, blocks: Ids, error: BaseException) -> None:
+        """Free `blocks`, named and without a reader, which the policy failed to take.
 
         A policy of somebody's own may raise. A warning tells of it: whoever gives blocks back can do nothing about it,
         and must not stop half-way.
         """
-        try:
-            self.policy.add(blocks)
-        except BaseException as error:
-            with suppress(Exception):
-                self.policy.remove(blocks)
-            self.cache.forget(blocks)
-            self.allocator.free(blocks)
-            if not isinstance(error, Exception):
-                raise
-            warnings.warn(
-                f"the eviction policy raised {error!r} when it was given {len(blocks)} blocks, whose content is lost",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        with suppress(Exception):
+            self.policy.remove(blocks)
+        self.cache.forget(blocks)
+        self.allocator.free(blocks)
+        if not isinstance(error, Exception):
+            raise error
+        warnings.warn(
+            f"the eviction policy raised {error!r} when it was given {len(blocks)} blocks, whose content is lost",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def _note_use(self) -> None:
         free = self.allocator.num_free

@@ -1165,7 +1165,7 @@ UNDISTURBED = [
     Mutant(
         "pool: a hook that raises loses the blocks",
         "cupaged/memory/pool.py",
-        "            except BaseException:\n                self._make_evictable(blocks)\n                raise\n",
+        "            except BaseException:\n                self.policy.add(blocks)\n                raise\n",
         "            except BaseException:\n                raise\n",
         (UNWRITTEN_TESTS,),
         "blocks whose eviction failed are evictable again",
